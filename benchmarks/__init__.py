@@ -1,0 +1,1 @@
+"""Benchmarks: pytest-benchmark cases, and `python -m benchmarks.report` for the comparison."""

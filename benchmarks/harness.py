@@ -1,0 +1,213 @@
+"""Interleaved timing of several implementations of one operation, after a check of each.
+
+A comparison runs in one process: every round times each variant once and a plain copy besides, in
+an order that turns from round to round, so that a slow spell of the machine meets all of them. A
+ratio is the median of the rounds' ratios. A gradient is dropped before each call and allocated anew
+in it, as `zero_grad(set_to_none=True)` does in training, and both count.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fastmt
+from benchmarks import machine
+from fastmt.backends import Choice
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+FUSED, COPY = "fused", "copy"
+
+
+class WrongResult(RuntimeError):
+    """A variant does not compute what the reference does, so its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One comparison with its tensors, ready to run."""
+
+    variants: dict[str, Callable[[], Sequence[Tensor]]]  # each returns what it computed
+    expected: Callable[[], Sequence[Tensor]]  # the same from the reference
+    tolerance: float  # largest error, relative to the largest value of the tensor
+    bytes: int  # of the byte model
+    choice: Choice  # which implementation "fused" is, and why
+    leaves: tuple[Tensor, ...] = ()  # their gradients are dropped before each call
+    reset: Callable[[], None] = lambda: None  # undoes what calls have written, before a check
+    facts: dict[str, float] = field(default_factory=dict)
+
+    def runner(self, name: str) -> Callable[[], Sequence[Tensor]]:
+        """The variant as it is timed: without a gradient left from before."""
+        call = self.variants[name]
+
+        def run() -> Sequence[Tensor]:
+            self.drop_gradients()
+            return call()
+
+        return run
+
+    def drop_gradients(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison to make: `build(device, compiled)` makes its tensors when its turn comes."""
+
+    name: str
+    group: str  # cases of one group share a table
+    build: Callable[[torch.device, bool], Work]
+    compiled: bool = False  # also against torch.compile
+    forced: bool = False  # the kernels even where auto would take eager
+
+
+def compiled(function: Callable, wanted: bool) -> dict[str, Callable]:
+    """{"torch.compile": the compiled function}, or nothing where it is not wanted."""
+    return {"torch.compile": torch.compile(function, dynamic=False)} if wanted else {}
+
+
+def check(work: Work, names: Sequence[str] | None = None) -> dict[str, float]:
+    """The error of each variant relative to the reference; WrongResult where one is too large."""
+    expected = [tensor.cpu() for tensor in work.expected()]
+    errors = {}
+    for name in work.variants if names is None else names:
+        work.reset()
+        actual = work.runner(name)()
+        if len(actual) != len(expected):
+            raise WrongResult(f"{name}: returned {len(actual)} tensors, expected {len(expected)}")
+        errors[name] = max(map(_error, actual, expected), default=0.0)
+        if not errors[name] <= work.tolerance:  # also where the error is NaN
+            raise WrongResult(
+                f"{name}: error {errors[name]:.3g} of the largest value, expected at most "
+                f"{work.tolerance:g}; not timed"
+            )
+    work.drop_gradients()
+    return errors
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("nan")
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual.cpu(), expected) else float("inf")
+    if not expected.numel():
+        return 0.0
+    largest = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((actual.detach().cpu().to(expected.dtype) - expected).abs().max() / largest)
+
+
+def interleave(
+    runs: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    sample_seconds: float,
+) -> dict[str, list[float]]:
+    """Seconds per call of each run, one figure a round; short calls repeat to `sample_seconds`."""
+    repeats = {name: _repeats(run, device, sample_seconds) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    gc.collect()
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(_seconds(runs[name], device, repeats[name]))
+    return seconds
+
+
+def _repeats(run: Callable[[], object], device: torch.device, sample_seconds: float) -> int:
+    for _ in range(2):
+        run()
+    once = min(_seconds(run, device, 1) for _ in range(3))
+    return max(1, round(sample_seconds / once))
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    machine.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    machine.synchronize(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    *,
+    with_compile: bool = True,
+    rounds: int = 15,
+    sample_seconds: float = 0.02,
+    copy_bytes: int = machine.COPY_BYTES,
+) -> dict[str, object]:
+    """Check one case, then its times, ratios, rates and memory as they go into a result file."""
+    if case.compiled and with_compile:
+        torch.compiler.reset()  # cases share functions, and recompilations are limited
+    with fastmt.backend(_forced_backend(device) if case.forced else "auto"):
+        work = case.build(device, case.compiled and with_compile)
+        errors = check(work)
+        memory = {name: _peak(work, name, device) for name in work.variants}
+        copy, copied = machine.copy(device, copy_bytes)
+        runs = {**{name: work.runner(name) for name in work.variants}, COPY: copy}
+        seconds = interleave(runs, device, rounds=rounds, sample_seconds=sample_seconds)
+    copies = seconds.pop(COPY)
+    return {
+        "name": case.name,
+        "group": case.group,
+        "backend": work.choice.backend,
+        "reason": work.choice.reason,
+        "bytes": work.bytes,
+        "facts": work.facts,
+        "copy_gb_per_s": copied / statistics.median(copies) / 1e9,
+        "fused_gb_per_s": work.bytes / statistics.median(seconds[FUSED]) / 1e9,
+        "fraction_of_copy": _median_ratio(copies, seconds[FUSED]) * work.bytes / copied,
+        "ratios": {n: _median_ratio(s, seconds[FUSED]) for n, s in seconds.items() if n != FUSED},
+        "variants": {
+            name: {
+                "median_s": statistics.median(samples),
+                "error": errors[name],
+                "peak_extra_bytes": memory[name],
+                "samples_s": samples,
+            }
+            for name, samples in seconds.items()
+        },
+        "copy_samples_s": copies,
+    }
+
+
+def _forced_backend(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" else "cpp"
+
+
+def _median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
+
+
+def _peak(work: Work, name: str, device: torch.device) -> int | None:
+    run = work.runner(name)
+    run()
+    work.drop_gradients()
+    return machine.peak_extra_bytes(run, device)
+
+
+def benchmark_variant(benchmark, case: Case, variant: str) -> None:
+    """One pytest-benchmark measurement, after the check of the variant."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = case.build(device, False)
+    check(work, [variant])
+    benchmark.group = case.name
+    benchmark.extra_info["bytes"] = work.bytes
+    run = work.runner(variant)
+
+    def timed() -> None:
+        run()
+        machine.synchronize(device)
+
+    benchmark(timed)

@@ -1,0 +1,67 @@
+"""The shapes that are measured."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Logits (batch, classes, *spatial)."""
+
+    batch: int
+    classes: int
+    spatial: tuple[int, ...]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return (self.batch, self.classes, *self.spatial)
+
+    @property
+    def pixels(self) -> int:
+        total = self.batch
+        for length in self.spatial:
+            total *= length
+        return total
+
+    def lowered(self, factor: int) -> Shape:
+        """The logits of a network that stops at 1/factor of the resolution."""
+        return self._replace(spatial=tuple(-(-length // factor) for length in self.spatial))
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.dims))
+
+
+HEADLINE = Shape(2, 19, (512, 512))
+LARGE = (
+    Shape(2, 19, (1024, 1024)),
+    Shape(4, 19, (801, 801)),
+    Shape(16, 21, (512, 512)),
+    Shape(4, 150, (512, 512)),
+    Shape(2, 2, (112, 112, 80)),
+)
+OUTPUT_STRIDES = (4, 8)  # of networks whose logits the loss up-samples
+CROSSOVER = tuple(Shape(1, 19, (side, side)) for side in (16, 32, 64, 128))
+TINY = Shape(2, 3, (9, 11))
+
+MANY_SMALL = ((64, 16),) * 1000
+
+
+def unet_parameters(classes: int = 19) -> tuple[tuple[int, ...], ...]:
+    """Parameter shapes of the 31 M parameter U-Net: 64 to 1024 channels, batch norm.
+
+    Source: Ronneberger et al., "U-Net", MICCAI 2015.
+    """
+    shapes: list[tuple[int, ...]] = []
+
+    def two_convolutions(channels_in: int, channels: int) -> None:
+        for before in (channels_in, channels):
+            shapes.extend([(channels, before, 3, 3), (channels,), (channels,)])
+
+    channels = (3, 64, 128, 256, 512, 1024)
+    for before, after in pairwise(channels):
+        two_convolutions(before, after)
+    for wide in channels[:1:-1]:
+        shapes.extend([(wide, wide // 2, 2, 2), (wide // 2,)])
+        two_convolutions(wide, wide // 2)
+    return (*shapes, (classes, 64, 1, 1), (classes,))

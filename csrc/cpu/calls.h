@@ -1,0 +1,129 @@
+// What the host tells the kernels of a call, and the table of kernels of each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmt {
+
+constexpr int MAX_RANK = 8;
+constexpr int MAX_CLASSES = 4096;
+
+enum class Type : int32_t { float32, bfloat16, float16, uint8, int64 };
+
+// The output pixels (N, *spatial), dimensions merged where every operand allows it.
+struct Pixels {
+  int rank = 0;
+  int64_t size[MAX_RANK];
+  int64_t count = 1;
+};
+
+// One operand over these pixels: (N, C, *spatial) or a map (N, *spatial); strides in elements.
+struct View {
+  void* data = nullptr;
+  Type type = Type::float32;
+  int64_t class_stride = 0;
+  int64_t stride[MAX_RANK];
+};
+
+struct ConfidenceCall {
+  Pixels pixels;
+  const View* logits;
+  int members, classes, tile, kind;
+  float inverse_temperature;
+  float* score;
+  int64_t* label;
+};
+
+struct ConsistencySums {
+  double loss, weight, score;
+  int64_t selected, valid;
+};
+
+struct ConsistencyCall {
+  Pixels pixels;
+  View student, gradient, pixel_weight, valid;  // the last three may have no data
+  const View* teacher;
+  int members, classes, tile;
+  int loss, kind, weight;
+  bool class_mean, strict;
+  float inverse_temperature, gradient_scale;
+  const float* threshold;
+  bool threshold_by_label;
+  ConsistencySums* sums;  // one for each tile
+};
+
+struct CrossEntropySums {
+  double loss, weight;
+  int64_t valid, wrong, wrong_label;
+};
+
+struct CrossEntropyCall {
+  Pixels pixels;
+  View logits, labels, gradient, pixel_weight;  // the last two may have no data
+  const float* class_weight;                    // may be null
+  float mean_class_weight;
+  int classes, tile;
+  int64_t ignore_index;
+  float label_smoothing, gradient_scale;
+  CrossEntropySums* sums;  // one for each tile
+};
+
+// Elements [begin, end) of one tensor pair.
+struct EmaSpan {
+  void* teacher;
+  const void* student;
+  Type teacher_type, student_type;
+  int64_t begin, end;
+};
+
+// Low-resolution logits (N, C, height, width) and where every output row and column falls between
+// theirs: after index[o], by the fraction t[o].
+struct Grid {
+  View view;  // strides of N, height, width
+  int height, width;
+  const int32_t *row_index, *column_index;
+  const float *row_t, *column_t;
+};
+
+// The output columns by cell. A lane is the cell between columns x and x + 1 of the low resolution,
+// the last one that between the last column and the first, which holds the pixels beyond both
+// borders. Step s of chunk k is the output column of each lane of chunk k, -1 where it has no more.
+struct Lanes {
+  int chunks;
+  const int32_t* steps;   // of each chunk
+  const int32_t* start;   // its first entry in the two tables below
+  const int32_t* column;  // [entry][W]
+  const float* t;         // [entry][W]
+};
+
+// A call on cells: images, the bands of rows between two low-resolution rows, and groups of bands
+// that one thread walks in order.
+struct Cells {
+  int64_t images;
+  int out_height, out_width, classes;
+  int bands, bands_in_group, groups;  // of one image
+  const int32_t* band_start;          // [bands + 1]: its first output row
+  Lanes lanes;
+  Grid first;         // what the lanes are made of, and what gets the gradient
+  const Grid* others;
+  float* edges;  // [images][groups][2][classes][width]: gradients of rows that two groups share
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  void (*confidence)(const ConfidenceCall&, int64_t begin_tile, int64_t end_tile);
+  void (*consistency)(const ConsistencyCall&, int64_t begin_tile, int64_t end_tile);
+  void (*cross_entropy)(const CrossEntropyCall&, int64_t begin_tile, int64_t end_tile);
+  void (*cells_confidence)(const ConfidenceCall&, const Cells&, int64_t begin, int64_t end);
+  void (*cells_consistency)(const ConsistencyCall&, const Cells&, int64_t begin, int64_t end);
+  void (*cells_cross_entropy)(const CrossEntropyCall&, const Cells&, int64_t begin, int64_t end);
+  void (*cells_join)(const View& gradient, const Cells&, int64_t begin, int64_t end);
+  void (*ema)(const EmaSpan&, double decay);
+  void (*scale)(void* data, Type type, int64_t begin, int64_t end, float factor);
+};
+
+// The kernels for the widest instruction set that this processor has.
+const Kernels& kernels();
+
+}  // namespace fastmt

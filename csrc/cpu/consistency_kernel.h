@@ -1,0 +1,160 @@
+// consistency_loss over tiles of pixels, with the gradient. Mirrors reference.consistency_loss.
+#pragma once
+
+#include "cpu/confidence_kernel.h"
+
+namespace FASTMT_ISA {
+
+using fastmt::ConsistencyCall;
+using fastmt::ConsistencySums;
+
+enum class Weight { mask, confidence, ratio, none };
+
+struct ConsistencyTile {
+  TeacherTile teacher;
+  std::unique_ptr<float[], Free> student, weight;
+  std::unique_ptr<int64_t[], Free> integers;
+  std::unique_ptr<int32_t[], Free> valid;
+
+  explicit ConsistencyTile(const ConsistencyCall& call)
+      : teacher(call.classes, call.tile, call.members),
+        student(aligned_buffer<float>(call.classes * row(call.tile))),
+        weight(aligned_buffer<float>(row(call.tile))),
+        integers(aligned_buffer<int64_t>(call.tile)),
+        valid(aligned_buffer<int32_t>(call.tile)) {}
+};
+
+// True (all bits) in the lanes of the tile that hold a valid pixel.
+inline void find_valid(const ConsistencyCall& call, int64_t first, int count,
+                       ConsistencyTile& tile) {
+  if (call.valid.data) {
+    load_integers(call.pixels, call.valid, first, count, tile.integers.get(), call.tile, 0);
+    for (int i = 0; i < call.tile; ++i) tile.valid[i] = tile.integers[i] ? -1 : 0;
+  } else {
+    std::fill_n(tile.valid.get(), count, -1);
+    std::fill(tile.valid.get() + count, tile.valid.get() + call.tile, 0);
+  }
+}
+
+inline floats limit_of(const ConsistencyCall& call, ints label) {
+  if (!call.threshold_by_label) return splat(call.threshold[0]);
+  alignas(64) int32_t labels[W];
+  alignas(64) float limits[W];
+  store(labels, label);
+  for (int i = 0; i < W; ++i) limits[i] = call.threshold[labels[i]];
+  return load(limits);
+}
+
+// What a stretch of pixels adds to the sums, lane by lane.
+struct Tally {
+  ints valid = isplat(0), passing = isplat(0);
+  floats score = splat(0), weight = splat(0), loss = splat(0);
+
+  void add_to(ConsistencySums& sums) const {
+    sums.valid += count_lanes(valid);
+    sums.selected += count_lanes(passing);
+    sums.score += sum_lanes(score);
+    sums.weight += sum_lanes(weight);
+    sums.loss += sum_lanes(loss);
+  }
+};
+
+// The weight of each pixel. "ratio" is 1 here: its factor is only known when every pixel has been
+// counted.
+inline floats weigh(const ConsistencyCall& call, const Teacher& teacher, ints valid,
+                    floats pixel_weight, Tally& tally) {
+  const Weight kind = Weight(call.weight);
+  const floats limit = limit_of(call, teacher.label);
+  const ints passing = valid & (call.strict ? teacher.score > limit : teacher.score >= limit);
+  const ints counts = kind <= Weight::confidence ? passing : valid;
+  const floats base = kind == Weight::confidence ? teacher.score : splat(1);
+  const floats weight = select(counts & (base != 0.0f), base * pixel_weight, splat(0));
+  tally.valid += valid;
+  tally.passing += passing;
+  tally.score += select(valid, teacher.score, splat(0));
+  tally.weight += weight;
+  return weight;
+}
+
+// Loss of W pixels added to the tally; z becomes the gradient, exactly 0 where the weight is 0.
+template <Loss LOSS>
+inline void add_loss(const ConsistencyCall& call, Column z, Column y, const Teacher& teacher,
+                     floats weight, Tally& tally) {
+  const float per_class = call.class_mean && LOSS != Loss::ce ? 1.0f / float(call.classes) : 1.0f;
+  const floats scaled = weight * per_class;
+  const ints active = weight != 0.0f;
+  const floats value =
+      consistency_pixel<LOSS>(z, y, teacher, scaled * call.gradient_scale, call.classes);
+  tally.loss += select(active, scaled * value, splat(0));
+  if (!any(~active)) return;
+  for (int c = 0; c < call.classes; ++c) z[c] = select(active, z[c], splat(0));
+}
+
+inline void add_loss(const ConsistencyCall& call, Column z, Column y, const Teacher& teacher,
+                     floats weight, Tally& tally) {
+  switch (Loss(call.loss)) {
+    case Loss::mse: return add_loss<Loss::mse>(call, z, y, teacher, weight, tally);
+    case Loss::kl: return add_loss<Loss::kl>(call, z, y, teacher, weight, tally);
+    case Loss::soft_ce: return add_loss<Loss::soft_ce>(call, z, y, teacher, weight, tally);
+    case Loss::ce: return add_loss<Loss::ce>(call, z, y, teacher, weight, tally);
+    case Loss::bce: return add_loss<Loss::bce>(call, z, y, teacher, weight, tally);
+    case Loss::js: return add_loss<Loss::js>(call, z, y, teacher, weight, tally);
+  }
+}
+
+// The weights of a tile; true if any is not 0.
+inline bool weigh_tile(const ConsistencyCall& call, int64_t first, int count,
+                       ConsistencyTile& tile, Tally& tally) {
+  find_valid(call, first, count, tile);
+  if (call.pixel_weight.data)
+    load_tile(call.pixels, call.pixel_weight, first, count, 1, tile.weight.get(), call.tile);
+  ints active = isplat(0);
+  for (int lane = 0; lane < count; lane += W) {
+    const floats factor = call.pixel_weight.data ? load(&tile.weight[lane]) : splat(1);
+    const floats weight =
+        weigh(call, tile.teacher.at(lane), load(&tile.valid[lane]), factor, tally);
+    store(&tile.weight[lane], weight);
+    active = active | (weight != 0.0f);
+  }
+  return any(active);
+}
+
+inline void loss_tile(const ConsistencyCall& call, int64_t first, int count, ConsistencyTile& tile,
+                      Tally& tally) {
+  for (int lane = 0; lane < count; lane += W) {
+    prefetch_pixels(call.pixels, call.student, first + call.tile + lane, call.classes);
+    const Column z{&tile.student[lane], row(call.tile)};
+    const Column y{&tile.teacher.column[lane], row(call.tile)};
+    const floats weight = load(&tile.weight[lane]);
+    if (any(weight != 0.0f))
+      add_loss(call, z, y, tile.teacher.at(lane), weight, tally);
+    else
+      for (int c = 0; c < call.classes; ++c) z[c] = splat(0);
+  }
+}
+
+inline void consistency(const ConsistencyCall& call, int64_t begin_tile, int64_t end_tile) {
+  ConsistencyTile tile(call);
+  const int64_t elements = call.classes * row(call.tile);
+  for (int64_t t = begin_tile; t < end_tile; ++t) {
+    const int64_t first = t * call.tile;
+    const int count = int(std::min<int64_t>(call.tile, call.pixels.count - first));
+    teacher_tile(Kind(call.kind), call.pixels, call.teacher, call.members, call.classes,
+                 call.inverse_temperature, first, count, call.tile, tile.teacher);
+    Tally tally;
+    if (weigh_tile(call, first, count, tile, tally)) {
+      load_tile(call.pixels, call.student, first, count, call.classes, tile.student.get(),
+                call.tile);
+      loss_tile(call, first, count, tile, tally);
+    } else if (call.gradient.data) {
+      std::fill_n(tile.student.get(), elements, 0.0f);
+    }
+    call.sums[t] = {};
+    tally.add_to(call.sums[t]);
+    if (call.gradient.data)
+      store_tile(call.pixels, call.gradient, first, count, call.classes, tile.student.get(),
+                 call.tile);
+  }
+}
+
+}  // namespace FASTMT_ISA

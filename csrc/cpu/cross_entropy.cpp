@@ -1,0 +1,111 @@
+#include <numeric>
+
+#include "cpu/cells_host.h"
+#include "cpu/host.h"
+
+namespace fastmt {
+
+namespace {
+
+enum Normalize { all, valid, weight };
+
+CrossEntropySums add(const std::vector<CrossEntropySums>& parts) {
+  CrossEntropySums total{};
+  for (const CrossEntropySums& part : parts) {
+    if (part.wrong && !total.wrong) total.wrong_label = part.wrong_label;
+    total.loss += part.loss;
+    total.weight += part.weight;
+    total.valid += part.valid;
+    total.wrong += part.wrong;
+  }
+  return total;
+}
+
+CrossEntropySums run_dense(CrossEntropyCall call, const Tensor& logits, const Tensor& labels,
+                           const std::optional<Tensor>& pixel_weight,
+                           const std::optional<Tensor>& gradient) {
+  std::vector<Operand> operands{{&call.logits, &logits, true}, {&call.labels, &labels, false}};
+  if (gradient) operands.push_back({&call.gradient, &*gradient, true});
+  if (pixel_weight) operands.push_back({&call.pixel_weight, &*pixel_weight, false});
+  call.pixels = describe(operands);
+  call.tile = tile_size(call.classes);
+  const int64_t tiles = (call.pixels.count + call.tile - 1) / call.tile;
+  std::vector<CrossEntropySums> sums(tiles);
+  call.sums = sums.data();
+  for_each_stretch(tiles, 16, [&](int64_t begin, int64_t end) {
+    kernels().cross_entropy(call, begin, end);
+  });
+  return add(sums);
+}
+
+CrossEntropySums run_cells(CrossEntropyCall call, const Tensor& logits, const Tensor& labels,
+                           const std::optional<Tensor>& pixel_weight,
+                           const std::optional<Tensor>& gradient, bool align_corners) {
+  CellTables tables(logits, {}, labels.size(1), labels.size(2), align_corners);
+  if (gradient) {
+    tables.make_edges(logits);
+    call.gradient = image_view(*gradient);
+  }
+  call.labels = map_view(labels);
+  call.pixel_weight = map_view(pixel_weight);
+  std::vector<CrossEntropySums> sums(tables.groups());
+  call.sums = sums.data();
+  for_each_stretch(tables.groups(), 1, [&](int64_t begin, int64_t end) {
+    kernels().cells_cross_entropy(call, tables.cells, begin, end);
+  });
+  if (gradient)
+    for_each_stretch(tables.groups(), 4, [&](int64_t begin, int64_t end) {
+      kernels().cells_join(call.gradient, tables.cells, begin, end);
+    });
+  return add(sums);
+}
+
+float mean_of(const float* class_weight, int classes) {
+  if (!class_weight) return 1;
+  return float(std::accumulate(class_weight, class_weight + classes, 0.0) / classes);
+}
+
+bool same_size(const Tensor& logits, const Tensor& labels) {
+  for (int64_t d = 1; d < labels.dim(); ++d)
+    if (labels.size(d) != logits.size(d + 1)) return false;
+  return true;
+}
+
+}  // namespace
+
+// (loss, scale, gradient, wrong labels, the first of them): d loss / d logits is scale * gradient.
+std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t> cross_entropy(
+    const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
+    const std::optional<Tensor>& class_weight, const std::vector<int64_t>& options,
+    double label_smoothing, bool align_corners, bool wants_gradient) {
+  CrossEntropyCall call{};
+  call.classes = int(logits.size(1));
+  call.class_weight = class_weight ? static_cast<const float*>(class_weight->data_ptr()) : nullptr;
+  call.mean_class_weight = mean_of(call.class_weight, call.classes);
+  call.ignore_index = options[0];
+  const int normalize = int(options[1]);
+  call.label_smoothing = float(label_smoothing);
+
+  const int64_t pixels = labels.numel();
+  const GradientScale scale = gradient_scale(logits, pixels, normalize == Normalize::all);
+  call.gradient_scale = scale.inside;
+
+  std::optional<Tensor> gradient;
+  if (wants_gradient) gradient = empty_output_like(logits);
+  CrossEntropySums total{};
+  if (pixels > 0)
+    total = same_size(logits, labels)
+                ? run_dense(call, logits, labels, pixel_weight, gradient)
+                : run_cells(call, logits, labels, pixel_weight, gradient, align_corners);
+
+  const double denominator = normalize == Normalize::all     ? double(pixels)
+                             : normalize == Normalize::valid ? double(total.valid)
+                                                             : total.weight;
+  const double share = denominator == 0 ? 0 : 1 / denominator;
+  return {scalar_tensor(logits, denominator == 0 ? 0 : total.loss * share),
+          scalar_tensor(logits, scale.outside(share)),
+          gradient ? *gradient : torch::stable::new_empty(logits, {0}), total.wrong,
+          total.wrong_label};
+}
+
+}  // namespace fastmt

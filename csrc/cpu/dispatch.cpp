@@ -1,0 +1,61 @@
+// Takes the kernels of the widest instruction set that the processor has, once, at the first call.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/calls.h"
+
+namespace baseline {
+extern const fastmt::Kernels table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const fastmt::Kernels table;
+}
+namespace avx512 {
+extern const fastmt::Kernels table;
+}
+#endif
+
+namespace fastmt {
+
+namespace {
+
+bool has(const std::string& name) {
+  if (name == "baseline") return true;
+#if defined(__x86_64__)
+  if (name == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return false;
+}
+
+const Kernels& table_of(const std::string& name) {
+#if defined(__x86_64__)
+  if (name == "avx512") return avx512::table;
+  if (name == "avx2") return avx2::table;
+#endif
+  return baseline::table;
+}
+
+const Kernels& pick() {
+  if (const char* asked = std::getenv("FASTMT_CPU_ISA")) {
+    if (has(asked)) return table_of(asked);
+    throw std::runtime_error("FASTMT_CPU_ISA: got '" + std::string(asked) +
+                             "', expected baseline, avx2 or avx512 as this processor has them");
+  }
+  for (const char* name : {"avx512", "avx2"})
+    if (has(name)) return table_of(name);
+  return table_of("baseline");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = pick();
+  return chosen;
+}
+
+}  // namespace fastmt

@@ -1,0 +1,108 @@
+#include "cpu/host.h"
+
+#include <algorithm>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastmt {
+
+Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    case ScalarType::Bool:
+    case ScalarType::Byte: return Type::uint8;
+    case ScalarType::Long: return Type::int64;
+    default: STD_TORCH_CHECK(false, "dtype not supported by the C++ kernels");
+  }
+  return Type::float32;
+}
+
+namespace {
+
+// Sizes and strides of the pixel dimensions of an operand, size-1 dimensions left out.
+void fill(const Operand& operand, Pixels* pixels) {
+  const Tensor& tensor = *operand.tensor;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  View& view = *operand.view;
+  view.data = tensor.data_ptr();
+  view.type = type_of(tensor);
+  view.class_stride = operand.has_classes ? strides[1] : 0;
+  pixels->rank = 0;
+  pixels->count = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (operand.has_classes && d == 1) continue;
+    pixels->count *= sizes[d];
+    if (sizes[d] == 1) continue;
+    STD_TORCH_CHECK(pixels->rank < MAX_RANK, "more than ", MAX_RANK, " dimensions");
+    pixels->size[pixels->rank] = sizes[d];
+    view.stride[pixels->rank++] = strides[d];
+  }
+}
+
+bool adjacent(const std::vector<Operand>& operands, const Pixels& pixels, int outer, int inner) {
+  return std::all_of(operands.begin(), operands.end(), [&](const Operand& operand) {
+    const View& view = *operand.view;
+    return view.stride[outer] == view.stride[inner] * pixels.size[inner];
+  });
+}
+
+}  // namespace
+
+Pixels describe(const std::vector<Operand>& operands) {
+  Pixels pixels;
+  for (const Operand& operand : operands) fill(operand, &pixels);
+  if (pixels.rank == 0) {
+    pixels.rank = 1;
+    pixels.size[0] = 1;
+    for (const Operand& operand : operands) operand.view->stride[0] = 1;
+  }
+  int kept = 0;
+  for (int d = 1; d < pixels.rank; ++d) {
+    const bool merged = adjacent(operands, pixels, kept, d);
+    const int64_t size = merged ? pixels.size[kept] * pixels.size[d] : pixels.size[d];
+    if (!merged) ++kept;
+    pixels.size[kept] = size;
+    for (const Operand& operand : operands) operand.view->stride[kept] = operand.view->stride[d];
+  }
+  pixels.rank = kept + 1;
+  return pixels;
+}
+
+int tile_size(int64_t classes) {
+  constexpr int64_t floats_in_cache = 16 * 1024;
+  constexpr int64_t step = 32;  // lanes of the widest instruction set
+  return int(std::clamp<int64_t>(floats_in_cache / (2 * classes) / step * step, step, 256));
+}
+
+Tensor empty_output_like(const Tensor& tensor) {
+  Tensor output = torch::stable::empty_like(tensor);
+#if defined(__linux__)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(output.data_ptr());
+  const uintptr_t end = begin + uintptr_t(output.numel()) * output.element_size();
+  const uintptr_t first = (begin + page - 1) / page * page;
+  if (end >= first + 2 * page)
+    madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
+#endif
+  return output;
+}
+
+GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels) {
+  const bool half = type_of(logits) != Type::float32;
+  if (pixels == 0) return {1, false};
+  if (by_pixels && !half) return {float(1 / double(pixels)), true};
+  const double cells = double(logits.numel()) / double(logits.size(1));
+  const double in_cell = half ? double(pixels) / cells : 1;
+  return {float(1 / std::max(in_cell, 1.0)), false};
+}
+
+Tensor scalar_tensor(const Tensor& like, double value) {
+  Tensor scalar = torch::stable::new_empty(like, {}, ScalarType::Float);
+  *static_cast<float*>(scalar.data_ptr()) = float(value);
+  return scalar;
+}
+
+}  // namespace fastmt

@@ -1,0 +1,68 @@
+// What every operation does around its kernel: describe the operands, share out tiles, allocate.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/calls.h"
+
+namespace fastmt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Type type_of(const Tensor& tensor);
+
+// A tensor (N, C, *spatial) with its class dimension, or a map (N, *spatial) without one.
+struct Operand {
+  View* view;
+  const Tensor* tensor;
+  bool has_classes;
+};
+
+// Fills in the views, and merges the dimensions that are adjacent in memory in all of them.
+Pixels describe(const std::vector<Operand>& operands);
+
+// Pixels in a tile: student and teacher buffers of a tile stay in the fast caches.
+int tile_size(int64_t classes);
+
+// f(begin, end) over [0, tiles): short stretches handed to whichever thread is free. Results must
+// not depend on which thread runs which stretch.
+template <class F>
+void for_each_stretch(int64_t tiles, int64_t stretch, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(stretch)) < tiles;)
+      f(begin, begin + stretch < tiles ? begin + stretch : tiles);
+  };
+  const int64_t stretches = (tiles + stretch - 1) / stretch;
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads < stretches ? threads : stretches, 1, work);
+}
+
+// An uninitialised tensor like `tensor`; a large one is backed by huge pages, because the page
+// faults of a fresh gradient cost more time than the kernel that fills it.
+Tensor empty_output_like(const Tensor& tensor);
+
+// How a gradient is scaled: `inside` the kernel, and by the rest when backward hands it out.
+struct GradientScale {
+  float inside;
+  bool complete;
+  double outside(double wanted) const { return complete ? 1 : wanted / double(inside); }
+};
+
+// A float32 gradient takes its denominator, the number of pixels, inside where that is known. In
+// half precision it would drown in the subnormals before the caller's loss scale lifts it; there
+// only the pixels of one low-resolution cell are divided out, so that their sum stays in range.
+GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels);
+
+Tensor scalar_tensor(const Tensor& like, double value);
+
+}  // namespace fastmt

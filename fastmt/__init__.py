@@ -1,0 +1,32 @@
+"""fastmt: fast mean-teacher training of dense prediction."""
+
+from fastmt import perturb, schedules, style
+from fastmt.backends import backend, explain
+from fastmt.confidence import softmax_confidence
+from fastmt.consistency import ConsistencyLoss, consistency_loss
+from fastmt.cross_entropy import CrossEntropy, cross_entropy
+from fastmt.ema import ema_update_
+from fastmt.reference import Confidence, ConsistencyStats
+from fastmt.teacher import EMATeacher
+from fastmt.trainer import MeanTeacher, StepReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Confidence",
+    "ConsistencyLoss",
+    "ConsistencyStats",
+    "CrossEntropy",
+    "EMATeacher",
+    "MeanTeacher",
+    "StepReport",
+    "backend",
+    "consistency_loss",
+    "cross_entropy",
+    "ema_update_",
+    "explain",
+    "perturb",
+    "schedules",
+    "softmax_confidence",
+    "style",
+]

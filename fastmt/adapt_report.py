@@ -1,0 +1,111 @@
+"""What an adaptation run leaves: the table, the figures as JSON, and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmt.adapt import VARIANTS, predict
+from fastmt.data import SegmentationDataset
+from fastmt.metrics import ConfusionMatrix
+from fastmt.pictures import colour, panel
+
+_TITLES = {"source_only": "source only", "adapted": "adapted"}
+_PICTURE_ROWS = 4
+
+Scores = Mapping[str, Sequence[ConfusionMatrix]]  # variant -> one matrix a seed
+
+
+def table(scores: Scores, classes: Sequence[str]) -> str:
+    """Markdown: IoU in percent, mean and each class; over several seeds mean ± deviation."""
+    ious = {variant: _percent(scores[variant]) for variant in VARIANTS}  # (seeds, 1 + C)
+    lines = [
+        f"| IoU, % | {' | '.join(_TITLES[variant] for variant in VARIANTS)} | change |",
+        "|---|---:|---:|---:|",
+    ]
+    for row, name in enumerate(["**mean**", *classes]):
+        before, after = (ious[variant][:, row] for variant in VARIANTS)
+        change = _mean(after) - _mean(before)
+        sign = "-" if math.isnan(change) else f"{change:+.1f}"
+        lines.append(f"| {name} | {_spread(before)} | {_spread(after)} | {sign} |")
+    return "\n".join(lines)
+
+
+def results(scores: Scores, classes: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """The same figures for JSON: fractions, None for a class in neither truth nor prediction."""
+    return {
+        variant: {
+            "miou": [matrix.miou() for matrix in scores[variant]],
+            "pixel_accuracy": [matrix.pixel_accuracy() for matrix in scores[variant]],
+            "iou": [
+                {n: None if math.isnan(v) else v for n, v in zip(classes, iou, strict=True)}
+                for iou in (matrix.iou().tolist() for matrix in scores[variant])
+            ],
+        }
+        for variant in VARIANTS
+    } | {"seeds": list(seeds)}
+
+
+def versions() -> dict[str, str]:
+    from fastmt import __version__
+
+    return {"fastmt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_results(path: Path, figures: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(figures, indent=2) + "\n")
+
+
+def picture(
+    path: Path,
+    networks: Mapping[str, nn.Module],
+    dataset: SegmentationDataset,
+    device: torch.device,
+) -> None:
+    """A few test images: image, truth, and what each network makes of it."""
+    count = min(_PICTURE_ROWS, len(dataset))
+    rows = []
+    for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
+        image, label = dataset[index]
+        maps = [label, *(predict(networks[v], image, device) for v in VARIANTS)]
+        coloured = [colour(ids, dataset.palette) for ids in maps]
+        rows.append([image.permute(1, 2, 0).contiguous(), *coloured])
+    titles = ["image", "truth", *(_TITLES[variant] for variant in VARIANTS)]
+    panel(rows, titles, path, legend=(dataset.classes, dataset.palette))
+
+
+def _percent(matrices: Sequence[ConfusionMatrix]) -> np.ndarray:
+    """(seeds, 1 + C): the mean IoU, then that of each class."""
+    return 100 * np.array([[matrix.miou(), *matrix.iou().tolist()] for matrix in matrices])
+
+
+def _mean(values: np.ndarray) -> float:
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if present.size else math.nan
+
+
+def _spread(values: np.ndarray) -> str:
+    present = values[~np.isnan(values)]
+    if not present.size:
+        return "-"
+    mean = f"{present.mean():.1f}"
+    return mean if present.size == 1 else f"{mean} ± {present.std(ddof=1):.1f}"

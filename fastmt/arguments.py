@@ -1,0 +1,125 @@
+"""Checks of arguments shared by the operations: which argument, what came, what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
+def check_choice(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, options))}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: got {type(logits).__name__}, expected a tensor of logits")
+    if logits.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {logits.dtype}, expected float32, bfloat16, float16, float64")
+    if logits.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {logits.layout}, expected a strided tensor")
+    if logits.ndim < 2 or logits.shape[1] == 0:
+        raise ValueError(
+            f"{name}: got shape {shape(logits)}, expected (N, C, *spatial) with C >= 1"
+        )
+
+
+def ensemble(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The detached members of an ensemble: one tensor of logits, or a sequence of equal N and C."""
+    members = [logits] if isinstance(logits, Tensor) else list(logits)
+    if not members:
+        raise ValueError(f"{name}: got an empty sequence, expected at least one tensor of logits")
+    for member in members:
+        check_logits(name, member)
+        if member.shape[:2] != members[0].shape[:2] or member.ndim != members[0].ndim:
+            raise ValueError(
+                f"{name}: members of shapes {shape(members[0])} and {shape(member)} differ in N, C "
+                "or rank; expected the same"
+            )
+        check_device(name, member, members[0].device)
+    return [member.detach() for member in members]
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, expected {device}")
+
+
+def output_shape(
+    named_logits: Sequence[tuple[str, Tensor]], size: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The output pixels (N, *out) of logits that are up-sampled to `size`, or agree without it."""
+    first_name, first = named_logits[0]
+    spatial = first.ndim - 2
+    if size is None:
+        for name, logits in named_logits:
+            if logits.shape[2:] != first.shape[2:]:
+                raise ValueError(
+                    f"{name}: got spatial size {tuple(logits.shape[2:])}, {first_name} has "
+                    f"{tuple(first.shape[2:])}; give size= to up-sample both"
+                )
+        return (first.shape[0], *first.shape[2:])
+    if not isinstance(size, Sequence) or not all(isinstance(n, int) for n in size):
+        raise TypeError(f"size: got {size!r}, expected a sequence of integers")
+    if not 1 <= spatial <= 3 or len(size) != spatial:
+        raise ValueError(
+            f"size: got {tuple(size)}, expected {spatial} integers, one for each spatial dimension "
+            f"of {first_name} {shape(first)} (1 to 3 dimensions can be up-sampled)"
+        )
+    if min(size) < 1:
+        raise ValueError(f"size: got {tuple(size)}, expected positive integers")
+    for name, logits in named_logits:
+        if 0 in logits.shape[2:]:
+            raise ValueError(f"{name}: got shape {shape(logits)}, cannot up-sample zero pixels")
+    return (first.shape[0], *size)
+
+
+def check_map(
+    name: str,
+    tensor: Tensor | None,
+    expected: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    """A map of one value a pixel: shape (N, *out), one of `dtypes`, no gradient, same device."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got {tensor.dtype}, expected {names}")
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name}: got shape {shape(tensor)}, expected {tuple(expected)}")
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: requires grad, but is not differentiable; pass {name}.detach()")
+    check_device(name, tensor, device)
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """ValueError for a label outside 0..C-1; reads the labels, so only for tensors on the CPU."""
+    labels = labels.long()  # a uint8 tensor would compare with 300 as with 44
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        raise ValueError(label_message(int(labels[wrong][0]), classes, ignore_index))
+
+
+def label_message(label: int, classes: int, ignore_index: int) -> str:
+    return (
+        f"labels: got label {label}, expected 0..{classes - 1} or ignore_index={ignore_index} "
+        f"for logits of {classes} classes"
+    )

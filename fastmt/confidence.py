@@ -1,0 +1,76 @@
+"""Softmax confidence: how sure a teacher is at each pixel, and of what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmt import arguments, backends, reference
+from fastmt.reference import Confidence
+
+KINDS = ("max_prob", "entropy", "margin")
+
+
+def softmax_confidence(
+    logits: Tensor | Sequence[Tensor],
+    *,
+    kind: str = "max_prob",
+    temperature: float = 1.0,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+) -> Confidence:
+    """Score in [0, 1] and most probable class of each pixel of q = softmax(logits / temperature).
+
+    Args:
+        logits: (N, C, *spatial), float32, bfloat16, float16 or float64, any strides. A sequence is
+            an ensemble: the softmaxes are averaged before they are scored.
+        kind: "max_prob" max_c q_c; "entropy" 1 - H(q) / ln C; "margin" largest minus second
+            largest q_c.
+        temperature: positive; above 1 softens q.
+        size: output size of the spatial dimensions; the logits are up-sampled to it as by
+            F.interpolate (bilinear in 2-D) before the softmax. None: the logits' own.
+        align_corners: as in F.interpolate.
+
+    Returns:
+        Confidence(score, label): score float32 (float64 for float64 logits) and label int64, both
+        (N, *out). Neither is differentiable. A pixel whose logits hold a NaN scores NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    members = arguments.ensemble("logits", logits)
+    arguments.check_choice("kind", kind, KINDS)
+    arguments.check_positive("temperature", temperature)
+    arguments.output_shape([("logits", member) for member in members], size)
+    choice = backends.choose(
+        "softmax_confidence",
+        members,
+        obstacle=upsampling_obstacle(members, size)
+        or backends.classes_obstacle(members[0].shape[1]),
+    )
+    if choice.backend == "eager":
+        return reference.softmax_confidence(
+            members, kind=kind, temperature=temperature, size=size, align_corners=align_corners
+        )
+    inside = upsampled_inside(members, size)
+    return Confidence(
+        *torch.ops.fastmt.softmax_confidence(
+            members, KINDS.index(kind), 1 / temperature, inside, align_corners
+        )
+    )
+
+
+def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> list[int] | None:
+    """The size that the kernel has to up-sample to; None where all logits have it already."""
+    if size is None or all(tuple(member.shape[2:]) == tuple(size) for member in logits):
+        return None
+    return list(size)
+
+
+def upsampling_obstacle(logits: Sequence[Tensor], size: Sequence[int] | None) -> str | None:
+    """Up-sampling inside the kernels is bilinear."""
+    if upsampled_inside(logits, size) is not None and logits[0].ndim != 4:
+        return f"up-sampling {logits[0].ndim - 2}-D logits is done by the reference"
+    return None

@@ -1,0 +1,271 @@
+"""Consistency loss: the student learns from the teacher's confident pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastmt import arguments, backends, gradients, reference
+from fastmt.confidence import KINDS, upsampled_inside, upsampling_obstacle
+from fastmt.reference import ConsistencyStats
+
+LOSSES = ("mse", "kl", "soft_ce", "ce", "bce", "js")
+CLASS_REDUCTIONS = ("sum", "mean")
+WEIGHTS = ("mask", "confidence", "ratio", "none")
+NORMALIZATIONS = ("all", "valid", "selected", "weight")
+
+
+def consistency_loss(
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    loss: str = "mse",
+    class_reduction: str = "sum",
+    confidence: str = "max_prob",
+    weight: str = "mask",
+    threshold: float | Tensor = 0.968,
+    strict: bool = False,
+    temperature: float = 1.0,
+    pixel_weight: Tensor | None = None,
+    valid: Tensor | None = None,
+    normalize: str = "all",
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, ConsistencyStats]:
+    """Mean over pixels of weight * loss between p = softmax(student) and q = softmax(teacher / T).
+
+    Args:
+        student: logits (N, C, *spatial); float32, bfloat16, float16 or float64, any strides.
+            Differentiable once.
+        teacher: logits of the same N and C, or a sequence of them, whose softmaxes are averaged.
+            Never receives a gradient.
+        loss: "mse" sum (p-q)^2; "kl" KL(q||p); "soft_ce" -sum q log p; "ce" -log p[argmax q];
+            "bce" -sum q log p + (1-q) log(1-p); "js" the Jensen-Shannon divergence (nats).
+        class_reduction: "sum" over classes, or their "mean" ("ce" has no sum and ignores it).
+        confidence: score of q, see softmax_confidence: "max_prob", "entropy" or "margin".
+        weight: of a pixel: "mask" 1 where score >= threshold; "confidence" the score where it
+            passes; "ratio" the fraction of valid pixels that pass, the same for all; "none" 1.
+        threshold: float, 0-dim tensor, or (C,) tensor indexed by the teacher's label.
+        strict: a pixel passes with score > threshold instead of >=.
+        temperature: of the teacher's softmax, positive.
+        pixel_weight: float (N, *out), multiplies the weight. Not differentiable.
+        valid: bool (N, *out); False pixels are ignored.
+        normalize: divide the sum by the number of "all" pixels, of "valid" ones, of "selected"
+            ones (valid and passing), or by the "weight" (its sum). Nothing to divide by: loss 0.
+        size, align_corners: up-sample both logits to `size` first, as F.interpolate does.
+        return_stats: also return ConsistencyStats(selected, mean_score) over the valid pixels.
+
+    Returns:
+        0-dim loss, float32 (float64 for float64 logits). A pixel of weight 0 has a gradient of
+        exactly 0, whatever its logits hold.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Source:
+        Tarvainen & Valpola 2017 ("mse"); French et al. 2020 (masking by confidence, "bce");
+        Yu et al. 2019 (entropy); Tranheden et al. 2021 ("ce" with "ratio").
+    """
+    members = arguments.ensemble("teacher", teacher)
+    arguments.check_logits("student", student)
+    out = _check_call(student, members, size, pixel_weight, valid, threshold)
+    _check_options(loss, class_reduction, confidence, weight, normalize, temperature)
+    classes = student.shape[1]
+    choice = backends.choose(
+        "consistency_loss",
+        [student, *members],
+        obstacle=upsampling_obstacle([student, *members], size)
+        or backends.classes_obstacle(classes),
+    )
+    if choice.backend == "eager":
+        return reference.consistency_loss(
+            student,
+            members,
+            loss=loss,
+            class_reduction=class_reduction,
+            confidence=confidence,
+            weight=weight,
+            threshold=threshold,
+            strict=strict,
+            temperature=temperature,
+            pixel_weight=pixel_weight,
+            valid=valid,
+            normalize=normalize,
+            size=size,
+            align_corners=align_corners,
+            return_stats=return_stats,
+        )
+    options = [
+        LOSSES.index(loss),
+        CLASS_REDUCTIONS.index(class_reduction),
+        KINDS.index(confidence),
+        WEIGHTS.index(weight),
+        int(strict),
+        NORMALIZATIONS.index(normalize),
+    ]
+    inside = upsampled_inside([student, *members], size)
+    limits = torch.as_tensor(threshold, dtype=torch.float32).detach().reshape(-1).contiguous()
+    maps = [
+        None if pixel_weight is None else pixel_weight.float().reshape(out),
+        valid,
+    ]
+    wants_gradient = torch.is_grad_enabled() and student.requires_grad
+    value, selected, mean_score = _ConsistencyLoss.apply(
+        student,
+        members,
+        limits,
+        maps,
+        options,
+        (1 / temperature, inside, align_corners),
+        wants_gradient,
+    )
+    return (value, ConsistencyStats(selected, mean_score)) if return_stats else value
+
+
+def _check_call(
+    student: Tensor,
+    members: list[Tensor],
+    size: Sequence[int] | None,
+    pixel_weight: Tensor | None,
+    valid: Tensor | None,
+    threshold: float | Tensor,
+) -> tuple[int, ...]:
+    teacher, device = members[0], student.device
+    if student.shape[:2] != teacher.shape[:2] or student.ndim != teacher.ndim:
+        raise ValueError(
+            f"teacher: got shape {arguments.shape(teacher)}, expected the N, C and rank of student "
+            f"{arguments.shape(student)}"
+        )
+    arguments.check_device("teacher", teacher, device)
+    named = [("student", student), *(("teacher", member) for member in members)]
+    out = arguments.output_shape(named, size)
+    arguments.check_map("pixel_weight", pixel_weight, out, arguments.FLOATS, device)
+    arguments.check_map("valid", valid, out, (torch.bool,), device)
+    classes = student.shape[1]
+    if not isinstance(threshold, Tensor):
+        if not isinstance(threshold, (int, float)):
+            raise TypeError(
+                f"threshold: got {type(threshold).__name__}, expected a float or a tensor"
+            )
+    elif threshold.ndim > 1 or (threshold.ndim == 1 and len(threshold) != classes):
+        raise ValueError(
+            f"threshold: got shape {arguments.shape(threshold)}, expected a 0-dim tensor or "
+            f"({classes},), one for each class"
+        )
+    elif threshold.ndim == 1 or threshold.device.type != "cpu":
+        arguments.check_device("threshold", threshold, device)
+    return out
+
+
+def _check_options(
+    loss: str,
+    class_reduction: str,
+    confidence: str,
+    weight: str,
+    normalize: str,
+    temperature: float,
+) -> None:
+    arguments.check_choice("loss", loss, LOSSES)
+    arguments.check_choice("class_reduction", class_reduction, CLASS_REDUCTIONS)
+    arguments.check_choice("confidence", confidence, KINDS)
+    arguments.check_choice("weight", weight, WEIGHTS)
+    arguments.check_choice("normalize", normalize, NORMALIZATIONS)
+    arguments.check_positive("temperature", temperature)
+
+
+class _ConsistencyLoss(torch.autograd.Function):
+    """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
+
+    @staticmethod
+    def forward(ctx, student, members, limits, maps, options, sampling, wants_gradient):
+        call = (student, members, limits, *maps, options, *sampling)
+        value, selected, mean_score, scale, gradient = torch.ops.fastmt.consistency_loss(
+            *call, wants_gradient
+        )
+        ctx.mark_non_differentiable(selected, mean_score)
+        ctx.set_materialize_grads(False)
+        if wants_gradient:
+            # The teacher's logits may be inference tensors, which save_for_backward refuses.
+            ctx.save_for_backward(student)
+            ctx.gradient, ctx.scale = gradient, scale
+            ctx.again = lambda z: torch.ops.fastmt.consistency_loss(z, *call[1:], True)[-1]
+        return value, selected, mean_score
+
+    @staticmethod
+    def backward(ctx, grad_value, *_):
+        return gradients.hand_over(ctx, grad_value), *(None,) * 6
+
+
+class ConsistencyLoss(nn.Module):
+    """Module twin of consistency_loss: the options are given once, the tensors at each call.
+
+    Args:
+        **options: loss, class_reduction, confidence, weight, threshold, strict, temperature,
+            normalize, align_corners, return_stats, with the defaults of consistency_loss.
+    """
+
+    _OPTIONS = (
+        "loss",
+        "class_reduction",
+        "confidence",
+        "weight",
+        "threshold",
+        "strict",
+        "temperature",
+        "normalize",
+        "align_corners",
+        "return_stats",
+    )
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        for name in options:
+            if name not in self._OPTIONS:
+                raise TypeError(f"{name}: not an option; expected {', '.join(self._OPTIONS)}")
+        defaults = consistency_loss.__kwdefaults__
+        self.options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
+        _check_options(
+            *(self.options[name] for name in ("loss", "class_reduction", "confidence", "weight")),
+            self.options["normalize"],
+            self.options["temperature"],
+        )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: object) -> ConsistencyLoss:
+        """The consistency loss of a published method; `overrides` replace single options.
+
+        "mean_teacher" Tarvainen & Valpola 2017; "uamt" Yu et al. 2019 (its threshold moves: pass
+        schedules.UncertaintyThreshold at each call); "dacs" Tranheden et al. 2021; "daformer"
+        Hoyer et al. 2022; "unimatch" Yang et al. 2023.
+        """
+        arguments.check_choice("preset", name, tuple(PRESETS))
+        return cls(**{**PRESETS[name], **overrides})
+
+    def forward(
+        self, student: Tensor, teacher: Tensor | Sequence[Tensor], **call: object
+    ) -> Tensor | tuple[Tensor, ConsistencyStats]:
+        """consistency_loss(student, teacher); `call` adds or overrides arguments of one call."""
+        return consistency_loss(student, teacher, **{**self.options, **call})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+_RATIO_OF_CONFIDENT = {"loss": "ce", "weight": "ratio", "threshold": 0.968, "normalize": "all"}
+PRESETS: dict[str, dict[str, object]] = {
+    "mean_teacher": {"loss": "mse", "class_reduction": "mean", "weight": "none"},
+    "uamt": {
+        "loss": "mse",
+        "class_reduction": "mean",
+        "confidence": "entropy",
+        "threshold": 0.25,
+        "strict": True,
+        "normalize": "selected",
+    },
+    "dacs": _RATIO_OF_CONFIDENT,
+    "daformer": _RATIO_OF_CONFIDENT,
+    "unimatch": {"loss": "ce", "weight": "mask", "threshold": 0.95, "normalize": "valid"},
+}

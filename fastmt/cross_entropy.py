@@ -1,0 +1,149 @@
+"""Cross-entropy: the student learns from labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmt import arguments, backends, gradients, reference
+from fastmt.confidence import upsampling_obstacle
+
+NORMALIZATIONS = ("all", "valid", "weight")
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    pixel_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: str = "valid",
+    align_corners: bool = False,
+) -> Tensor:
+    """Mean over pixels of -w_y log softmax(logits)_y.
+
+    Args:
+        logits: (N, C, *spatial); float32, bfloat16, float16 or float64, any strides.
+            Differentiable once.
+        labels: (N, *out), uint8 or int64, class ids 0..C-1 or ignore_index. Logits of another
+            spatial size are up-sampled to the labels' as by F.interpolate (bilinear in 2-D).
+        ignore_index: pixels with this label have loss and gradient exactly 0.
+        pixel_weight: float (N, *out), multiplied in. Not differentiable.
+        class_weight: float (C,). Not differentiable.
+        label_smoothing: e in [0, 1]: the target is (1 - e) * one-hot + e / C, as in PyTorch.
+        normalize: divide the sum by the number of "all" pixels, of "valid" (not ignored) ones, or
+            by the "weight", the sum of pixel_weight * class_weight[label] (PyTorch's mean).
+        align_corners: as in F.interpolate.
+
+    Returns:
+        0-dim loss, float32 (float64 for float64 logits); 0 where there is nothing to divide by.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; a label outside
+        0..C-1 is named.
+    """
+    arguments.check_logits("logits", logits)
+    classes, device = logits.shape[1], logits.device
+    _check_labels_shape(logits, labels)
+    arguments.check_map("pixel_weight", pixel_weight, labels.shape, arguments.FLOATS, device)
+    arguments.check_map("class_weight", class_weight, (classes,), arguments.FLOATS, device)
+    _check_options(normalize, label_smoothing)
+    size = tuple(labels.shape[1:])
+    choice = backends.choose(
+        "cross_entropy",
+        [logits],
+        obstacle=upsampling_obstacle([logits], size) or backends.classes_obstacle(classes),
+    )
+    if choice.backend == "eager":
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            arguments.check_labels(labels, classes, ignore_index)
+        return reference.cross_entropy(
+            logits,
+            labels,
+            ignore_index=ignore_index,
+            pixel_weight=pixel_weight,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            normalize=normalize,
+            align_corners=align_corners,
+        )
+    weights = [None if w is None else w.float().contiguous() for w in (pixel_weight, class_weight)]
+    options = [ignore_index, NORMALIZATIONS.index(normalize)]
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    smoothing = (label_smoothing, align_corners)
+    return _CrossEntropy.apply(logits, labels, weights, options, smoothing, wants_gradient)
+
+
+def _check_options(normalize: str, label_smoothing: float) -> None:
+    arguments.check_choice("normalize", normalize, NORMALIZATIONS)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
+
+
+def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got {type(labels).__name__}, expected a tensor")
+    if labels.ndim != logits.ndim - 1 or labels.shape[:1] != logits.shape[:1]:
+        raise ValueError(
+            f"labels: got shape {arguments.shape(labels)}, expected ({logits.shape[0]}, *out) with "
+            f"{logits.ndim - 2} spatial dimensions for logits {arguments.shape(logits)}"
+        )
+    arguments.check_map("labels", labels, labels.shape, (torch.uint8, torch.int64), logits.device)
+    if labels.shape[1:] != logits.shape[2:]:
+        arguments.output_shape([("logits", logits)], tuple(labels.shape[1:]))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, weights, options, smoothing, wants_gradient):
+        call = (labels, *weights, options, *smoothing)
+        value, scale, gradient, wrong, wrong_label = torch.ops.fastmt.cross_entropy(
+            logits, *call, wants_gradient
+        )
+        if wrong:
+            message = arguments.label_message(wrong_label, logits.shape[1], options[0])
+            raise ValueError(message)
+        ctx.set_materialize_grads(False)
+        if wants_gradient:
+            ctx.save_for_backward(logits)
+            ctx.gradient, ctx.scale = gradient, scale
+            ctx.again = lambda z: torch.ops.fastmt.cross_entropy(z, *call, True)[2]
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_value):
+        return gradients.hand_over(ctx, grad_value), *(None,) * 5
+
+
+class CrossEntropy(nn.Module):
+    """Module twin of cross_entropy: the options are given once, the tensors at each call.
+
+    Args:
+        class_weight: float (C,), kept as a buffer that moves with the module.
+        **options: ignore_index, label_smoothing, normalize, align_corners, with the defaults of
+            cross_entropy.
+    """
+
+    _OPTIONS = ("ignore_index", "label_smoothing", "normalize", "align_corners")
+
+    def __init__(self, *, class_weight: Tensor | None = None, **options: object) -> None:
+        super().__init__()
+        for name in options:
+            if name not in self._OPTIONS:
+                raise TypeError(f"{name}: not an option; expected {', '.join(self._OPTIONS)}")
+        defaults = cross_entropy.__kwdefaults__
+        self.options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
+        _check_options(self.options["normalize"], self.options["label_smoothing"])
+        self.register_buffer("class_weight", class_weight)
+
+    def forward(self, logits: Tensor, labels: Tensor, **call: object) -> Tensor:
+        """cross_entropy(logits, labels); `call` adds or overrides arguments of one call."""
+        options = {"class_weight": self.class_weight, **self.options, **call}
+        return cross_entropy(logits, labels, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,91 @@
+"""Checks of what a trainer is given, and the logits in what a network returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmt.arguments import shape
+
+LABEL_DTYPES = (torch.uint8, torch.int64)
+_AMP_DTYPES = (None, torch.bfloat16, torch.float16)
+_TOLERANCE = 0.01  # resizing and rounding may leave [0, 1] by a little
+
+
+def check_options(amp: torch.dtype | None, class_mixing: float, accumulate: int) -> None:
+    """Options of the trainer that no other part of it checks."""
+    if amp not in _AMP_DTYPES:
+        raise ValueError(f"amp: got {amp!r}, expected None, torch.bfloat16 or torch.float16")
+    if not 0 <= class_mixing <= 1:
+        raise ValueError(f"class_mixing: got {class_mixing}, expected a probability in [0, 1]")
+    if accumulate < 1:
+        raise ValueError(f"accumulate: got {accumulate}, expected at least 1")
+
+
+def check_images(name: str, images: Tensor, device: torch.device, like: Tensor, parts: int) -> None:
+    """Floating point images (N, C, *spatial) on `device`, N in equal parts, else as `like`."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name}: got {type(images).__name__}, expected a tensor of images")
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: got {images.dtype}, expected floats (divide uint8 by 255)")
+    if images.ndim < 3 or 0 in images.shape:
+        raise ValueError(f"{name}: got shape {shape(images)}, expected (N, C, *spatial), not empty")
+    if images.device != device:
+        raise ValueError(f"{name}: got images on {images.device}, expected the student's {device}")
+    if images.shape[1:] != like.shape[1:] or images.dtype != like.dtype:
+        raise ValueError(
+            f"{name}: got {images.dtype} {shape(images)}, expected the type, channels and size of "
+            f"source_images {like.dtype} {shape(like)}, as the student sees both in one forward"
+        )
+    if len(images) % parts:
+        raise ValueError(
+            f"{name}: got {len(images)} images, expected a multiple of {parts} (accumulate)"
+        )
+
+
+def check_range(name: str, images: Tensor) -> None:
+    """Images in [0, 1]; waits for the device, so for a first step only. NaN passes."""
+    low, high = (float(value) for value in images.aminmax())
+    if low < -_TOLERANCE or high > 1 + _TOLERANCE:
+        raise ValueError(
+            f"{name}: got values in [{low:g}, {high:g}], expected [0, 1] for style and jitter; "
+            "normalise inside the student instead"
+        )
+
+
+def check_labels(labels: Tensor, images: Tensor) -> None:
+    """Labels (N, *spatial), uint8 or int64, of the size and on the device of the images."""
+    if not isinstance(labels, Tensor) or labels.dtype not in LABEL_DTYPES:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"source_labels: got {got}, expected a tensor of uint8 or int64")
+    expected = (len(images), *images.shape[2:])
+    if labels.shape != expected or labels.device != images.device:
+        raise ValueError(
+            f"source_labels: got shape {shape(labels)} on {labels.device}, expected {expected} on "
+            f"{images.device} like source_images"
+        )
+
+
+def logits_of(output: Any, images: Tensor, name: str) -> Tensor:
+    """The logits (N, C, *spatial) that a network returned for images (N, C', *spatial').
+
+    A tensor is the logits itself; a mapping holds them under "out" (torchvision), any other object
+    as its attribute `logits` (transformers). Raises TypeError or ValueError naming the network.
+    """
+    if isinstance(output, Mapping) and "out" in output:
+        output = output["out"]
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(
+            f"{name}: returned {type(output).__name__}, expected logits: a floating point tensor, "
+            "a dict with 'out', or an object with .logits"
+        )
+    if logits.ndim != images.ndim or len(logits) != len(images):
+        raise ValueError(
+            f"{name}: returned shape {shape(logits)} for images {shape(images)}, expected "
+            f"logits ({len(images)}, C, *spatial)"
+        )
+    return logits

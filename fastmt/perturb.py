@@ -1,0 +1,184 @@
+"""Perturbations: the noisy views that student and teacher look at, and class-wise mixing.
+
+Every function returns new tensors, takes float16, bfloat16 and float32 images, stays on the device
+without waiting for it, and draws from `generator` (of the images' device) when one is given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["class_mix", "gaussian_noise", "mix", "photometric_jitter"]
+
+
+def gaussian_noise(
+    images: Tensor,
+    *,
+    sigma: float = 0.1,
+    clip: float = 0.2,
+    clamp: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return `images + clip(sigma * eps, -clip, clip)`, `eps` standard normal and drawn per value.
+
+    images: floating point, any shape; sigma and clip are in the images' unit (default: images in
+    [0, 1]). The result has the shape, dtype and memory layout of `images`. It may leave [0, 1]:
+    cutting it there would turn the noise one-sided in black and in saturated regions. `clamp=True`
+    cuts it nonetheless.
+
+    Differentiable in `images`. Raises TypeError for integer images, ValueError for negative sigma
+    or clip. Source: Yu et al., "Uncertainty-aware Self-ensembling Model", MICCAI 2019.
+    """
+    _check_floating("images", images)
+    _check_not_negative(sigma=sigma, clip=clip)
+    _check_generator(generator, images)
+    noise = torch.empty_like(images, requires_grad=False).normal_(generator=generator)
+    noisy = noise.mul_(sigma).clamp_(-clip, clip).add_(images)
+    return noisy.clamp(0.0, 1.0) if clamp else noisy
+
+
+def photometric_jitter(
+    images: Tensor,
+    *,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    greyscale: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Change brightness, contrast and saturation of each image by random factors; no pixel moves.
+
+    images: (N, 3, H, W), red green blue in [0, 1]. Each strength s draws one factor per image,
+    uniform in [max(0, 1 - s), 1 + s]. Brightness multiplies; contrast scales about the image's mean
+    luminance; saturation scales about each pixel's luminance; `greyscale` is the probability that
+    an image loses its colour altogether. The result has the shape and dtype of `images` and is
+    clamped to [0, 1].
+
+    Computed in float32, differentiable in `images`. Raises TypeError for integer images, ValueError
+    for another shape, a negative strength or a probability outside [0, 1].
+    """
+    _check_floating("images", images)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
+    _check_not_negative(brightness=brightness, contrast=contrast, saturation=saturation)
+    if not 0.0 <= greyscale <= 1.0:
+        raise ValueError(f"greyscale must be a probability in [0, 1], got {greyscale}")
+    _check_generator(generator, images)
+
+    draws = torch.rand((4, len(images), 1, 1, 1), device=images.device, generator=generator)
+    gain = _factor(brightness, draws[0])
+    scale = _factor(contrast, draws[1]) * gain
+    colour = _factor(saturation, draws[2]) * (draws[3] >= greyscale)
+
+    # Three linear steps whose luminance weights sum to 1 collapse into one expression.
+    pixels = images.float()
+    luminance = _luminance(pixels)  # (N, 1, H, W)
+    shift = (gain - scale) * luminance.mean(dim=(1, 2, 3), keepdim=True)
+    jittered = colour * scale * pixels + ((1.0 - colour) * scale * luminance + shift)
+    return jittered.clamp(0.0, 1.0).to(images.dtype)
+
+
+def class_mix(
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int = 255,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return a mask of the pixels of a random half of the classes in each label map, for `mix`.
+
+    labels: (N, H, W) or (N, *spatial), integer. Half of the classes present in each label map,
+    rounded up, are drawn without replacement; the mask (bool, shape of `labels`) is True on their
+    pixels and False on all others, `ignore_index` included. No gradient.
+
+    Raises TypeError for labels that are not integer, ValueError for num_classes < 1 and, on CPU,
+    for a label outside [0, num_classes) that is not `ignore_index`; on GPU such a pixel counts as
+    ignored. Sources: Olsson et al., "ClassMix", WACV 2021; Tranheden et al., "DACS", WACV 2021.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer, got {labels.dtype}")
+    if labels.ndim < 2:
+        raise ValueError(f"labels must have shape (N, *spatial), got {tuple(labels.shape)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be >= 1, got {num_classes}")
+    _check_generator(generator, labels)
+
+    label = labels.long().flatten(1)  # (N, P)
+    in_range = (label >= 0) & (label < num_classes)
+    ignored = label == ignore_index
+    if labels.device.type == "cpu":
+        _check_range(label, in_range | ignored, num_classes, ignore_index)
+    column = torch.where(in_range & ~ignored, label, num_classes)
+
+    # One column more than classes collects the ignored pixels; it is never present and never drawn.
+    present = torch.zeros(len(label), num_classes + 1, dtype=torch.bool, device=label.device)
+    present = present.scatter(1, column, True)
+    present[:, num_classes] = False
+    draws = torch.rand(present.shape, device=label.device, generator=generator)
+    rank = draws.masked_fill(~present, 2.0).argsort(dim=1).argsort(dim=1)
+    half = (present.sum(dim=1, keepdim=True) + 1) // 2
+    return (present & (rank < half)).gather(1, column).view(labels.shape)
+
+
+def mix(mask: Tensor, pasted: Tensor, base: Tensor) -> Tensor:
+    """Return `pasted` where `mask` is True and `base` elsewhere.
+
+    mask: bool (N, *spatial); pasted, base: images (N, C, *spatial) or label maps (N, *spatial),
+    equal in shape and dtype. Differentiable in `pasted` and `base`. Raises TypeError or ValueError
+    for what does not fit.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if pasted.dtype != base.dtype:
+        raise TypeError(f"pasted and base must share a dtype, got {pasted.dtype} and {base.dtype}")
+    if pasted.shape != base.shape:
+        raise ValueError(
+            f"pasted and base must have one shape, got {tuple(pasted.shape)} "
+            f"and {tuple(base.shape)}"
+        )
+    if mask.shape == base.shape:
+        return torch.where(mask, pasted, base)
+    if mask.shape != base.shape[:1] + base.shape[2:]:
+        raise ValueError(
+            f"mask must have shape (N, *spatial) of base {tuple(base.shape)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    return torch.where(mask.unsqueeze(1), pasted, base)
+
+
+def _factor(strength: float, draw: Tensor) -> Tensor:
+    low, high = max(0.0, 1.0 - strength), 1.0 + strength
+    return low + (high - low) * draw
+
+
+def _luminance(pixels: Tensor) -> Tensor:
+    """Rec. 601 luma, (N, 3, H, W) -> (N, 1, H, W)."""
+    red, green, blue = pixels.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def _check_range(label: Tensor, known: Tensor, num_classes: int, ignore_index: int) -> None:
+    if not known.all():
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}) or equal ignore_index {ignore_index}, "
+            f"got {label[~known][0].item()}"
+        )
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def _check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0.0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def _check_generator(generator: torch.Generator | None, tensor: Tensor) -> None:
+    if generator is not None and generator.device.type != tensor.device.type:
+        raise ValueError(
+            f"generator must be on the tensor's device {tensor.device}, got {generator.device}"
+        )

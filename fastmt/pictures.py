@@ -1,0 +1,197 @@
+"""Label maps as coloured pictures, and panels that compare them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+VOID_COLOUR = (24, 24, 28)
+MAX_CLASSES = 255
+MIN_PANEL_WIDTH = 320
+_GAP = 6
+_TEXT_SIZE = 14
+
+# sky, building, road, pavement, tree, pole, car, person, sign, fence, rider
+_STREET_COLOURS = (
+    (122, 182, 224),
+    (146, 110, 94),
+    (116, 92, 146),
+    (228, 148, 196),
+    (96, 150, 62),
+    (232, 224, 150),
+    (36, 66, 176),
+    (222, 46, 62),
+    (248, 188, 28),
+    (66, 160, 152),
+    (140, 20, 40),
+)
+
+
+def require_pillow() -> None:
+    """Raise an ImportError that says how to install pillow where it is missing."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        message = 'reading and writing images needs pillow: pip install "fastmt[train]"'
+        raise ImportError(message) from error
+
+
+def default_palette(num_classes: int) -> np.ndarray:
+    """Distinct colours, uint8 (num_classes, 3); the same colour for a class at any num_classes.
+
+    The first eleven suit street scenes; each further one is the colour of a coarse RGB grid
+    that lies farthest from all before it. At most 255 classes.
+    """
+    if not 0 <= num_classes <= MAX_CLASSES:
+        raise ValueError(f"num_classes must be in 0..{MAX_CLASSES}, got {num_classes}")
+    colours = np.array(_STREET_COLOURS, np.float64)[:num_classes]
+    steps = np.linspace(40, 250, 8).round()
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+    taken = np.vstack([colours, [VOID_COLOUR]])
+    distance = _colour_distance(grid[:, None], taken[None]).min(axis=1)
+    while len(colours) < num_classes:
+        best = grid[distance.argmax()]
+        colours = np.vstack([colours, best])
+        distance = np.minimum(distance, _colour_distance(grid, best))
+    return colours.astype(np.uint8)
+
+
+def colour(label: np.ndarray | Tensor, palette: np.ndarray) -> np.ndarray:
+    """Paint a label map.
+
+    Args:
+        label: integer (H, W), ids below len(palette), or 255 for void (drawn near black).
+        palette: uint8 (C, 3).
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        ValueError: label is not 2-D, or an id has no colour.
+    """
+    ids = _array(label)
+    if ids.ndim != 2:
+        raise ValueError(f"label must have shape (H, W), got {tuple(ids.shape)}")
+    wrong = ids[((ids < 0) | (ids >= len(palette))) & (ids != 255)]
+    if wrong.size:
+        raise ValueError(f"label has id {wrong[0]} but palette has {len(palette)} colours")
+    table = np.full((256, 3), VOID_COLOUR, np.uint8)
+    table[: len(palette)] = palette
+    return table[ids]
+
+
+def panel(
+    rows: Sequence[Sequence[np.ndarray | Tensor]],
+    titles: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    legend: tuple[Sequence[str], np.ndarray] | None = None,
+) -> None:
+    """Write one PNG with rows of images under column titles.
+
+    Args:
+        rows: each a sequence of uint8 (H, W, 3) images, one for each title. Small images are
+            enlarged by one integer factor until the panel is at least 320 pixels wide.
+        titles: one a column.
+        path: file to write; it appears whole or not at all.
+        legend: class names and their uint8 (C, 3) palette, drawn below the rows.
+
+    Raises:
+        ValueError: no rows, or a row that does not fit the titles, or an image of another kind.
+    """
+    require_pillow()
+    from PIL import Image, ImageDraw
+
+    images = _check_rows(rows, titles)
+    font = _font()
+    factor, cell_w, cell_h = _cell_size(images, titles, font)
+    width = _GAP + len(titles) * (cell_w + _GAP)
+    line = _TEXT_SIZE + _GAP
+    body = _GAP + line + len(images) * (cell_h + _GAP)
+    swatches = _legend_layout(legend, width, font)
+    height = body + (swatches[-1][1] + line if swatches else 0)
+    sheet = Image.new("RGB", (width, height), (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    lefts = [_GAP + c * (cell_w + _GAP) for c in range(len(titles))]
+    for left, title in zip(lefts, titles, strict=True):
+        draw.text((left + cell_w / 2, _GAP), title, (20, 20, 20), font, anchor="mt")
+    for r, row in enumerate(images):
+        for left, image in zip(lefts, row, strict=True):
+            large = image.repeat(factor, axis=0).repeat(factor, axis=1)
+            corner = (left + (cell_w - large.shape[1]) // 2, _GAP + line + r * (cell_h + _GAP))
+            sheet.paste(Image.fromarray(large), corner)
+    for left, top, name, paint in swatches:
+        box = (left, body + top, left + _TEXT_SIZE, body + top + _TEXT_SIZE)
+        draw.rectangle(box, paint, (60, 60, 60))
+        middle = body + top + _TEXT_SIZE / 2
+        draw.text((left + line, middle), name, (20, 20, 20), font, anchor="lm")
+    _write_atomically(sheet, Path(path))
+
+
+def _check_rows(rows, titles: Sequence[str]) -> list[list[np.ndarray]]:
+    if not rows or not titles:
+        raise ValueError(f"panel needs rows and titles, got {len(rows)} and {len(titles)}")
+    for r, row in enumerate(rows):
+        if len(row) != len(titles):
+            raise ValueError(f"rows[{r}] has {len(row)} images for {len(titles)} titles")
+    images = [[_array(image) for image in row] for row in rows]
+    for r, row in enumerate(images):
+        for c, image in enumerate(row):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                got = f"{image.dtype} {tuple(image.shape)}"
+                raise ValueError(f"rows[{r}][{c}] must be uint8 (H, W, 3), got {got}")
+    return images
+
+
+def _cell_size(images, titles: Sequence[str], font) -> tuple[int, int, int]:
+    """Enlargement, then width and height of a cell in pixels, wide enough for every title."""
+    widest = max(image.shape[1] for row in images for image in row)
+    tallest = max(image.shape[0] for row in images for image in row)
+    text = max(round(font.getlength(title) + 0.5) for title in titles)
+    factor = -(-MIN_PANEL_WIDTH // (len(titles) * widest))
+    return factor, max(factor * widest, text), factor * tallest
+
+
+def _legend_layout(legend, width: int, font) -> list[tuple[int, int, str, tuple[int, ...]]]:
+    """(left, top, name, colour) of each swatch, flowing in lines of the panel's width."""
+    if legend is None:
+        return []
+    line = _TEXT_SIZE + _GAP
+    placed, left, top = [], _GAP, 0
+    for name, paint in zip(*legend, strict=True):
+        advance = line + round(font.getlength(name)) + 2 * _GAP
+        if left + advance > width and left > _GAP:
+            left, top = _GAP, top + line
+        placed.append((left, top, name, tuple(int(v) for v in paint)))
+        left += advance
+    return placed
+
+
+def _write_atomically(picture, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _font():
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=_TEXT_SIZE)
+
+
+def _array(image: np.ndarray | Tensor) -> np.ndarray:
+    return image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+
+
+def _colour_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared "redmean" distance, a cheap stand-in for perceived difference."""
+    red = (a[..., 0] + b[..., 0]) / 2
+    weight = np.stack([2 + red / 256, np.full_like(red, 4.0), 3 - red / 256], axis=-1)
+    return (weight * (a - b) ** 2).sum(axis=-1)

@@ -1,0 +1,231 @@
+"""Every operation in plain PyTorch: the definition, the fallback and the baseline.
+
+Any device, any floating dtype. Half precision is computed in float32 and float64 stays float64, so
+the same text is the float64 truth that the kernels are tested against. Gradients come from
+autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Confidence(NamedTuple):
+    """What the teacher believes at each pixel, and how surely."""
+
+    score: Tensor  # (N, *out), float32, in [0, 1], higher is surer
+    label: Tensor  # (N, *out), int64, the most probable class
+
+
+class ConsistencyStats(NamedTuple):
+    """How much of the image taught in one call; 0-dim float32 tensors without gradient."""
+
+    selected: Tensor  # fraction of the valid pixels that pass the threshold
+    mean_score: Tensor  # mean confidence score of the valid pixels
+
+
+def upsample(logits: Tensor, size: Sequence[int] | None, align_corners: bool) -> Tensor:
+    """Logits (N, C, *spatial) in working precision at `size`, (bi-, tri-)linearly interpolated."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if size is None or tuple(size) == logits.shape[2:]:
+        return logits
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    return F.interpolate(logits, size=tuple(size), mode=mode, align_corners=align_corners)
+
+
+def ensemble_softmax(
+    logits: Sequence[Tensor],
+    temperature: float,
+    size: Sequence[int] | None,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """The mean of the softmaxes of several passes, and its logarithm, both (N, C, *out)."""
+    scaled = [upsample(member, size, align_corners) / temperature for member in logits]
+    q = torch.stack([member.softmax(1) for member in scaled]).mean(0)
+    if len(scaled) == 1:
+        return q, scaled[0].log_softmax(1)
+    log_members = torch.stack([member.log_softmax(1) for member in scaled])
+    return q, log_members.logsumexp(0) - math.log(len(scaled))
+
+
+def confidence_score(q: Tensor, kind: str) -> Tensor:
+    """Score in [0, 1] of class probabilities q (N, C, *out) -> (N, *out)."""
+    classes = q.shape[1]
+    if kind == "max_prob" or classes == 1:
+        return q.amax(1)
+    if kind == "margin":
+        top = q.topk(2, dim=1).values
+        return top[:, 0] - top[:, 1]
+    entropy = torch.special.entr(q).sum(1)
+    return (1 - entropy / math.log(classes)).clamp(0, 1)
+
+
+def softmax_confidence(
+    logits: Tensor | Sequence[Tensor],
+    *,
+    kind: str = "max_prob",
+    temperature: float = 1.0,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+) -> Confidence:
+    """Score and label of q = softmax(logits / temperature), averaged over a sequence of logits."""
+    members = [logits] if isinstance(logits, Tensor) else logits
+    q, log_q = ensemble_softmax([m.detach() for m in members], temperature, size, align_corners)
+    return Confidence(confidence_score(q, kind), log_q.argmax(1))
+
+
+def _times(probability: Tensor, logarithm: Tensor) -> Tensor:
+    """probability * logarithm with 0 * log 0 = 0."""
+    return probability * torch.where(probability == 0, 0, logarithm)
+
+
+def _log_one_minus_softmax(logits: Tensor, log_p: Tensor) -> Tensor:
+    """log(1 - p), exact also where p rounds to 1: there 1 - p is the mass of the other classes."""
+    if logits.shape[1] == 1:
+        return torch.zeros_like(logits)
+    top = logits.argmax(1, keepdim=True)
+    rest = logits.scatter(1, top, -math.inf).logsumexp(1, keepdim=True)
+    log_rest = rest - logits.logsumexp(1, keepdim=True)
+    is_top = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
+    others = torch.where(is_top, 0, log_p.exp())
+    return torch.where(is_top, log_rest, torch.log1p(-others))
+
+
+def pixel_loss(
+    logits: Tensor, q: Tensor, log_q: Tensor, label: Tensor, loss: str, class_reduction: str
+) -> Tensor:
+    """Loss of each pixel between p = softmax(logits) and q, both (N, C, *out) -> (N, *out)."""
+    p, log_p = logits.softmax(1), logits.log_softmax(1)
+    if loss == "ce":
+        return -log_p.gather(1, label.unsqueeze(1)).squeeze(1)
+    if loss == "mse":
+        terms = (p - q).square()
+    elif loss == "kl":
+        terms = _times(q, log_q - log_p)
+    elif loss == "soft_ce":
+        terms = -_times(q, log_p)
+    elif loss == "bce":
+        terms = -_times(q, log_p) - _times(1 - q, _log_one_minus_softmax(logits, log_p))
+    else:
+        log_mean = ((p + q) / 2).clamp_min(torch.finfo(p.dtype).tiny).log()
+        terms = (_times(p, log_p - log_mean) + _times(q, log_q - log_mean)) / 2
+    return terms.mean(1) if class_reduction == "mean" else terms.sum(1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and exactly 0 (value and gradient) where the denominator is 0."""
+    empty = denominator == 0
+    return torch.where(empty, 0, numerator / torch.where(empty, 1, denominator))
+
+
+def consistency_loss(
+    student: Tensor,
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    loss: str = "mse",
+    class_reduction: str = "sum",
+    confidence: str = "max_prob",
+    weight: str = "mask",
+    threshold: float | Tensor = 0.968,
+    strict: bool = False,
+    temperature: float = 1.0,
+    pixel_weight: Tensor | None = None,
+    valid: Tensor | None = None,
+    normalize: str = "all",
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, ConsistencyStats]:
+    """Masked consistency of p = softmax(student) with q = softmax(teacher / temperature)."""
+    members = [teacher] if isinstance(teacher, Tensor) else teacher
+    logits = upsample(student, size, align_corners)
+    with torch.no_grad():
+        q, log_q = ensemble_softmax(members, temperature, size, align_corners)
+        score, label = confidence_score(q, confidence), log_q.argmax(1)
+        keep = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
+        limit = torch.as_tensor(threshold, device=score.device).to(score.dtype)
+        limit = limit[label] if limit.ndim else limit
+        selected = keep & (score > limit if strict else score >= limit)
+        valid_count, selected_count = keep.sum(), selected.sum()
+        fraction = _ratio(selected_count, valid_count).to(score.dtype)
+        pixels = {
+            "mask": lambda: selected.to(score.dtype),
+            "confidence": lambda: torch.where(selected, score, 0),
+            "ratio": lambda: keep * fraction,
+            "none": lambda: keep.to(score.dtype),
+        }[weight]()
+        if pixel_weight is not None:
+            pixels = torch.where(pixels == 0, 0, pixels * pixel_weight)
+        active = pixels != 0
+        mean_score = _ratio(torch.where(keep, score, 0).sum(), valid_count)
+    # Inactive pixels enter as zeros, so that not even a NaN there reaches the loss or the gradient.
+    logits = torch.where(active.unsqueeze(1), logits, 0)
+    losses = pixel_loss(logits, q, log_q, label, loss, class_reduction)
+    total = torch.where(active, pixels * losses, 0).sum()
+    denominator = {
+        "all": lambda: torch.full_like(valid_count, label.numel()),
+        "valid": lambda: valid_count,
+        "selected": lambda: selected_count,
+        "weight": lambda: pixels.sum(),
+    }[normalize]()
+    value = _ratio(total, denominator.to(total.dtype))
+    if not return_stats:
+        return value
+    return value, ConsistencyStats(fraction.float(), mean_score.float())
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    pixel_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    normalize: str = "valid",
+    align_corners: bool = False,
+) -> Tensor:
+    """Cross-entropy of logits (N, C, *spatial), up-sampled to the labels (N, *out)."""
+    logits = upsample(logits, labels.shape[1:], align_corners)
+    classes = logits.shape[1]
+    labels = labels.long()  # a uint8 tensor would compare with 300 as with 44
+    keep = labels != ignore_index
+    target = torch.where(keep, labels, 0)
+    active = keep if pixel_weight is None else keep & (pixel_weight != 0)
+    log_p = torch.where(active.unsqueeze(1), logits, 0).log_softmax(1)
+    weights = log_p.new_ones(classes) if class_weight is None else class_weight.to(log_p.dtype)
+    losses = -weights[target] * log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+    if label_smoothing:
+        by_class = weights.view(-1, *[1] * (log_p.ndim - 2))
+        uniform = -(by_class * log_p).sum(1)
+        losses = (1 - label_smoothing) * losses + label_smoothing / classes * uniform
+    pixels = keep.to(log_p.dtype) if pixel_weight is None else keep * pixel_weight.to(log_p.dtype)
+    total = torch.where(active, pixels * losses, 0).sum()
+    denominator = {
+        "all": lambda: torch.full_like(total, labels.numel()),
+        "valid": lambda: keep.sum().to(total.dtype),
+        "weight": lambda: torch.where(active, pixels * weights[target], 0).sum(),
+    }[normalize]()
+    return _ratio(total, denominator)
+
+
+@torch.no_grad()
+def ema_update_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
+) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student; integer and bool tensors are copied."""
+    for average, value in zip(teacher, student, strict=True):
+        if average.is_floating_point():
+            wide = torch.promote_types(average.dtype, torch.float32)
+            share = torch.as_tensor(1 - decay, dtype=wide, device=average.device)
+            value = value.to(average.device, wide)
+            mixed = average.to(wide).lerp(value, share)
+            average.copy_(torch.where(share == 1, value, mixed))  # even over a NaN
+        else:
+            average.copy_(value)

@@ -1,0 +1,152 @@
+"""Schedules: how a weight or a threshold changes with the iteration.
+
+A schedule is any callable from the iteration (an int, 0 for the first step) to a float. The classes
+here are frozen dataclasses, so that they compare by value and can be pickled; a function of your
+own serves as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+Schedule = Callable[[int], float]
+
+__all__ = [
+    "Constant",
+    "CosineRampDown",
+    "LinearRampUp",
+    "Schedule",
+    "SigmoidRampUp",
+    "UncertaintyThreshold",
+    "as_schedule",
+]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value at every step."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _check_finite("value", self.value)
+
+    def __call__(self, step: int) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True)
+class SigmoidRampUp:
+    """`value * exp(-5 (1 - t/length)^2)` up to step `length`, then `value`.
+
+    Starts at `value * exp(-5)`, not at zero; `length=0` gives `value` at once.
+
+    Source: Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017.
+    """
+
+    value: float
+    length: int
+
+    def __post_init__(self) -> None:
+        _check_finite("value", self.value)
+        _check_length(self.length)
+
+    def __call__(self, step: int) -> float:
+        return self.value * _sigmoid_ramp(_progress(step, self.length))
+
+
+@dataclass(frozen=True)
+class LinearRampUp:
+    """`value * t/length` up to step `length`, then `value`; `length=0` gives `value` at once."""
+
+    value: float
+    length: int
+
+    def __post_init__(self) -> None:
+        _check_finite("value", self.value)
+        _check_length(self.length)
+
+    def __call__(self, step: int) -> float:
+        return self.value * _progress(step, self.length)
+
+
+@dataclass(frozen=True)
+class CosineRampDown:
+    """`value * (1 + cos(pi t/length)) / 2` up to step `length`, then 0; `length=0` gives 0 at once.
+
+    Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR
+    2017.
+    """
+
+    value: float
+    length: int
+
+    def __post_init__(self) -> None:
+        _check_finite("value", self.value)
+        _check_length(self.length)
+
+    def __call__(self, step: int) -> float:
+        return self.value * 0.5 * (1.0 + math.cos(math.pi * _progress(step, self.length)))
+
+
+@dataclass(frozen=True)
+class UncertaintyThreshold:
+    """Threshold on the score `1 - H(q)/ln C` that lets ever more uncertain pixels in.
+
+    The rule `H(q) < (b + (1-b) r(t)) ln C` with `r(t) = exp(-5 (1 - t/length)^2)` is, for that
+    score, `score > (1-b)(1 - r(t))`: this schedule returns `(1-b)(1 - r(t))`, to be used with the
+    confidence "entropy" and a strict comparison. It falls from `(1-b)(1 - exp(-5))` at step 0 to 0
+    at step `length`.
+
+    Source: Yu et al., "Uncertainty-aware Self-ensembling Model", MICCAI 2019, with b = 0.75.
+    """
+
+    length: int
+    base: float = 0.75
+
+    def __post_init__(self) -> None:
+        _check_length(self.length)
+        if not 0.0 <= self.base <= 1.0:
+            raise ValueError(f"base must be in [0, 1], got {self.base}")
+
+    def __call__(self, step: int) -> float:
+        return (1.0 - self.base) * (1.0 - _sigmoid_ramp(_progress(step, self.length)))
+
+
+def as_schedule(value: float | Schedule) -> Schedule:
+    """Return a callable unchanged and a number as `Constant`; anything else is a TypeError."""
+    if callable(value):
+        return value
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return Constant(float(value))
+    raise TypeError(
+        f"a schedule is a number or a callable step -> float, got {type(value).__name__}"
+    )
+
+
+def _sigmoid_ramp(progress: float) -> float:
+    return math.exp(-5.0 * (1.0 - progress) ** 2)
+
+
+def _progress(step: int, length: int) -> float:
+    """The fraction of the ramp that lies behind, in [0, 1]."""
+    if step < 0:
+        raise ValueError(f"step must be >= 0, got {step}")
+    return 1.0 if step >= length else float(step / length)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_length(length: int) -> None:
+    if not isinstance(length, Real):
+        raise TypeError(f"length must be a number of steps, got {type(length).__name__}")
+    if not 0 <= length < math.inf:
+        raise ValueError(f"length must be a finite number of steps >= 0, got {length}")

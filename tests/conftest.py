@@ -1,0 +1,64 @@
+"""Shared fixtures: which implementation answers, and allocations that show if left unfilled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import fastmt
+from fastmt import backends
+
+settings.register_profile(
+    "fastmt",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastmt")
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty, also inside the kernels, starts as NaN (integers as their largest value)."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors are sooner done by one thread; test_kernels.py compares thread counts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kernels(poisoned, one_thread):
+    """Every call is answered by the C++ kernels, or raises."""
+    if missing := backends.extension_missing():
+        pytest.skip(missing)
+    with fastmt.backend("cpp", strict=True):
+        yield
+
+
+@pytest.fixture(params=["cpp", "eager"])
+def either(request, poisoned, one_thread):
+    """Once the C++ kernels, once the reference: for what both must do alike."""
+    if request.param == "cpp" and (missing := backends.extension_missing()):
+        pytest.skip(missing)
+    with fastmt.backend(request.param, strict=True):
+        yield request.param
+
+
+@pytest.fixture
+def forgotten_warnings(monkeypatch):
+    """No fallback has been warned about yet."""
+    monkeypatch.setattr(backends, "_warned", set())

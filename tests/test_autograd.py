@@ -1,0 +1,183 @@
+"""How the losses behave under autograd, and what they leave untouched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operands import DTYPES, random_logits
+from tolerances import assert_gradient_close
+
+import fastmt
+from fastmt.consistency import LOSSES
+
+pytestmark = pytest.mark.usefixtures("either")
+SHAPE = (2, 5, 9, 11)
+LABELS = torch.arange(198).view(2, 9, 11) % 5
+OPERATIONS = {
+    "consistency": lambda z: fastmt.consistency_loss(z, random_logits(SHAPE, 2), threshold=0.5),
+    "ratio": lambda z: fastmt.consistency_loss(
+        z, random_logits(SHAPE, 2), loss="ce", weight="ratio", normalize="valid"
+    ),
+    "cross_entropy": lambda z: fastmt.cross_entropy(z, LABELS, label_smoothing=0.1),
+}
+each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+
+
+def logits(dtype=torch.float32, seed=1):
+    return random_logits(SHAPE, seed, dtype=dtype).requires_grad_()
+
+
+@each_operation
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_twice_gives_the_same_gradient_twice(operation, dtype):
+    z = logits(dtype)
+    value = operation(z)
+    first = torch.autograd.grad(value, z, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(value, z, retain_graph=True)[0]
+    third = torch.autograd.grad(value, z)[0]
+    assert first.any()
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+@each_operation
+def test_accumulation_into_grad_does_not_reach_the_next_backward(operation):
+    z = logits()
+    value = operation(z)
+    value.backward(retain_graph=True)
+    once = z.grad.clone()
+    z.grad.mul_(-7)
+    z.grad = None
+    value.backward(retain_graph=True)
+    assert torch.equal(z.grad, once)
+    value.backward()
+    assert torch.equal(z.grad, 2 * once)
+
+
+@each_operation
+def test_the_gradient_is_linear_in_grad_output(operation):
+    z = logits()
+    (gradient,) = torch.autograd.grad(operation(z), z)
+    for factor in (3.0, -0.25, 0.0):
+        (scaled,) = torch.autograd.grad(operation(z), z, torch.tensor(factor))
+        assert_gradient_close(scaled, factor * gradient.double(), torch.float32)
+
+
+@each_operation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_scale_keeps_half_precision_gradients_from_vanishing(operation, dtype):
+    z = logits(dtype)
+    (gradient,) = torch.autograd.grad(operation(z) * 65536, z)
+    truth = z.detach().double().requires_grad_()
+    with fastmt.backend("eager"):
+        (expected,) = torch.autograd.grad(operation(truth) * 65536, truth)
+    assert gradient.isfinite().all()
+    assert_gradient_close(gradient, expected, dtype)
+
+
+def test_a_zero_grad_output_gives_zero_gradient():
+    z = logits()
+    value, _ = fastmt.consistency_loss(z, random_logits(SHAPE, 2), return_stats=True)
+    (gradient,) = torch.autograd.grad(value * 0, z)
+    assert not gradient.any()
+
+
+@each_operation
+def test_a_second_derivative_is_a_clear_error(operation, either):
+    if either == "eager":
+        pytest.skip("the reference is differentiable twice")
+    z = logits()
+    value = operation(z)
+    with pytest.raises(RuntimeError, match="twice|second derivative"):
+        (gradient,) = torch.autograd.grad(value, z, create_graph=True)
+        (value + gradient.square().sum()).backward()
+
+
+def test_the_teacher_never_receives_a_gradient():
+    teachers = [random_logits(SHAPE, seed).requires_grad_() for seed in (2, 3)]
+    z = logits()
+    value = fastmt.consistency_loss(z, [t * 2 for t in teachers], threshold=0.1)
+    value.backward()
+    assert z.grad.any()
+    assert all(teacher.grad is None for teacher in teachers)
+    frozen = fastmt.consistency_loss(z.detach(), teachers[0], threshold=0.1)
+    assert not frozen.requires_grad
+
+
+def test_a_student_that_is_its_own_teacher_gets_the_students_gradient_only():
+    z = logits()
+    value = fastmt.consistency_loss(z, z, loss="soft_ce", weight="none")
+    (gradient,) = torch.autograd.grad(value, z)
+    assert gradient.abs().max() < 1e-8
+
+
+def test_statistics_carry_no_gradient():
+    value, stats = fastmt.consistency_loss(
+        logits(), random_logits(SHAPE, 2), return_stats=True, threshold=0.5
+    )
+    assert value.requires_grad
+    assert not stats.selected.requires_grad
+    assert not stats.mean_score.requires_grad
+
+
+@each_operation
+def test_no_gradient_is_recorded_where_none_is_wanted(operation):
+    recorded = operation(logits())
+    with torch.no_grad():
+        assert not operation(logits()).requires_grad
+        assert torch.equal(operation(logits()), recorded)
+    with torch.inference_mode():
+        assert torch.equal(operation(logits().detach()), recorded)
+
+
+def test_a_teacher_made_in_inference_mode_is_accepted():
+    with torch.inference_mode():
+        teacher = random_logits(SHAPE, 2)
+    z = logits()
+    (gradient,) = torch.autograd.grad(fastmt.consistency_loss(z, teacher, weight="none"), z)
+    assert gradient.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_callers_tensors_are_never_written(loss, dtype):
+    tensors = {
+        "student": random_logits(SHAPE, 1, dtype=dtype),
+        "teacher": random_logits(SHAPE, 2, dtype=dtype),
+        "other": random_logits(SHAPE, 3, dtype=dtype),
+        "threshold": torch.full((5,), 0.3),
+        "pixel_weight": torch.rand(2, 9, 11),
+        "valid": torch.rand(2, 9, 11) > 0.2,
+        "labels": LABELS.clone(),
+        "class_weight": torch.rand(5),
+    }
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    z = tensors["student"].requires_grad_()
+    options = {name: tensors[name] for name in ("threshold", "pixel_weight", "valid")}
+    value = fastmt.consistency_loss(z, [tensors["teacher"], tensors["other"]], loss=loss, **options)
+    value = value + fastmt.cross_entropy(
+        z, tensors["labels"], class_weight=tensors["class_weight"], label_smoothing=0.1
+    )
+    scale = torch.tensor(3.0)
+    value.backward(scale, retain_graph=True)
+    value.backward(scale)
+    fastmt.softmax_confidence([tensors["teacher"], tensors["other"]])
+    assert scale == 3
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name]), name
+        assert tensor._version == versions[name], name
+
+
+@each_operation
+def test_autocast_leaves_logits_as_they_come_and_the_loss_in_float32(operation):
+    network = torch.nn.Conv2d(3, 5, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = network(torch.ones(2, 3, 9, 11))
+        z.retain_grad()
+        value = operation(z)
+    value.backward()
+    assert z.dtype == z.grad.dtype == torch.bfloat16
+    assert value.dtype == torch.float32
+    assert torch.equal(value, operation(z))
+    assert network.weight.grad.any()

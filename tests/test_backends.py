@@ -1,0 +1,193 @@
+"""Which implementation answers, the stated reason, and what strict refuses."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from operands import random_logits
+
+import fastmt
+from fastmt import backends
+
+STUDENT, TEACHER = random_logits((2, 5, 6, 7), 1), random_logits((2, 5, 6, 7), 2)
+LABELS = torch.zeros(2, 6, 7, dtype=torch.uint8)
+CALLS = {
+    "consistency_loss": (fastmt.consistency_loss, STUDENT, TEACHER),
+    "cross_entropy": (fastmt.cross_entropy, STUDENT, LABELS),
+    "softmax_confidence": (fastmt.softmax_confidence, TEACHER),
+    "ema_update_": (fastmt.ema_update_, [torch.zeros(3)], [torch.ones(3)], 0.5),
+}
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+built = pytest.mark.skipif(
+    backends.extension_missing() is not None, reason="the C++ kernels are not built"
+)
+pytestmark = pytest.mark.usefixtures("forgotten_warnings")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("FASTMT_BACKEND", raising=False)
+
+
+def doubled(argument):
+    if isinstance(argument, list):
+        return [doubled(item) for item in argument]
+    return argument.double() if torch.is_tensor(argument) and argument is not LABELS else argument
+
+
+@built
+@each_call
+def test_the_kernels_serve_plain_calls_and_say_so(call):
+    name = backends.instruction_set()
+    assert fastmt.explain(*call) == ("cpp", f"C++ kernels ({name}) serve this call")
+    with fastmt.backend("cpp", strict=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call[0](*call[1:])
+
+
+@built
+@each_call
+def test_eager_is_what_was_asked_for_and_warns_of_nothing(call):
+    with fastmt.backend("eager", strict=True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fastmt.explain(*call) == ("eager", "eager was asked for")
+        call[0](*call[1:])
+
+
+@built
+@each_call
+def test_float64_goes_to_the_reference_with_one_warning_and_strict_refuses(call):
+    function, *arguments = call
+    arguments = [doubled(argument) for argument in arguments]
+    assert fastmt.explain(function, *arguments) == (
+        "eager",
+        "float64 is computed by the reference",
+    )
+    with pytest.warns(RuntimeWarning, match="falls back to eager PyTorch: float64"):
+        function(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(*arguments)
+    with (
+        fastmt.backend("cpp", strict=True),
+        pytest.raises(RuntimeError, match=f"^{function.__name__}: backend 'cpp' cannot serve"),
+    ):
+        function(*arguments)
+
+
+@built
+def test_upsampling_is_served_in_2_d_and_otherwise_a_stated_reason():
+    assert fastmt.explain(fastmt.softmax_confidence, TEACHER, size=(12, 14)).backend == "cpp"
+    volume = torch.zeros(1, 3, 4, 4, 4)
+    reason = "up-sampling 3-D logits is done by the reference"
+    calls = [
+        (fastmt.softmax_confidence, {"size": (8, 8, 8)}, volume),
+        (fastmt.consistency_loss, {"size": (8, 8, 8)}, volume, volume),
+        (fastmt.cross_entropy, {}, volume, torch.zeros(1, 8, 8, 8, dtype=torch.uint8)),
+    ]
+    for function, options, *tensors in calls:
+        assert fastmt.explain(function, *tensors, **options) == ("eager", reason)
+
+
+@built
+def test_too_many_classes_are_a_stated_reason():
+    many, labels = torch.zeros(1, 4097), torch.zeros(1, dtype=torch.int64)
+    reason = "4097 classes are more than the 4096 that the kernels hold"
+    assert fastmt.explain(fastmt.softmax_confidence, many) == ("eager", reason)
+    assert fastmt.explain(fastmt.consistency_loss, many, many) == ("eager", reason)
+    assert fastmt.explain(fastmt.cross_entropy, many, labels) == ("eager", reason)
+
+
+@each_call
+def test_a_device_without_kernels_is_a_stated_reason(call):
+    arguments = [t.to("meta") if torch.is_tensor(t) else t for t in call[1:]]
+    if call[0] is fastmt.ema_update_:
+        arguments[:2] = [[t.to("meta") for t in tensors] for tensors in arguments[:2]]
+    choice = fastmt.explain(call[0], *arguments)
+    assert choice.backend == "eager"
+    assert backends.extension_missing() or choice.reason == "no kernel for device 'meta'"
+
+
+@each_call
+def test_missing_kernels_are_stated_with_what_the_build_said(call, monkeypatch):
+    reason = "the C++ kernels are not built: no compiler"
+    monkeypatch.setattr(backends, "extension_missing", lambda: reason)
+    assert fastmt.explain(*call) == ("eager", reason)
+    with pytest.warns(RuntimeWarning, match="not built: no compiler"):
+        call[0](*call[1:])
+    with (
+        fastmt.backend("cpp", strict=True),
+        pytest.raises(RuntimeError, match="not built: no compiler"),
+    ):
+        call[0](*call[1:])
+
+
+def test_a_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeypatch, tmp_path):
+    monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
+    look = backends.extension_missing.__wrapped__
+    assert look() == "the C++ kernels are not built: no build record"
+    (tmp_path / "_build_info.json").write_text('{"reason": "FASTMT_BUILD_CPP=0"}')
+    assert look() == "the C++ kernels are not built: FASTMT_BUILD_CPP=0"
+    (tmp_path / "_C.abi3.so").write_text("not a library")
+    assert look().startswith("the C++ kernels do not load: ")
+
+
+def test_the_environment_sets_the_default_and_the_context_overrides_it(monkeypatch):
+    call = CALLS["consistency_loss"]
+    monkeypatch.setenv("FASTMT_BACKEND", "eager")
+    assert fastmt.explain(*call) == ("eager", "eager was asked for")
+    with fastmt.backend("auto"):
+        assert fastmt.explain(*call).reason != "eager was asked for"
+    monkeypatch.setenv("FASTMT_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="^backend: got 'cuda', expected one of auto, eager"):
+        fastmt.consistency_loss(STUDENT, TEACHER)
+
+
+def test_contexts_nest_and_end_also_with_an_error():
+    call = CALLS["cross_entropy"]
+    outside = fastmt.explain(*call)
+    with fastmt.backend("eager"):
+        with pytest.raises(KeyError), fastmt.backend("auto"):
+            assert fastmt.explain(*call) == outside
+            raise KeyError
+        assert fastmt.explain(*call).reason == "eager was asked for"
+    assert fastmt.explain(*call) == outside
+
+
+def test_unknown_backends_are_refused_by_name():
+    with pytest.raises(ValueError, match="^backend: got 'cuda'"), fastmt.backend("cuda"):
+        pass
+
+
+def test_explain_computes_nothing_and_checks_the_arguments():
+    teacher = torch.zeros(3)
+    fastmt.explain(fastmt.ema_update_, [teacher], [torch.ones(3)], 0.5)
+    assert not teacher.any()
+    with pytest.raises(ValueError, match="^loss: got 'l1'"):
+        fastmt.explain(fastmt.consistency_loss, STUDENT, TEACHER, loss="l1")
+    with pytest.raises(TypeError, match="^function: "):
+        fastmt.explain(torch.add, STUDENT, TEACHER)
+
+
+def test_module_twins_are_explained_too():
+    for module, arguments in (
+        (fastmt.ConsistencyLoss(), (STUDENT, TEACHER)),
+        (fastmt.CrossEntropy(), (STUDENT, LABELS)),
+    ):
+        with fastmt.backend("eager"):
+            assert fastmt.explain(module, *arguments).backend == "eager"
+
+
+def test_torch_compile_traces_the_reference_to_the_same_loss_and_gradient():
+    def objective(student, teacher):
+        loss = fastmt.consistency_loss(student, teacher, threshold=0.5)
+        return loss + fastmt.cross_entropy(student, LABELS)
+
+    student = STUDENT.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(objective(student, TEACHER), student)
+    traced = torch.compile(objective, backend="eager")(student, TEACHER)
+    (gradient,) = torch.autograd.grad(traced, student)
+    torch.testing.assert_close(traced, objective(student, TEACHER), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)

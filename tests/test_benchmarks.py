@@ -1,0 +1,208 @@
+"""The benchmarks: byte models, refusals and the report, at tiny sizes and without any timing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastmt
+from benchmarks import bench_trainer, harness, inputs, machine, models, report, stopwatch
+from benchmarks.shapes import HEADLINE, Shape, unet_parameters
+from fastmt import backends
+from fastmt.backends import Choice
+
+CPU = torch.device("cpu")
+SHAPE = Shape(2, 5, (12, 17))
+needs_kernels = pytest.mark.skipif(
+    backends.extension_missing() is not None, reason="counts the tensors that the kernels are given"
+)
+
+
+@pytest.fixture
+def one_thread():
+    """At tiny sizes a second thread costs more than it does, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class CountedBytes(TorchDispatchMode):
+    """Adds up the tensors that the kernels read and write, without single numbers."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.name().partition(".")[0]
+        if name == "fastmt::ema_update_":
+            self.total += int(args[0][:, 2].sum()) * 3 * 4
+        elif name.startswith("fastmt::") and name != "fastmt::scale_":
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+            self.total += sum(t.nbytes for t in tensors if t.numel() > 1)
+        return result
+
+
+def logits(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return inputs.logits(SHAPE, dtype=dtype, device=CPU, seed=seed)
+
+
+def work(actual: torch.Tensor, expected: torch.Tensor, calls: list[str]) -> harness.Work:
+    def fused() -> list[torch.Tensor]:
+        calls.append("fused")
+        return [actual]
+
+    choice = Choice("eager", "a test")
+    return harness.Work({"fused": fused}, lambda: [expected], 1e-5, actual.nbytes, choice)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_consistency_byte_model_is_what_the_kernel_is_given(dtype, passes):
+    student = logits(0, dtype).requires_grad_()
+    teachers = [logits(1 + i, dtype) for i in range(passes)]
+    weight = torch.rand(SHAPE.batch, *SHAPE.spatial)
+    with CountedBytes() as counted:
+        fastmt.consistency_loss(student, teachers, pixel_weight=weight).backward()
+    assert models.consistency_loss(student, teachers, weight, None) == counted.total
+
+
+@needs_kernels
+def test_confidence_byte_model_is_what_the_kernel_is_given():
+    with CountedBytes() as counted:
+        fastmt.softmax_confidence([logits(0), logits(1)])
+    assert models.softmax_confidence([logits(0), logits(1)]) == counted.total
+
+
+@needs_kernels
+def test_cross_entropy_byte_model_is_what_the_kernel_is_given():
+    student, labels = logits(0).requires_grad_(), inputs.labels(SHAPE, device=CPU, seed=0)
+    with CountedBytes() as counted:
+        fastmt.cross_entropy(student, labels).backward()
+    assert models.cross_entropy(student, labels) == counted.total
+
+
+@needs_kernels
+def test_ema_byte_model_is_twelve_bytes_a_parameter():
+    teacher, student = (inputs.parameters(((7, 3), (40,)), device=CPU, seed=s) for s in (0, 1))
+    with CountedBytes() as counted:
+        fastmt.ema_update_(teacher, student, 0.9)
+    assert models.ema_update_(teacher, student) == counted.total == 12 * (7 * 3 + 40)
+
+
+@pytest.mark.parametrize(
+    "actual",
+    [torch.tensor([1.0, 2.001]), torch.tensor([1.0, math.nan]), torch.ones(3)],
+    ids=["off", "nan", "shape"],
+)
+def test_a_wrong_result_is_not_timed(actual):
+    calls: list[str] = []
+    case = harness.Case("wrong", "test", lambda *_: work(actual, torch.tensor([1.0, 2.0]), calls))
+    with pytest.raises(harness.WrongResult, match=r"fused: error .* not timed"):
+        harness.measure(case, CPU, rounds=1)
+    assert calls == ["fused"]
+
+
+def test_a_right_result_is_timed_once_a_round():
+    right = torch.tensor([1.0, 2.0])
+    case = harness.Case("right", "test", lambda *_: work(right.clone(), right, []))
+    result = harness.measure(case, CPU, rounds=4, sample_seconds=0, copy_bytes=1 << 16)
+    assert len(result["variants"]["fused"]["samples_s"]) == len(result["copy_samples_s"]) == 4
+    assert result["variants"]["fused"]["error"] == 0
+
+
+def test_each_timed_call_starts_without_a_gradient():
+    leaf, seen = torch.ones(3, requires_grad=True), []
+
+    def fused() -> list[torch.Tensor]:
+        seen.append(leaf.grad)
+        leaf.sum().backward()
+        return [leaf.grad]
+
+    compared = harness.Work({"fused": fused}, list, 0, 1, Choice("eager", "a test"), leaves=(leaf,))
+    runs = {"fused": compared.runner("fused")}
+    harness.interleave(runs, CPU, rounds=3, sample_seconds=0)
+    assert len(seen) > 3 and all(gradient is None for gradient in seen)
+
+
+def test_peak_memory_sees_what_a_call_takes_and_gives_back():
+    def call() -> None:
+        first = torch.ones(8 << 20)
+        (first + 1).sum()
+
+    call()
+    peak = machine.peak_extra_bytes(call, CPU)
+    if peak is None:
+        pytest.skip("this system keeps no record of the largest resident size")
+    assert 62 << 20 <= peak <= 72 << 20
+
+
+def test_stopwatch_parts_add_up_to_the_whole(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(clock))
+    watch = stopwatch.Stopwatch(CPU)
+    inner = watch.around("inner", lambda: watch.switch("after"))
+    watch.around("outer", lambda: (inner(), inner()))()
+    assert dict(watch.seconds) == {"outer": 5, "inner": 2, "after": 2}
+    assert sum(watch.seconds.values()) == next(clock) - 1
+
+
+def test_measured_teachers_stay_clear_of_the_threshold_and_of_ties():
+    values = inputs.logits(Shape(1, 19, (256, 256)), device=CPU, seed=0, threshold=0.7).double()
+    best = values.topk(2, dim=1).values
+    assert (values.softmax(1).amax(1) - 0.7).abs().min() > 1e-4
+    assert (best[:, 0] - best[:, 1]).min() > 1e-4
+
+
+def test_threshold_for_upsampled_teachers_stays_clear_of_their_scores():
+    teacher = inputs.logits(Shape(1, 19, (64, 64)), device=CPU, seed=0)
+    threshold = inputs.clear_threshold(teacher, (256, 256), near=0.7)
+    large = torch.nn.functional.interpolate(teacher.double(), (256, 256), mode="bilinear")
+    assert 0.69 < threshold < 0.71
+    assert (large.softmax(1).amax(1) - threshold).abs().min() > 1e-5
+
+
+def test_unet_parameters_are_those_of_the_paper():
+    assert sum(map(math.prod, unet_parameters(classes=2))) == pytest.approx(31.04e6, rel=1e-3)
+    assert HEADLINE.lowered(4).dims == (2, 19, 128, 128)
+
+
+def test_report_writes_json_and_markdown(tmp_path, capsys, one_thread):
+    out = tmp_path / "results" / "tiny.json"
+    report.main(["--tiny", "--no-compile", "--rounds", "2", "--out", str(out)])
+    result, table = json.loads(out.read_text()), out.with_suffix(".md").read_text()
+    assert capsys.readouterr().out.strip() == table.strip()
+    assert {"date", "commit", "device", "threads", "versions"} <= result.keys()
+    assert {case["group"] for case in result["cases"]} == {
+        "consistency loss",
+        "small images",
+        "confidence",
+        "cross-entropy",
+        "EMA",
+    }
+    for case in result["cases"]:
+        assert case["ratios"].keys() == case["variants"].keys() - {"fused"}
+        assert case["fused_gb_per_s"] > 0 and case["fraction_of_copy"] > 0
+        assert f"| {case['name']} | {case['backend']} |" in table
+    for step in result["trainer"]["steps"].values():
+        assert sum(step["parts_s"].values()) > step["own_s"] > 0
+
+
+def test_every_case_of_the_real_sets_has_its_own_name():
+    for which in ("quick", "full"):
+        names = [case.name for module in report.MODULES for case in module.cases(which)]
+        assert len(names) == len(set(names))
+
+
+def test_trainer_benchmark_refuses_a_wrong_loss(monkeypatch):
+    losses = iter([torch.tensor(1.0), torch.tensor(1.1)])
+    wrong = type("Trainer", (), {"step": lambda *_: type("R", (), {"loss": next(losses)})})
+    monkeypatch.setattr(bench_trainer, "trainer", lambda *_: wrong())
+    with pytest.raises(harness.WrongResult, match="first step's loss"):
+        bench_trainer.measure(bench_trainer.TINY_STEP, CPU, steps=1)

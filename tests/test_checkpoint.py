@@ -1,0 +1,341 @@
+import builtins
+import errno
+import os
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastmt import checkpoint
+from fastmt.checkpoint import (
+    CheckpointError,
+    check_architecture,
+    load,
+    load_weights,
+    save,
+    save_weights,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def some_state():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    return {
+        "step": 7,
+        "loss": 0.25,
+        "name": "day to dusk",
+        "done": False,
+        "note": None,
+        "classes": ["sky", "road"],
+        "size": (144, 192),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "generator": torch.get_rng_state(),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
+
+
+def same(first, second):
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return type(first) is type(second) and all(
+            same(a, b) for a, b in zip(first, second, strict=True)
+        )
+    return type(first) is type(second) and first == second
+
+
+def one_line(info):
+    message = str(info.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    state = some_state()
+    save(tmp_path / "a.pt", state)
+    assert same(load(tmp_path / "a.pt"), state)
+
+
+def test_saving_replaces_the_former_checkpoint_and_leaves_nothing_beside_it(tmp_path):
+    save(tmp_path / "a.pt", {"step": 1})
+    save(tmp_path / "a.pt", {"step": 2})
+    assert load(tmp_path / "a.pt") == {"step": 2}
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_saving_makes_missing_folders_and_writes_through_links(tmp_path):
+    save(tmp_path / "runs" / "first" / "a.pt", {"step": 1})
+    (tmp_path / "latest.pt").symlink_to(tmp_path / "runs" / "first" / "a.pt")
+    save(tmp_path / "latest.pt", {"step": 2})
+    assert (tmp_path / "latest.pt").is_symlink()
+    assert load(tmp_path / "runs" / "first" / "a.pt") == {"step": 2}
+
+
+@pytest.mark.parametrize(
+    ("state", "where"),
+    [
+        ({"model": {"act": nn.ReLU()}}, r"state\['model'\]\['act'\] is of type ReLU"),
+        ({"history": [1, {2, 3}]}, r"state\['history'\]\[1\] is of type set"),
+        ({"scale": lambda step: step}, r"state\['scale'\] is of type function"),
+        ([1, 2], "state must be a dict, got list"),
+    ],
+)
+def test_what_could_not_be_loaded_is_refused_at_saving(tmp_path, state, where):
+    with pytest.raises(TypeError, match=where):
+        save(tmp_path / "a.pt", state)
+    assert os.listdir(tmp_path) == []
+
+
+class FullDisk:
+    """A file on a disk with room for `room` more bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        self.file.close()
+
+
+def write_a(path, step):
+    save(path, {"step": step, "weights": torch.full((50_000,), float(step))})
+
+
+def write_b(path, step):
+    save_weights(path, {"weights": torch.full((50_000,), float(step))})
+
+
+@pytest.mark.parametrize("write", [write_a, write_b])
+@pytest.mark.parametrize("room", [0, 100_000])
+def test_a_full_disk_leaves_the_former_checkpoint_intact(tmp_path, monkeypatch, write, room):
+    path = tmp_path / "a.pt"
+    write(path, 1)
+    before = path.read_bytes()
+    real_open = builtins.open
+    monkeypatch.setattr(
+        checkpoint, "open", lambda *args: FullDisk(real_open(*args), room), raising=False
+    )
+    with pytest.raises(CheckpointError, match="No space left on device.*free space") as info:
+        write(path, 2)
+    assert str(path) in one_line(info)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
+def test_a_real_write_failure_leaves_the_former_checkpoint_intact(tmp_path):
+    path = tmp_path / "a.pt"
+    write_a(path, 1)
+    program = (
+        "import resource, sys, torch\n"
+        "from fastmt.checkpoint import CheckpointError, save\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
+        "try:\n"
+        "    save(sys.argv[1], {'weights': torch.zeros(50_000)})\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert f"{path}: cannot be written (File too large)" in done.stdout
+    assert load(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills with a POSIX signal")
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_a_process_killed_while_saving_leaves_the_former_checkpoint(tmp_path, moment):
+    path = tmp_path / "a.pt"
+    write_a(path, 1)
+    program = (
+        "import os, signal, sys, torch\n"
+        "from fastmt.checkpoint import save\n"
+        f"{moment} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "save(sys.argv[1], {'step': 2, 'weights': torch.zeros(50_000)})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT)
+    assert done.returncode == -9
+    assert load(path)["step"] == 1
+    write_a(path, 3)
+    assert load(path)["step"] == 3
+
+
+def test_an_interrupt_while_saving_removes_the_temporary_file(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "a.pt", {"step": 1})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_named(tmp_path, share):
+    path = tmp_path / "a.pt"
+    save(path, some_state())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match="truncated .*; restore a complete copy") as info:
+        load(path)
+    assert one_line(info).startswith(str(path))
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
+    path = tmp_path / "a.pt"
+    write_a(path, 1)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged .*; restore an intact copy"):
+        load(path)
+
+
+def test_checksums_are_written_even_where_they_are_switched_off(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        write_a(tmp_path / "a.pt", 1)
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load(tmp_path / "a.pt")["step"] == 1
+
+
+class Malicious:
+    def __init__(self, witness):
+        self.witness = str(witness)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.witness),)
+
+
+def test_code_in_a_checkpoint_is_refused_and_never_run(tmp_path):
+    path, witness = tmp_path / "a.pt", tmp_path / "witness"
+    state = {"format": "fastmt-checkpoint", "version": 1, "state": {"model": Malicious(witness)}}
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="never loaded; use a checkpoint") as info:
+        load(path)
+    assert one_line(info).startswith(str(path))
+    assert not witness.exists()
+    torch.load(path, weights_only=False)
+    assert witness.exists()  # the file would indeed have run code
+
+
+def foreign_text(path):
+    path.write_text("no checkpoint")
+
+
+def foreign_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "no checkpoint")
+
+
+def foreign_torch(path):
+    torch.save({"model": torch.zeros(3)}, path)
+
+
+def newer_version(path):
+    torch.save({"format": "fastmt-checkpoint", "version": 2, "state": {}}, path)
+
+
+def without_state(path):
+    torch.save({"format": "fastmt-checkpoint", "version": 1}, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file; check the path"),
+        (Path.mkdir, "is not a file; give the checkpoint file"),
+        (foreign_text, "truncated or no checkpoint of fastmt"),
+        (foreign_zip, "cannot be loaded onto cpu .*use a checkpoint written by fastmt"),
+        (foreign_torch, "format tag 'fastmt-checkpoint' missing.*use a file written by"),
+        (newer_version, "version 2, this fastmt reads 1; use the fastmt that wrote it"),
+        (without_state, "holds no state; restore an intact copy"),
+    ],
+)
+def test_files_that_are_no_checkpoint_are_named_with_a_remedy(tmp_path, make, message):
+    path = tmp_path / "a.pt"
+    make(path)
+    with pytest.raises(CheckpointError, match=message) as info:
+        load(path)
+    assert one_line(info).startswith(str(path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_a_device_that_is_missing_is_told_apart_from_a_bad_file(tmp_path):
+    write_a(tmp_path / "a.pt", 1)
+    with pytest.raises(CheckpointError, match="onto cuda .*; check map_location") as info:
+        load(tmp_path / "a.pt", map_location="cuda")
+    one_line(info)
+
+
+def test_the_first_entry_of_another_architecture_is_named():
+    state = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict()
+    check_architecture(state, dict(state), "a.pt")
+    wider = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)).state_dict()
+    deeper = OrderedDict(state, **{"2.weight": torch.zeros(1)})
+    remedy = ".*; build the network with the settings"
+    shapes = r"shape \(16, 3, 3, 3\), the network expects shape \(8, 3, 3, 3\)"
+    with pytest.raises(CheckpointError, match=f"a.pt: entry '0.weight' has {shapes}{remedy}"):
+        check_architecture(state, wider, "a.pt")
+    with pytest.raises(CheckpointError, match=f"a.pt: entry '2.weight' is unknown{remedy}"):
+        check_architecture(state, deeper, "a.pt")
+    with pytest.raises(CheckpointError, match=f"a.pt: entry '2.weight' .* is missing{remedy}"):
+        check_architecture(deeper, state, "a.pt")
+
+
+def test_weights_come_back_with_tied_and_strided_tensors(tmp_path):
+    tied = torch.rand(4, 3)
+    state = {"a": tied, "b": tied, "t": tied.t(), "n": torch.tensor(3), "h": tied.bfloat16()}
+    save_weights(tmp_path / "a.safetensors", state)
+    assert same(load_weights(tmp_path / "a.safetensors"), state)
+
+
+def test_weights_that_are_no_tensors_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"state_dict\['step'\] must be a tensor, got int"):
+        save_weights(tmp_path / "a.safetensors", {"step": 3})
+
+
+def test_truncated_missing_and_foreign_weights_are_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_weights(path)
+    write_b(path, 1)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="truncated or no safetensors file") as info:
+        load_weights(path)
+    assert one_line(info).startswith(str(path))
+
+
+def test_missing_safetensors_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r'pip install "fastmt\[train\]"'):
+        load_weights(tmp_path / "a.safetensors")

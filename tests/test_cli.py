@@ -1,0 +1,305 @@
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmt import adapt, cli
+from fastmt.checkpoint import CheckpointError, load
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--crop", "32", "48", "--batch", "2", "--width", "2", "--threads", "1"]
+
+
+def write_pair(folder, name, seed, classes=3):
+    rng = np.random.default_rng(seed)
+    label = np.repeat(rng.integers(0, classes, (4, 48)), 8, axis=0).astype(np.uint8)
+    image = np.stack([80 * label, 255 - 60 * label, 40 * label], axis=-1)
+    for part, pixels in (("images", image), ("labels", label)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"{name}.png")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for k, name in enumerate(("day", "dusk", "dusk_test")):
+        for i in range(3):
+            write_pair(tmp_path / name, f"{name}{i}", seed=10 * k + i)
+    (tmp_path / "day" / "classes.txt").write_text("sky\nroad\ncar\n")
+    shutil.rmtree(tmp_path / "dusk" / "labels")
+    return tmp_path
+
+
+def command(folder, *options, steps=2):
+    data = [f"--{n}={folder / d}" for n, d in zip(("source", "target", "test"), DIRS, strict=True)]
+    return ["adapt", *data, "--out", str(folder / "out"), *SMALL, f"--steps={steps}", *options]
+
+
+DIRS = ("day", "dusk", "dusk_test")
+
+
+def run(words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "fastmt", *words]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def fail(capfd, words):
+    """Run in this process; the one line on stderr of a command that must fail with status 2."""
+    assert cli.main(words) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "error: " in lines[0], lines
+    return lines[0]
+
+
+def test_command_leaves_table_figures_picture_curves_and_checkpoints(folders):
+    status, stdout, stderr = run(command(folders, "--seeds", "0", "1"))
+    assert (status, stderr) == (0, "")
+    out = folders / "out"
+    assert "| car |" in stdout and "±" in stdout and "never seen" in stdout
+    assert stdout.count("|") == sum(
+        line.count("|") for line in (out / "table.md").read_text().splitlines()
+    )
+    figures = json.loads((out / "results.json").read_text())
+    assert figures["command"].startswith("python -m fastmt adapt --source")
+    assert figures["settings"]["steps"] == 2 and figures["seeds"] == [0, 1]
+    assert figures["versions"].keys() == {"fastmt", "torch", "python"} and figures["date"]
+    for variant in ("source_only", "adapted"):
+        assert len(figures[variant]["miou"]) == 2
+        assert list(figures[variant]["iou"][0]) == ["sky", "road", "car"]
+        assert load(out / "seed1" / f"{variant}.pt")["steps"] == 2
+        assert list((out / "tensorboard" / f"{variant}-seed0").glob("events*"))
+    with Image.open(out / "adapted.png") as picture:
+        assert picture.width >= 4 * 48
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_scenes_are_the_default_and_called_synthetic(tmp_path, capfd):
+    assert cli.main(["adapt", *SMALL, "--steps", "1", "--out", str(tmp_path / "out")]) == 0
+    told = capfd.readouterr()
+    assert told.err == ""
+    assert "synthetic street scenes" in told.out and "| sky |" in told.out
+
+
+def test_an_interrupt_saves_the_step_and_resume_continues_to_the_same_figures(folders, capfd):
+    assert cli.main(command(folders, steps=60)) == 0
+    expected = json.loads((folders / "out" / "results.json").read_text())
+    shutil.rmtree(folders / "out")
+    capfd.readouterr()
+
+    words = command(folders, "--checkpoint-every", "3", steps=60)
+    first = folders / "out" / "seed0" / "source_only.pt"
+    with interrupt_once_there(first):
+        assert cli.main(words) == 130
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "interrupted after step" in line and str(first.parent) in line and "--resume" in line
+    assert 0 < load(first)["steps"] <= 60
+
+    assert cli.main([*words, "--resume"]) == 0
+    figures = json.loads((folders / "out" / "results.json").read_text())
+    for variant in ("source_only", "adapted"):
+        assert figures[variant] == expected[variant]
+
+
+@contextlib.contextmanager
+def interrupt_once_there(path):
+    """Press Ctrl-C as soon as the file exists."""
+
+    def press():
+        while not path.exists() and not done.wait(0.005):
+            pass
+        if not done.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    done = threading.Event()
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(folders, capfd):
+    words = command(folders, "--width", "4")
+    assert cli.main(words) == 0
+    checkpoint = folders / "out" / "seed0" / "source_only.pt"
+    before = checkpoint.read_bytes()
+    assert len(before) > 30_000
+    capfd.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # writes beyond it fail
+    try:
+        line = fail(capfd, words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(checkpoint) in line and "free space" in line
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_run_is_not_started_over_an_unfinished_one(folders, capfd):
+    assert cli.main(command(folders)) == 0
+    (folders / "out" / "results.json").unlink()
+    capfd.readouterr()
+    assert "--resume" in fail(capfd, command(folders))
+    assert cli.main(command(folders, "--resume")) == 0
+
+
+def test_resuming_with_other_options_or_width_names_the_checkpoint(folders, capfd):
+    assert cli.main(command(folders)) == 0
+    capfd.readouterr()
+    before = (folders / "out" / "seed0" / "source_only.pt").read_bytes()
+    line = fail(capfd, command(folders, "--resume", steps=3))
+    assert "source_only.pt" in line and "steps 2" in line and "3" in line
+    line = fail(capfd, command(folders, "--resume", "--width", "4"))
+    assert "source_only.pt" in line and "shape" in line
+    assert (folders / "out" / "seed0" / "source_only.pt").read_bytes() == before
+
+
+def test_a_checkpoint_cut_short_is_named(folders, capfd):
+    assert cli.main(command(folders)) == 0
+    path = folders / "out" / "seed0" / "adapted.pt"
+    path.write_bytes(path.read_bytes()[:-200])
+    capfd.readouterr()
+    line = fail(capfd, command(folders, "--resume"))
+    assert str(path) in line and "truncated" in line
+
+
+def _missing(folder):
+    shutil.rmtree(folder / "dusk")
+    return folder / "dusk", "no such folder"
+
+
+def _empty(folder):
+    for path in (folder / "dusk" / "images").iterdir():
+        path.unlink()
+    return folder / "dusk" / "images", "no image"
+
+
+def _without_label(folder):
+    (folder / "day" / "labels" / "day1.png").unlink()
+    return folder / "day" / "images" / "day1.png", "no label"
+
+
+def _sizes_differ(folder):
+    path = folder / "day" / "labels" / "day1.png"
+    Image.new("L", (40, 32)).save(path)
+    return path, "40x32"
+
+
+def _label_outside(folder):
+    path = folder / "dusk_test" / "labels" / "dusk_test1.png"
+    Image.new("L", (48, 32), 7).save(path)
+    return path, "label id 7"
+
+
+def _truncated(folder):
+    path = folder / "dusk" / "images" / "dusk2.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return path, "cannot be decoded"
+
+
+def _sixteen_bit(folder):
+    path = folder / "dusk" / "images" / "dusk2.png"
+    Image.fromarray(np.zeros((32, 48), np.uint16)).save(path)
+    return path, "8-bit"
+
+
+def _test_in_target(folder):
+    for part in ("images", "labels"):
+        shutil.rmtree(folder / "dusk_test" / part)
+    (folder / "dusk_test" / "images").symlink_to(folder / "dusk" / "images")
+    for i in range(3):
+        write_pair(folder / "spare", f"dusk{i}", seed=i)
+    (folder / "dusk_test" / "labels").symlink_to(folder / "spare" / "labels")
+    return folder / "dusk_test" / "images" / "dusk0.png", "hold the test images out"
+
+
+def _too_small(folder):
+    path = folder / "dusk" / "images" / "dusk1.png"
+    Image.new("RGB", (24, 24)).save(path)
+    return "dusk1", "smaller than the crop"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _missing,
+        _empty,
+        _without_label,
+        _sizes_differ,
+        _label_outside,
+        _truncated,
+        _sixteen_bit,
+        _test_in_target,
+        _too_small,
+    ],
+)
+def test_data_that_cannot_be_used_is_one_line_naming_the_file(folders, capfd, spoil):
+    name, complaint = spoil(folders)
+    line = fail(capfd, command(folders, steps=4))
+    assert str(name) in line and complaint in line
+
+
+def test_errors_in_the_data_end_the_process_with_one_line(folders):
+    name, complaint = _truncated(folders)
+    status, _, stderr = run(command(folders))
+    assert status == 2 and len(stderr.splitlines()) == 1
+    assert str(name) in stderr and complaint in stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "-1"], "--lr"),
+        (["--decay", "1"], "--decay"),
+        (["--ramp", "1.5"], "--ramp"),
+        (["--crop", "16", "48"], "--crop"),
+        (["--width", "3"], "--width"),
+        (["--style", "cubist"], "--style"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--device", "toaster"], "--device"),
+        (["--sources", "x"], "--sources"),
+        (["--source", "x"], "--target"),
+        (["--num-classes", "3"], "--num-classes"),
+    ],
+)
+def test_bad_options_are_one_line(capfd, options, complaint):
+    assert complaint in fail(capfd, ["adapt", *options])
+
+
+def test_an_out_that_is_a_file_is_named(tmp_path, capfd):
+    (tmp_path / "out").write_text("")
+    assert str(tmp_path / "out") in fail(capfd, ["adapt", "--out", str(tmp_path / "out")])
+
+
+def test_a_command_is_required_and_help_succeeds(capfd):
+    assert "command" in fail(capfd, [])
+    assert cli.main(["adapt", "--help"]) == 0
+    assert "--checkpoint-every" in capfd.readouterr().out
+
+
+def test_labels_of_the_target_are_never_opened(folders):
+    (folders / "dusk" / "labels").mkdir()
+    for i in range(3):
+        (folders / "dusk" / "labels" / f"dusk{i}.png").write_text("no label map")
+    domains = adapt.folder_domains(*([str(folders / d)] for d in DIRS))
+    assert domains.target[0][1] is None and len(domains.test) == 3
+
+
+def test_facts_of_a_checkpoint_must_be_those_of_the_run(tmp_path):
+    with pytest.raises(CheckpointError, match="lr 1, this run has 2"):
+        adapt._check_facts({"settings": {"lr": 1}}, {"settings": {"lr": 2}}, tmp_path)

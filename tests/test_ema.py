@@ -1,0 +1,223 @@
+"""The moving average of many tensors: closed form, dtypes, layouts, tensors that come and go."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operands import DTYPES, LAYOUTS, laid_out, random_logits
+from tolerances import assert_average_close
+
+import fastmt
+
+
+@pytest.fixture(params=["auto", "eager"], autouse=True)
+def implementation(request):
+    """The launch (with the reference for what it does not serve), and the reference alone."""
+    with fastmt.backend(request.param):
+        yield
+
+
+def averaged(teacher, student, decay):
+    return decay * teacher.double() + (1 - decay) * student.double()
+
+
+@settings(max_examples=60)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=6),
+    teacher_dtype=st.sampled_from([*DTYPES, torch.float64]),
+    student_dtype=st.sampled_from([*DTYPES, torch.float64]),
+    layouts=st.tuples(st.sampled_from(LAYOUTS[:-1]), st.sampled_from(LAYOUTS)),
+    decay=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    as_tensor=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_it_is_the_weighted_mean(
+    shapes, teacher_dtype, student_dtype, layouts, decay, as_tensor, seed
+):
+    def tensors(dtype, layout, first):
+        made = [random_logits(s, first + i, dtype=dtype) for i, s in enumerate(shapes)]
+        return [
+            laid_out(t, layout, class_dim=t.ndim > 2) if t.ndim and t.numel() else t for t in made
+        ]
+
+    teacher = tensors(teacher_dtype, layouts[0], seed)
+    student = tensors(student_dtype, layouts[1], seed + 50)
+    expected = [averaged(t, s, decay) for t, s in zip(teacher, student, strict=True)]
+    before = [s.clone() for s in student]
+    fastmt.ema_update_(teacher, student, torch.tensor(decay) if as_tensor else decay)
+    for i, average in enumerate(teacher):
+        assert_average_close(average, expected[i])
+        assert torch.equal(student[i], before[i])
+
+
+@pytest.mark.parametrize("size", [1, 16383, 16384, 16385, 200_001])
+def test_tensors_of_any_length_lie_in_one_launch(size):
+    sizes = [3, size, 0, 1, 40_000]
+    teacher = [random_logits([n], n) for n in sizes]
+    student = [random_logits([n], n + 1) for n in sizes]
+    expected = [averaged(t, s, 0.9) for t, s in zip(teacher, student, strict=True)]
+    fastmt.ema_update_(teacher, student, 0.9)
+    for average, mean in zip(teacher, expected, strict=True):
+        assert_average_close(average, mean)
+
+
+@pytest.mark.parametrize("student_dtype", DTYPES)
+def test_many_steps_follow_the_closed_form(student_dtype):
+    generator = torch.Generator().manual_seed(0)
+    students = torch.randn(300, 50, generator=generator).to(student_dtype)
+    teacher, expected = torch.zeros(50), torch.zeros(50, dtype=torch.float64)
+    for step, student in enumerate(students):
+        decay = min(1 - 1 / (step + 1), 0.99)
+        fastmt.ema_update_([teacher], [student], decay)
+        expected = averaged(expected, student, decay)
+    torch.testing.assert_close(teacher.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_decay_0_copies_the_student_exactly():
+    teacher = [torch.full((9,), 1e8), torch.full((9,), torch.nan), torch.full((9,), torch.inf)]
+    student = [random_logits((9,), i) for i in range(3)]
+    fastmt.ema_update_(teacher, student, 0.0)
+    for average, value in zip(teacher, student, strict=True):
+        assert torch.equal(average, value)
+
+
+def test_decay_1_leaves_the_teacher_as_it_is():
+    teacher, student = random_logits((40,), 0), random_logits((40,), 1)
+    before = teacher.clone()
+    fastmt.ema_update_([teacher], [student], 1.0)
+    assert torch.equal(teacher, before)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_a_student_that_is_not_finite_shows_in_the_teacher(poison):
+    teacher, student = torch.zeros(40), torch.ones(40)
+    student[7] = poison
+    fastmt.ema_update_([teacher], [student], 0.9)
+    assert teacher.isfinite().logical_not().nonzero().flatten().tolist() == [7]
+
+
+def test_integer_and_bool_tensors_become_copies():
+    teacher = [torch.zeros(3), torch.tensor(3), torch.tensor([True, False])]
+    student = [torch.ones(3), torch.tensor(10**12), torch.tensor([False, True])]
+    fastmt.ema_update_(teacher, student, 0.9)
+    assert torch.equal(teacher[1], student[1])
+    assert torch.equal(teacher[2], student[2])
+
+
+def test_a_tied_parameter_is_averaged_once():
+    tied, student = torch.zeros(20), torch.ones(20)
+    fastmt.ema_update_([tied, tied, tied.view(4, 5)], [student, student, student.view(4, 5)], 0.5)
+    torch.testing.assert_close(tied, torch.full((20,), 0.5))
+
+
+def test_versions_of_the_teacher_are_bumped_so_that_autograd_notices():
+    weight = torch.ones(3)
+    x = torch.ones(3, requires_grad=True)
+    product = (x * weight).sum()
+    fastmt.ema_update_([weight], [torch.zeros(3)], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_a_leaf_that_requires_grad_is_updated_without_a_graph():
+    teacher = torch.nn.Parameter(torch.zeros(3))
+    fastmt.ema_update_([teacher], [torch.nn.Parameter(torch.ones(3))], 0.5)
+    assert teacher.grad_fn is None
+    assert torch.equal(teacher.detach(), torch.full((3,), 0.5))
+
+
+def test_decay_is_read_anew_at_each_call():
+    teacher, student, decay = torch.zeros(3), torch.ones(3), torch.tensor(1.0)
+    for value, expected in ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0)):
+        decay.fill_(value)
+        fastmt.ema_update_([teacher], [student], decay)
+        assert torch.equal(teacher, torch.full((3,), expected))
+
+
+def test_values_behind_a_new_data_pointer_are_found():
+    teacher = torch.nn.Parameter(torch.zeros(3))
+    student = torch.nn.Parameter(torch.ones(3))
+    fastmt.ema_update_([teacher], [student], 0.5)
+    student.data = torch.full((3,), 8.0)
+    fastmt.ema_update_([teacher], [student], 0.0)
+    assert torch.equal(teacher.detach(), torch.full((3,), 8.0))
+    teacher.data = torch.zeros(3)
+    fastmt.ema_update_([teacher], [student], 0.5)
+    assert torch.equal(teacher.detach(), torch.full((3,), 4.0))
+
+
+def test_a_new_shape_behind_the_same_pointer_is_noticed():
+    teacher, student = torch.zeros(100), torch.ones(100)
+    fastmt.ema_update_([teacher], [student], 0.5)
+    student.data = student.data[:50]
+    with pytest.raises(ValueError, match=r"^student\[0\]: got shape \(50\), expected \(100\)"):
+        fastmt.ema_update_([teacher], [student], 0.5)
+
+
+def test_a_new_dtype_behind_the_same_pointer_is_noticed():
+    teacher, student = torch.zeros(100), torch.ones(200)[:100]
+    fastmt.ema_update_([teacher], [student], 0.5)
+    student.data = student.data.view(torch.float16)[:100].fill_(3)
+    fastmt.ema_update_([teacher], [student], 0.0)
+    assert torch.equal(teacher, torch.full((100,), 3.0))
+
+
+def test_new_strides_behind_the_same_pointer_are_noticed():
+    teacher, student = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
+    fastmt.ema_update_([teacher], [student], 0.5)
+    student.data = student.data.as_strided((3, 4), (1, 3))
+    fastmt.ema_update_([teacher], [student], 0.0)
+    assert torch.equal(teacher, student)
+
+
+def test_tensors_freed_and_made_again_are_never_mistaken():
+    teacher = torch.zeros(64)
+    for step in range(200):
+        student = torch.full((64,), float(step), dtype=DTYPES[step % 3])
+        fastmt.ema_update_([teacher], [student], 0.0)
+        assert torch.equal(teacher, student.float())
+        del student
+    for step in range(60):
+        fresh = [torch.full((8 + step % 3,), 1.0) for _ in range(3)]
+        fastmt.ema_update_(fresh, [torch.full_like(t, 3.0) for t in fresh], 0.5)
+        assert all(torch.equal(t, torch.full_like(t, 2.0)) for t in fresh)
+        if step % 10 == 0:
+            gc.collect()
+
+
+def test_no_tensors_are_no_work():
+    fastmt.ema_update_([], [], 0.5)
+    fastmt.ema_update_([torch.zeros(0)], [torch.zeros(0)], 0.5)
+
+
+def test_shared_storage_is_refused():
+    flat = torch.zeros(10)
+    with pytest.raises(ValueError, match=r"^student\[1\]: shares storage with the teacher"):
+        fastmt.ema_update_([torch.ones(3), flat[:5]], [torch.ones(3), flat[5:]], 0.5)
+    assert not flat.any()
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_a_decay_outside_0_to_1_is_refused(decay):
+    with pytest.raises(ValueError, match="^decay: got "):
+        fastmt.ema_update_([torch.zeros(1)], [torch.ones(1)], decay)
+
+
+def test_a_decay_for_each_tensor_is_refused():
+    with pytest.raises(ValueError, match=r"^decay: got shape \(3\)"):
+        fastmt.ema_update_([torch.zeros(3)], [torch.ones(3)], torch.tensor([0.1, 0.2, 0.3]))
+
+
+def test_lists_that_do_not_fit_are_refused_by_name():
+    zeros = torch.zeros(3)
+    with pytest.raises(ValueError, match="^student: got 1 tensors, expected 2"):
+        fastmt.ema_update_([zeros, torch.zeros(2)], [torch.ones(3)], 0.5)
+    with pytest.raises(ValueError, match=r"^student\[0\]: got shape \(1, 3\), expected \(3\)"):
+        fastmt.ema_update_([zeros], [torch.ones(1, 3)], 0.5)
+    with pytest.raises(TypeError, match=r"^student\[0\]: got torch.int64, teacher\[0\] is "):
+        fastmt.ema_update_([zeros], [torch.ones(3, dtype=torch.int64)], 0.5)
+    assert not zeros.any()

@@ -1,0 +1,184 @@
+"""The same numbers from every thread count, layout, call and instruction set of this processor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operands import laid_out, random_logits
+from tolerances import assert_gradient_close, assert_loss_close
+
+import fastmt
+from fastmt import backends
+from fastmt.consistency import LOSSES
+
+pytestmark = pytest.mark.usefixtures("kernels")
+SHAPE = (2, 19, 67, 71)
+ROOT = Path(fastmt.__file__).parents[1]
+
+
+def labels_of(size):
+    return torch.randint(19, size, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def everything(loss="mse", dtype="float32", layout="contiguous", size=None):
+    """Loss, statistics and gradient of each operation on fixed inputs, as one list of tensors."""
+    dtype = getattr(torch, dtype)
+    student, teacher = (laid_out(random_logits(SHAPE, seed, 4.0, dtype), layout) for seed in (1, 2))
+    student.requires_grad_()
+    options = {"loss": loss, "weight": "confidence", "normalize": "weight", "threshold": 0.6}
+    value, stats = fastmt.consistency_loss(
+        student, [teacher, teacher * 2], size=size, return_stats=True, **options
+    )
+    labels = labels_of((2, *(size or SHAPE[2:])))
+    supervised = fastmt.cross_entropy(student, labels, label_smoothing=0.1)
+    gradients = [torch.autograd.grad(v, student)[0] for v in (value, supervised)]
+    score, label = fastmt.softmax_confidence([teacher, teacher * 2], kind="entropy", size=size)
+    averages = [torch.zeros(70_001), torch.zeros(19, 3)]
+    fastmt.ema_update_(averages, [random_logits(a.shape, 5, 1.0, dtype) for a in averages], 0.3)
+    return [value.detach(), *stats, supervised.detach(), *gradients, score, label, *averages]
+
+
+def assert_bitwise(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert not a.isnan().any()
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [None, (134, 150)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_number_of_threads_gives_the_same_bits(threads, dtype, size):
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(everything(dtype=dtype, size=size))
+    for other in results[1:]:
+        assert_bitwise(results[0], other)
+
+
+@pytest.mark.parametrize("size", [None, (134, 150)])
+def test_repeated_calls_give_the_same_bits(size):
+    first = everything(size=size)
+    for _ in range(5):
+        assert_bitwise(first, everything(size=size))
+
+
+@pytest.mark.parametrize("size", [None, (134, 150)])
+@pytest.mark.parametrize("layout", ["channels_last", "cropped", "transposed"])
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_layouts_give_the_same_bits(loss, layout, size):
+    assert_bitwise(everything(loss, size=size), everything(loss, layout=layout, size=size))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("size", [None, (134, 150)])
+def test_poisoned_outputs_never_show(loss, size):
+    assert all(tensor.isfinite().all() for tensor in everything(loss, size=size))
+
+
+def far_apart(values, dim):
+    """`values` with 2^31 elements of untouched memory between neighbours in `dim`."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    distance = 2**31
+    storage = torch.empty(distance * (values.shape[dim] - 1) + values.numel(), dtype=values.dtype)
+    strides = list(values.contiguous().stride())
+    strides[dim] = distance
+    return storage.as_strided(values.shape, strides).copy_(values)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_offsets_beyond_2_to_the_31_elements_are_found(dim):
+    values = random_logits((2, 2, 2, 3), 0, dtype=torch.bfloat16)
+    teacher = random_logits((2, 2, 2, 3), 1)
+    labels = torch.ones(2, 2, 3, dtype=torch.uint8)
+    results = []
+    for logits in (values, far_apart(values, dim)):
+        z = logits.requires_grad_()
+        loss = fastmt.consistency_loss(z, teacher, weight="none") + fastmt.cross_entropy(z, labels)
+        (gradient,) = torch.autograd.grad(loss, z)
+        results.append([loss.detach(), gradient, *fastmt.softmax_confidence(z)])
+    assert_bitwise(*results)
+
+
+PROGRAM = """
+import sys, torch
+sys.path[:0] = {path!r}
+import fastmt
+from fastmt import backends
+from test_kernels import everything
+with fastmt.backend("cpp", strict=True):
+    results = [everything(*case) for case in {cases!r}]
+torch.save((backends.instruction_set(), results), {out!r})
+"""
+CASES = [(loss, dtype, "contiguous", None) for loss in LOSSES for dtype in ("float32", "bfloat16")]
+CASES += [
+    ("mse", "float16", "contiguous", (134, 150)),
+    ("bce", "float32", "transposed", (134, 150)),
+]
+
+
+def run_with(isa, program):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "FASTMT_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_results(isa, tmp_path):
+    out = str(tmp_path / "results.pt")
+    path = [str(ROOT), str(Path(__file__).parent)]
+    done = run_with(isa, PROGRAM.format(path=path, cases=CASES, out=out))
+    if "as this processor has them" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    name, results = torch.load(out)
+    assert name == isa
+    for case, result in zip(CASES, results, strict=True):
+        expected = everything(*case)
+        dtype = getattr(torch, case[1])
+        for i, (got, want) in enumerate(zip(result, expected, strict=True)):
+            if i < 4:
+                assert_loss_close(got, want, dtype)
+            elif got.dtype == torch.int64:
+                assert (got != want).float().mean() < 1e-4
+            else:
+                assert_gradient_close(got, want.double(), dtype)
+
+
+def test_an_unknown_instruction_set_is_a_clear_error():
+    program = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+import fastmt, torch
+fastmt.softmax_confidence(torch.zeros(2, 3))
+"""
+    done = run_with("sse9", program)
+    assert done.returncode == 1
+    assert "FASTMT_CPU_ISA: got 'sse9', expected baseline, avx2 or avx512" in done.stderr
+
+
+def test_the_widest_instruction_set_is_taken():
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists() or "flags" not in flags.read_text():
+        pytest.skip("no processor flags to compare with")
+    words = set(flags.read_text().split())
+    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words
+    expected = "avx512" if wide else "avx2" if {"avx2", "fma"} <= words else "baseline"
+    if "FASTMT_CPU_ISA" not in os.environ:
+        assert backends.instruction_set() == expected

@@ -1,0 +1,148 @@
+"""What can be done with a teacher: run, swap, save, copy, wrap, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from followed import Net, advance, assert_same, follow
+from torch import nn
+
+from fastmt import EMATeacher
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_forward_is_that_of_the_averaged_network_without_gradient(student):
+    teacher = EMATeacher(student)
+    x = torch.randn(5, 3, requires_grad=True)
+    assert not teacher(x).requires_grad
+    assert torch.equal(teacher(x), student.eval()(x))
+
+
+def test_swapped_gives_the_student_the_teachers_weights_and_back_also_after_an_error(student):
+    teacher = EMATeacher(student)
+    advance(student, 0)
+    own = copy.deepcopy(student)
+    with teacher.swapped():
+        assert_same(student, teacher.module)
+    assert_same(student, own)
+    with pytest.raises(KeyError, match="inside"), teacher.swapped():
+        raise KeyError("inside")
+    assert_same(student, own)
+    assert student.tied is student.last.weight
+
+
+def test_copy_to_writes_the_average_into_any_network(student):
+    teacher, other = EMATeacher(student), Net()
+    teacher.copy_to(other)
+    assert_same(other, student)
+
+
+def test_the_state_dict_loads_into_the_plain_network_and_back(student):
+    teacher = EMATeacher(student)
+    follow(teacher, student, 2)
+    plain = Net()
+    plain.load_state_dict(teacher.state_dict())
+    assert_same(plain, teacher.module)
+    other = EMATeacher(Net())
+    other.load_state_dict(plain.state_dict())
+    assert_same(other.module, teacher.module)
+
+
+def test_a_network_that_holds_a_teacher_saves_and_loads(student):
+    holder = nn.ModuleDict({"student": student, "teacher": EMATeacher(student)})
+    state = copy.deepcopy(holder.state_dict())
+    advance(holder["teacher"].module, 5)
+    holder.load_state_dict(state)
+    assert_same(holder["teacher"].module, student)
+
+
+def test_the_student_is_no_part_of_the_teacher_and_is_not_kept_alive():
+    student = Net()
+    teacher = EMATeacher(student)
+    assert len(list(teacher.parameters())) == len(list(student.parameters()))
+    del student
+    gc.collect()
+    with pytest.raises(ValueError, match="^student: the student of this teacher is gone"):
+        teacher.update()
+    teacher.update(student=Net())
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_a_copied_teacher_continues_the_average_with_a_student_given(student, clone):
+    teacher = EMATeacher(student, decay=0.9)
+    follow(teacher, student, 2)
+    twin = clone(teacher)
+    assert_same(twin.module, teacher.module)
+    advance(student, 9)
+    teacher.update()
+    twin.update(student=student)
+    assert_same(twin.module, teacher.module)
+    assert twin.current_decay() == teacher.current_decay()
+
+
+class Compiled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = network
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        Compiled,
+        lambda net: torch.compile(net, backend="eager"),
+        lambda net: nn.DataParallel(Compiled(net)),
+    ],
+)
+def test_wrappers_of_the_student_are_looked_through(student, wrap):
+    wrapped = wrap(student)
+    teacher = EMATeacher(wrapped)
+    assert type(teacher.module) is Net
+    advance(student, 0)
+    teacher.update()
+    assert_same(teacher.module, student)
+    teacher.update(student=student)
+    with teacher.swapped(wrapped):
+        assert_same(student, teacher.module)
+
+
+def test_parameters_that_appear_vanish_or_change_size_are_named(student):
+    teacher = EMATeacher(student)
+    student.extra = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="^student: 'extra' is missing in the teacher"):
+        teacher.update()
+    del student.extra
+    student.first.bias = None
+    with pytest.raises(ValueError, match="^student: 'first.bias' is missing in the student"):
+        teacher.update()
+    student.first.bias = nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"^student: 'first.bias' has shape \(5\), the teacher"):
+        teacher.update()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.0}, "^decay: got 1.0"),
+        ({"decay": -0.1}, "^decay: got -0.1"),
+        ({"half_life": 0}, "^half_life: got 0"),
+        ({"warmup": "linear"}, "^warmup: got 'linear'"),
+        ({"buffers": "mean"}, "^buffers: got 'mean'"),
+        ({"update_every": 0}, "^update_every, start: got 0, 0"),
+        ({"start": -1}, "^update_every, start: got 1, -1"),
+        ({"dtype": torch.bfloat16}, "^dtype: got torch.bfloat16"),
+    ],
+)
+def test_options_out_of_range_are_named(student, options, message):
+    with pytest.raises(ValueError, match=message):
+        EMATeacher(student, **options)
