@@ -2,20 +2,23 @@
 //
 // `floats` is one value for each pixel that is worked on at once (a vector on the CPU), `ints` its
 // integer twin and mask; select, exp, log and the constants come from the including file. A `Column`
-// is the C values of those pixels: column[c] is a reference to `floats`.
+// is the C values of those pixels: column[c] is a reference to `floats`. A `Gradient` takes what is
+// assigned to gradient[c], once for each c, and may be the column of the logits itself. `Powers` are
+// exponentials exp(z[c] - shift), for a shift that no class's logit lies above or far below: each is
+// read once, in order, and stands in a column afterwards.
 
 enum class Kind { max_prob, entropy, margin };
 enum class Loss { mse, kl, soft_ce, ce, bce, js };
 
 // 0 * log 0 = 0
-inline floats times(floats probability, floats logarithm) {
+FASTMT_INLINE floats times(floats probability, floats logarithm) {
   return select(probability == 0.0f, splat(0), probability * logarithm);
 }
 
-inline floats log_positive(floats x) { return log(select(x < TINY, splat(TINY), x)); }
+FASTMT_INLINE floats log_positive(floats x) { return log(select(x < TINY, splat(TINY), x)); }
 
 // log(1.0f - p) for p in [0, 1/2], accurate also for small p
-inline floats log_one_minus(floats p) {
+FASTMT_INLINE floats log_one_minus(floats p) {
   const floats u = 1.0f - p;
   return log(u) - ((u - 1.0f) + p) / u;
 }
@@ -25,23 +28,26 @@ struct Peak {
   ints label;            // where the first one stands; the first NaN where there is one
 };
 
-template <bool WITH_SECOND, bool WITH_LABEL, class Column>
-inline Peak peak(Column x, int classes) {
-  Peak top{x[0], splat(-INFINITY), isplat(0)};
-  for (int c = 1; c < classes; ++c) {
-    const floats value = x[c];
-    if constexpr (WITH_LABEL) {
-      const ints better = (value > top.first) | ((value != value) & (top.first == top.first));
-      if constexpr (WITH_SECOND) {
-        const floats loser = select(better, top.first, value);
-        top.second = select(loser > top.second, loser, top.second);
-      }
-      top.first = select(better, value, top.first);
-      top.label = iselect(better, isplat(c), top.label);
-    } else {
-      top.first = select(value > top.first, value, top.first);
+template <bool WITH_SECOND, bool WITH_LABEL>
+FASTMT_INLINE Peak higher(Peak top, floats value, int c) {
+  if constexpr (WITH_SECOND || WITH_LABEL) {
+    const ints better = (value > top.first) | ((value != value) & (top.first == top.first));
+    if constexpr (WITH_SECOND) {
+      const floats loser = select(better, top.first, value);
+      top.second = select(loser > top.second, loser, top.second);
     }
+    top.first = select(better, value, top.first);
+    if constexpr (WITH_LABEL) top.label = iselect(better, isplat(c), top.label);
+  } else {
+    top.first = select(value > top.first, value, top.first);
   }
+  return top;
+}
+
+template <bool WITH_SECOND, bool WITH_LABEL, class Column>
+FASTMT_INLINE Peak peak(Column x, int classes) {
+  Peak top{x[0], splat(-INFINITY), isplat(0)};
+  for (int c = 1; c < classes; ++c) top = higher<WITH_SECOND, WITH_LABEL>(top, x[c], c);
   return top;
 }
 
@@ -52,13 +58,13 @@ struct Teacher {
 };
 
 template <Kind KIND>
-inline floats clamp_score(floats score) {
+FASTMT_INLINE floats clamp_score(floats score) {
   return KIND == Kind::entropy ? select(score < 0.0f, splat(0), score) : score;
 }
 
 // Replaces the logits y by exp((y - max) / T); score and label of q = softmax(y / T).
 template <Kind KIND, class Column>
-inline Teacher teacher_pixel(Column y, int classes, float inverse_temperature) {
+FASTMT_INLINE Teacher teacher_pixel(Column y, int classes, float inverse_temperature) {
   const Peak top = peak<KIND == Kind::margin, true>(y, classes);
   floats sum = splat(0), moment = splat(0);
   for (int c = 0; c < classes; ++c) {
@@ -82,16 +88,32 @@ inline Teacher teacher_pixel(Column y, int classes, float inverse_temperature) {
   return teacher;
 }
 
+// The same from the exponentials of y / T; "entropy" needs the logits.
+template <Kind KIND, bool WITH_LABEL, class Powers>
+FASTMT_INLINE Teacher teacher_of_powers(Powers y, int classes) {
+  static_assert(KIND != Kind::entropy);
+  Peak top{splat(0), splat(0), isplat(0)};
+  floats sum = splat(0);
+  for (int c = 0; c < classes; ++c) {
+    const floats e = y[c];
+    sum += e;
+    top = higher<KIND == Kind::margin, WITH_LABEL>(top, e, c);
+  }
+  const floats inverse = 1.0f / sum;
+  return {(KIND == Kind::margin && classes > 1 ? top.first - top.second : top.first) * inverse,
+          inverse, top.label};
+}
+
 // Adds share * softmax(y / T) of one member of an ensemble to q.
 template <class Column>
-inline void add_member(Column y, Column q, int classes, float inverse_temperature, float share) {
+FASTMT_INLINE void add_member(Column y, Column q, int classes, float inverse_temperature, float share) {
   const Teacher member = teacher_pixel<Kind::max_prob>(y, classes, inverse_temperature);
   for (int c = 0; c < classes; ++c) q[c] = q[c] + y[c] * member.inverse * share;
 }
 
 // Score and label of probabilities q that an ensemble has averaged.
 template <Kind KIND, class Column>
-inline Teacher ensemble_pixel(Column q, int classes) {
+FASTMT_INLINE Teacher ensemble_pixel(Column q, int classes) {
   const Peak top = peak<KIND == Kind::margin, true>(q, classes);
   Teacher teacher{top.first, splat(1), top.label};
   if (classes == 1) return teacher;
@@ -105,37 +127,67 @@ inline Teacher ensemble_pixel(Column q, int classes) {
 }
 
 template <class Column>
-inline floats negative_entropy(Column y, floats inverse, int classes) {
+FASTMT_INLINE floats negative_entropy(Column y, floats inverse, int classes) {
   floats sum = splat(0);
   for (int c = 0; c < classes; ++c) sum += y[c] * inverse * log_positive(y[c] * inverse);
   return sum;
 }
 
-// sum (p - q)^2; its gradient 2 p ((p - q) - sum p (p - q))
-template <class Column>
-inline floats mse_pixel(Column z, Column y, floats inverse, floats coefficient, int classes) {
+// p[c] = column[c] / sum; `chosen` is the logarithm of the label's exponential, where it is asked for.
+struct Student {
+  floats sum, chosen;
+};
+
+// Replaces the logits z by exp(z - max).
+template <bool WITH_LABEL, class Column>
+FASTMT_INLINE Student student_pixel(Column z, ints label, int classes) {
   const Peak top = peak<false, false>(z, classes);
-  floats sum = splat(0);
+  Student student{splat(0), splat(0)};
   for (int c = 0; c < classes; ++c) {
-    z[c] = exp(z[c] - top.first);
-    sum += z[c];
+    const floats x = z[c] - top.first, e = exp(x);
+    if constexpr (WITH_LABEL) student.chosen = select(label == c, x, student.chosen);
+    student.sum += e;
+    z[c] = e;
   }
-  const floats p_scale = 1.0f / sum;
+  return student;
+}
+
+// The same from the exponentials.
+template <bool WITH_LABEL, class Powers>
+FASTMT_INLINE Student student_of_powers(Powers z, ints label, int classes) {
+  Student student{splat(0), splat(1)};
+  for (int c = 0; c < classes; ++c) {
+    const floats e = z[c];
+    if constexpr (WITH_LABEL) student.chosen = select(label == c, e, student.chosen);
+    student.sum += e;
+  }
+  if constexpr (WITH_LABEL) student.chosen = log(student.chosen);
+  return student;
+}
+
+// sum (p - q)^2; its gradient 2 p ((p - q) - sum p (p - q)). Keeps both columns of exponentials.
+template <class Column, class Gradient>
+FASTMT_INLINE floats mse_pixel(Column z, Column y, const Student& student, floats inverse,
+                        floats coefficient, Gradient gradient, int classes) {
+  const floats p_scale = 1.0f / student.sum;
   floats value = splat(0), mean = splat(0);
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale, difference = p - y[c] * inverse;
     value += difference * difference;
     mean += p * difference;
-    z[c] = p;
-    y[c] = difference;
   }
-  for (int c = 0; c < classes; ++c) z[c] = 2.0f * coefficient * z[c] * (y[c] - mean);
+  const floats factor = 2.0f * coefficient * p_scale;
+  for (int c = 0; c < classes; ++c) {
+    const floats e = z[c], difference = e * p_scale - y[c] * inverse;
+    gradient[c] = factor * e * (difference - mean);
+  }
   return value;
 }
 
 // -sum q log p, plus sum q log q for "kl"; the gradient of both is p - q
-template <Loss LOSS, class Column>
-inline floats soft_ce_pixel(Column z, Column y, floats inverse, floats coefficient, int classes) {
+template <Loss LOSS, class Column, class Gradient>
+FASTMT_INLINE floats soft_ce_pixel(Column z, Column y, floats inverse, floats coefficient,
+                            Gradient gradient, int classes) {
   const Peak top = peak<false, false>(z, classes);
   floats sum = splat(0), expected = splat(0);
   for (int c = 0; c < classes; ++c) {
@@ -145,35 +197,30 @@ inline floats soft_ce_pixel(Column z, Column y, floats inverse, floats coefficie
     sum += z[c];
   }
   const floats p_scale = 1.0f / sum;
-  for (int c = 0; c < classes; ++c) z[c] = coefficient * (z[c] * p_scale - y[c] * inverse);
+  for (int c = 0; c < classes; ++c)
+    gradient[c] = coefficient * (z[c] * p_scale - y[c] * inverse);
   const floats value = log(sum) - expected;
   return LOSS == Loss::kl ? value + negative_entropy(y, inverse, classes) : value;
 }
 
-// -log p[label]; its gradient p - onehot
-template <class Column>
-inline floats ce_pixel(Column z, ints label, floats coefficient, int classes) {
-  const Peak top = peak<false, false>(z, classes);
-  floats sum = splat(0), chosen = splat(0);
-  for (int c = 0; c < classes; ++c) {
-    const floats x = z[c] - top.first;
-    chosen = select(label == c, x, chosen);
-    z[c] = exp(x);
-    sum += z[c];
-  }
-  const floats p_scale = coefficient / sum;
+// -log p[label]; its gradient p - onehot. Keeps the column of exponentials.
+template <class Column, class Gradient>
+FASTMT_INLINE floats ce_pixel(Column z, const Student& student, ints label, floats coefficient,
+                       Gradient gradient, int classes) {
+  const floats p_scale = coefficient / student.sum;
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;
-    z[c] = select(label == c, p - coefficient, p);
+    gradient[c] = select(label == c, p - coefficient, p);
   }
-  return log(sum) - chosen;
+  return log(student.sum) - student.chosen;
 }
 
 // -sum w[c] t[c] log p[c] for the target t = (1 - smoothing) onehot + smoothing / C; mean_weight is
 // that of w
-template <class Column>
-inline floats weighted_ce_pixel(Column z, ints label, const float* class_weight, float mean_weight,
-                                float smoothing, floats coefficient, int classes) {
+template <class Column, class Gradient>
+FASTMT_INLINE floats weighted_ce_pixel(Column z, ints label, const float* class_weight, float mean_weight,
+                                float smoothing, floats coefficient, Gradient gradient,
+                                int classes) {
   const Peak top = peak<false, false>(z, classes);
   floats sum = splat(0), expected = splat(0), own = splat(class_weight ? 0.0f : 1.0f);
   for (int c = 0; c < classes; ++c) {
@@ -192,17 +239,18 @@ inline floats weighted_ce_pixel(Column z, ints label, const float* class_weight,
     const float w = class_weight ? class_weight[c] : 1.0f;
     const floats target = select(label == c, splat(w * (1 - smoothing)), splat(0)) +
                           w * smoothing / float(classes);
-    z[c] = coefficient * (z[c] * p_scale - target);
+    gradient[c] = coefficient * (z[c] * p_scale - target);
   }
   return mass * log(sum) - expected;
 }
 
 // -sum q log p + (1-q) log(1-p). 1 - p of the largest class is the mass of the others, so these are
 // kept relative to the second largest logit: u[c] = exp(z[c] - second).
-template <class Column>
-inline floats bce_pixel(Column z, Column y, floats inverse, floats coefficient, int classes) {
+template <class Column, class Gradient>
+FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coefficient, Gradient gradient,
+                        int classes) {
   if (classes == 1) {
-    z[0] = splat(0);
+    gradient[0] = splat(0);
     return splat(0);
   }
   const Peak top = peak<true, true>(z, classes);
@@ -233,21 +281,17 @@ inline floats bce_pixel(Column z, Column y, floats inverse, floats coefficient, 
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;
     const floats other = y[c] - p * odds + q_top * p - z[c] * share;
-    z[c] = coefficient * select(top.label == c, p_top - q_top - p_top * odds, other);
+    gradient[c] = coefficient * select(top.label == c, p_top - q_top - p_top * odds, other);
   }
   return value;
 }
 
 // KL(p||m)/2 + KL(q||m)/2 with m = (p+q)/2; its gradient p (g - sum p g), g = log(p/m) / 2
-template <class Column>
-inline floats js_pixel(Column z, Column y, floats inverse, floats coefficient, int classes) {
-  const Peak top = peak<false, false>(z, classes);
-  floats sum = splat(0);
-  for (int c = 0; c < classes; ++c) {
-    z[c] = exp(z[c] - top.first);
-    sum += z[c];
-  }
-  const floats p_scale = 1.0f / sum;
+template <class Column, class Gradient>
+FASTMT_INLINE floats js_pixel(Column z, Column y, floats inverse, floats coefficient, Gradient gradient,
+                       int classes) {
+  const Student student = student_pixel<false>(z, isplat(0), classes);
+  const floats p_scale = 1.0f / student.sum;
   floats value = splat(0), mean = splat(0);
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale, q = y[c] * inverse, total = p + q;
@@ -258,20 +302,33 @@ inline floats js_pixel(Column z, Column y, floats inverse, floats coefficient, i
     z[c] = p;
     y[c] = g;
   }
-  for (int c = 0; c < classes; ++c) z[c] = coefficient * z[c] * (y[c] - mean);
+  for (int c = 0; c < classes; ++c) gradient[c] = coefficient * z[c] * (y[c] - mean);
   return value;
 }
 
-// Loss of one pixel between softmax(z) and q = y * inverse; z becomes coefficient * gradient, and y
-// is used up.
-template <Loss LOSS, class Column>
-inline floats consistency_pixel(Column z, Column y, const Teacher& teacher, floats coefficient,
-                                int classes) {
+// Loss of one pixel between p = z / student.sum and q = y * teacher.inverse, for the losses that need
+// no logits; both columns are kept.
+template <Loss LOSS, class Column, class Gradient>
+FASTMT_INLINE floats loss_of_powers(Column z, Column y, const Student& student, const Teacher& teacher,
+                             floats coefficient, Gradient gradient, int classes) {
+  if constexpr (LOSS == Loss::mse)
+    return mse_pixel(z, y, student, teacher.inverse, coefficient, gradient, classes);
+  else
+    return ce_pixel(z, student, teacher.label, coefficient, gradient, classes);
+}
+
+// Loss of one pixel between softmax(z) and q = y * teacher.inverse; both columns may be used up.
+template <Loss LOSS, class Column, class Gradient>
+FASTMT_INLINE floats consistency_pixel(Column z, Column y, const Teacher& teacher, floats coefficient,
+                                Gradient gradient, int classes) {
   const floats inverse = teacher.inverse;
-  if constexpr (LOSS == Loss::mse) return mse_pixel(z, y, inverse, coefficient, classes);
-  if constexpr (LOSS == Loss::ce) return ce_pixel(z, teacher.label, coefficient, classes);
-  if constexpr (LOSS == Loss::bce) return bce_pixel(z, y, inverse, coefficient, classes);
-  if constexpr (LOSS == Loss::js) return js_pixel(z, y, inverse, coefficient, classes);
+  if constexpr (LOSS == Loss::mse || LOSS == Loss::ce) {
+    const Student student = student_pixel<LOSS == Loss::ce>(z, teacher.label, classes);
+    return loss_of_powers<LOSS>(z, y, student, teacher, coefficient, gradient, classes);
+  }
+  if constexpr (LOSS == Loss::bce)
+    return bce_pixel(z, y, inverse, coefficient, gradient, classes);
+  if constexpr (LOSS == Loss::js) return js_pixel(z, y, inverse, coefficient, gradient, classes);
   if constexpr (LOSS == Loss::kl || LOSS == Loss::soft_ce)
-    return soft_ce_pixel<LOSS>(z, y, inverse, coefficient, classes);
+    return soft_ce_pixel<LOSS>(z, y, inverse, coefficient, gradient, classes);
 }

@@ -88,13 +88,14 @@ def folder_domains(
     test: Sequence[str],
     *,
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Domains:
     """Data from folders as SegmentationFolder reads them; labels of the target are never opened.
 
     Every file is read once up front where the images fit in memory. Raises DataError naming the
     file and the remedy, also for a test image that is a training image of the target.
     """
-    labelled = SegmentationFolder(source, num_classes=num_classes)
+    labelled = SegmentationFolder(source, num_classes=num_classes, classes=classes)
     target_folder = SegmentationFolder(target, labelled=False)
     test_folder = SegmentationFolder(test, classes=labelled.classes)
     for folder in (labelled, target_folder, test_folder):

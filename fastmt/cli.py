@@ -64,7 +64,9 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
     _prepare(out, args.resume)
     if args.source:
         folders = (args.source, args.target, args.test)
-        domains = adapt.folder_domains(*folders, num_classes=args.num_classes)
+        domains = adapt.folder_domains(
+            *folders, num_classes=args.num_classes, classes=args.classes
+        )
     else:
         domains = adapt.scene_domains(settings.crop)
     print(f"Data: {domains.description}", flush=True)
@@ -151,8 +153,10 @@ class _AdaptParser(_Parser):
         given = [n for n in ("source", "target", "test") if getattr(parsed, n)]
         if given and len(given) < 3:
             self.error("--source, --target and --test are given together or not at all")
-        if parsed.num_classes is not None and not given:
-            self.error("--num-classes belongs to folders; give --source, --target and --test")
+        for name in ("num_classes", "classes"):
+            if getattr(parsed, name) is not None and not given:
+                option = name.replace("_", "-")
+                self.error(f"--{option} belongs to folders; give --source, --target and --test")
         return parsed, rest
 
 
@@ -180,6 +184,7 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
     add("--target", nargs="+", metavar="DIR", help="target to train on: images/*, no labels read")
     add("--test", nargs="+", metavar="DIR", help="held-out labelled target images, for the table")
     add("--num-classes", type=_integer(1), metavar="C", help="classes [names or largest label id]")
+    add("--classes", nargs="+", metavar="NAME", help="their names [classes.txt beside the source]")
     add("--out", default="runs/adapt", metavar="DIR", help="where results go [%(default)s]")
 
 

@@ -242,3 +242,46 @@ def test_backward_twice_gives_the_same_gradient_twice(loss):
     first = torch.autograd.grad(value, z, retain_graph=True)[0].clone()
     assert first.any()
     assert torch.equal(first, torch.autograd.grad(value, z)[0])
+
+
+@pytest.mark.parametrize("scale", [0.1, 4.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize(
+    ("low", "size"), [((5, 70), (40, 560)), ((3, 5), (96, 333)), ((2, 2), (64, 256))]
+)
+def test_logits_of_any_range_are_exact_all_through_wide_cells(low, size, scale):
+    student, teacher = (random_logits((2, 7, *low), seed, scale) for seed in (1, 2))
+    for loss in ("mse", "ce"):
+        score, valid = decided([teacher], size, False, "margin")
+        assert_consistency_is_the_reference(
+            student,
+            [teacher],
+            size,
+            False,
+            loss=loss,
+            valid=valid,
+            confidence="margin",
+            threshold=threshold_near(score, 0.3),
+            temperature=1.0,
+        )
+    labels = torch.where(valid, upsampled(teacher, size, False).argmax(1), 255).to(torch.uint8)
+    assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
+
+
+def test_one_class_that_rises_from_nothing_to_everything_within_a_cell_is_followed():
+    student = torch.zeros(1, 3, 2, 40)
+    student[:, 0, :, ::2], student[:, 1, :, 1::2] = 95.0, 95.0
+    assert_consistency_is_the_reference(
+        student, [student.flip(1)], (16, 320), False, weight="none", loss="ce"
+    )
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other(poison):
+    teacher = random_logits((1, 5, 4, 40), 0)
+    clean = fastmt.softmax_confidence(teacher, size=(16, 160))
+    teacher[0, 2, 1, 20] = poison
+    score, label = fastmt.softmax_confidence(teacher, size=(16, 160))
+    reached_by_it = upsampled(teacher, (16, 160), False).softmax(1).amax(1).isnan()
+    assert torch.equal(score.isnan(), reached_by_it)
+    assert torch.equal(score[~reached_by_it], clean.score[~reached_by_it])
+    assert torch.equal(label[~reached_by_it], clean.label[~reached_by_it])

@@ -90,10 +90,12 @@ struct Grid {
 // borders. Step s of chunk k is the output column of each lane of chunk k, -1 where it has no more.
 struct Lanes {
   int chunks;
-  const int32_t* steps;   // of each chunk
-  const int32_t* start;   // its first entry in the two tables below
-  const int32_t* column;  // [entry][W]
-  const float* t;         // [entry][W]
+  const int32_t* steps;    // of each chunk
+  const int32_t* start;    // its first entry in the three tables below
+  const int32_t* column;   // [entry][W]
+  const float* t;          // [entry][W]
+  const uint8_t* follows;  // [entry]: every t is that of the entry before plus delta
+  const float* delta;      // [chunk][W]
 };
 
 // A call on cells: images, the bands of rows between two low-resolution rows, and groups of bands

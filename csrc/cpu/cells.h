@@ -46,6 +46,12 @@ class RowSource {
       interpolate_columns(columns, to);
   }
 
+  // Both have the same columns as the lanes, so a cell's right logits are its neighbour's left ones.
+  bool same_lanes() const { return same_lanes_; }
+  // The logits of the output row at the low-resolution columns, [classes][pitch].
+  const float* row() const { return row_.get(); }
+  int64_t pitch() const { return pitch_; }
+
  private:
   void fetch(int64_t image, int index) {
     const int64_t offset = image * grid_.view.stride[0] + index * grid_.view.stride[1];
@@ -103,7 +109,7 @@ class RowSink {
       : classes_(cells.classes),
         width_(cells.first.width),
         pitch_(row_pitch(width_)),
-        left_(aligned_buffer<float>(classes_ * W)),
+        both_(aligned_buffer<float>(classes_ * W)),
         right_(aligned_buffer<float>(classes_ * W)),
         carry_(aligned_buffer<float>(classes_ * pitch_)),
         result_(aligned_buffer<float>(classes_ * pitch_)) {
@@ -116,25 +122,39 @@ class RowSink {
   }
 
   void begin_chunk() {
-    std::fill_n(left_.get(), classes_ * W, 0.0f);
+    std::fill_n(both_.get(), classes_ * W, 0.0f);
     std::fill_n(right_.get(), classes_ * W, 0.0f);
     touched_ = false;
   }
 
-  void add(Column gradient, const float* t) {
-    const floats share = load(t);
-    for (int c = 0; c < classes_; ++c) {
-      const floats g = gradient[c], right = share * g;
-      store(&left_[c * W], load(&left_[c * W]) + (g - right));
-      store(&right_[c * W], load(&right_[c * W]) + right);
-    }
+  // Takes the gradient of W output pixels; what is not active adds exactly 0.
+  struct Corners {
+    float *both, *right;
+    floats t;
+    ints active;
+
+    struct Place {
+      float *both, *right;
+      floats t;
+      ints active;
+      FASTMT_INLINE void operator=(floats gradient) const {
+        const floats g = select(active, gradient, splat(0));
+        store(both, load(both) + g);
+        store(right, load(right) + t * g);
+      }
+    };
+    FASTMT_INLINE Place operator[](int c) const { return {both + c * W, right + c * W, t, active}; }
+  };
+
+  Corners at(const float* t, ints active) {
     touched_ = true;
+    return {both_.get(), right_.get(), load(t), active};
   }
 
   void end_chunk(int x, float row_t) {
     if (!touched_) return;
     for (int c = 0; c < classes_; ++c) {
-      const floats left = load(&left_[c * W]), right = load(&right_[c * W]);
+      const floats right = load(&right_[c * W]), left = load(&both_[c * W]) - right;
       const int64_t at = c * pitch_ + x;
       const floats values[4] = {left * (1 - row_t), right * (1 - row_t), left * row_t,
                                 right * row_t};
@@ -166,7 +186,7 @@ class RowSink {
   int classes_, width_;
   int64_t pitch_;
   bool touched_ = false;
-  std::unique_ptr<float[], Free> left_, right_, carry_, result_, corner_[4];
+  std::unique_ptr<float[], Free> both_, right_, carry_, result_, corner_[4];
 };
 
 // Values of a map (N, height, width) at W output columns of a row; `padding` where there is none.

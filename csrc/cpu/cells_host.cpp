@@ -6,9 +6,10 @@
 
 namespace fastmt {
 
-Axis::Axis(int64_t size, int64_t out, bool align_corners) {
-  const double step = align_corners ? (out > 1 ? double(size - 1) / double(out - 1) : 0)
-                                    : double(size) / double(out);
+Axis::Axis(int64_t size, int64_t out, bool align_corners)
+    : step(!align_corners ? double(size) / double(out)
+           : out > 1      ? double(size - 1) / double(out - 1)
+                          : 0) {
   const int32_t highest = int32_t(std::max<int64_t>(size - 2, 0));
   for (int64_t o = 0; o < out; ++o) {
     const double position = align_corners ? step * double(o) : step * (double(o) + 0.5) - 0.5;
@@ -100,7 +101,32 @@ void CellTables::make_lanes(const Axis& columns) {
       at += lanes;
     }
   }
-  cells.lanes = {int(steps_.size()), steps_.data(), start_.data(), column, t};
+  auto* delta = keep<float>(int64_t(steps_.size()) * lanes);
+  std::fill_n(delta, int64_t(steps_.size()) * lanes, float(columns.step));
+  delta[width - 1] = 0;  // beyond the borders the logits stay the same
+  cells.lanes = {int(steps_.size()), steps_.data(), start_.data(), column, t, nullptr, delta};
+  make_walk(delta);
+}
+
+// Where a walk through the cells goes on evenly. It starts afresh every few steps, so that the
+// rounding of a product does not grow with the scale.
+void CellTables::make_walk(const float* delta) {
+  constexpr int longest = 8;
+  constexpr float rounding = 1e-6f;
+  const int lanes = kernels().lanes;
+  const Lanes& table = cells.lanes;
+  for (int k = 0; k < table.chunks; ++k)
+    for (int s = 0; s < table.steps[k]; ++s) {
+      bool follows = s % longest != 0;
+      const int64_t entry = int64_t(table.start[k] + s) * lanes;
+      for (int i = 0; follows && i < lanes; ++i) {
+        const float expected = table.t[entry + i - lanes] + delta[k * lanes + i];
+        const bool even = std::abs(table.t[entry + i] - expected) <= rounding;
+        follows = table.column[entry + i] < 0 || even;
+      }
+      follows_.push_back(follows);
+    }
+  cells.lanes.follows = follows_.data();
 }
 
 void CellTables::make_bands(const Axis& rows) {

@@ -13,6 +13,7 @@ struct Axis {
   std::vector<int32_t> index;  // of each output position: the lower neighbour, at most size - 2
   std::vector<float> t;        // its distance from there, in [0, 1]
   std::vector<int8_t> side;    // -1 before the first input position, 1 behind the last, else 0
+  double step;                 // from one output position to the next
 
   Axis(int64_t size, int64_t out, bool align_corners);
 };
@@ -32,6 +33,7 @@ class CellTables {
  private:
   Grid grid_of(const Tensor& logits, bool align_corners);
   void make_lanes(const Axis& columns);
+  void make_walk(const float* delta);
   void make_bands(const Axis& rows);
 
   template <class T>
@@ -41,6 +43,7 @@ class CellTables {
   std::vector<std::unique_ptr<Axis>> axes_;
   std::vector<Grid> grids_;
   std::vector<int32_t> steps_, start_, band_start_;
+  std::vector<uint8_t> follows_;
   std::vector<std::shared_ptr<void>> kept_;
   Tensor edges_;
 };

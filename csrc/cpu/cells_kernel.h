@@ -7,6 +7,7 @@
 #include "cpu/confidence_kernel.h"
 #include "cpu/consistency_kernel.h"
 #include "cpu/cross_entropy_kernel.h"
+#include "cpu/powers.h"
 
 namespace FASTMT_ISA {
 
@@ -23,14 +24,15 @@ struct Group {
         end(std::min(begin + cells.bands_in_group, cells.bands)) {}
 };
 
-// Calls visit(x, columns, t) for each step of W output pixels of a row; begin and end around chunks.
+// Calls visit(step) for each W output pixels of a row; begin and end around chunks.
 template <class Begin, class Visit, class End>
 inline void walk_row(const Lanes& lanes, Begin begin, Visit visit, End end) {
   for (int k = 0; k < lanes.chunks; ++k) {
     begin();
     for (int s = 0; s < lanes.steps[k]; ++s) {
-      const int64_t entry = (lanes.start[k] + int64_t(s)) * W;
-      visit(k * W, lanes.column + entry, lanes.t + entry);
+      const int64_t entry = lanes.start[k] + int64_t(s);
+      visit(Step{k * W, s, lanes.steps[k], lanes.follows[entry] != 0, lanes.column + entry * W,
+                 lanes.t + entry * W, lanes.delta + k * W});
     }
     end(k * W);
   }
@@ -39,11 +41,13 @@ inline void walk_row(const Lanes& lanes, Begin begin, Visit visit, End end) {
 // One teacher or an ensemble of them at W output pixels.
 class TeacherCells {
  public:
-  TeacherCells(const Cells& cells, const Grid* grids, int members, Kind kind,
+  TeacherCells(const Cells& cells, const Grid* grids, int members, Kind kind, bool with_label,
                float inverse_temperature)
       : classes_(cells.classes),
         kind_(kind),
+        with_label_(with_label),
         inverse_temperature_(inverse_temperature),
+        powers_(cells.classes, inverse_temperature),
         column_(aligned_buffer<float>(int64_t(classes_) * W)),
         member_(aligned_buffer<float>(int64_t(classes_) * W)) {
     for (int m = 0; m < members; ++m) sources_.emplace_back(grids[m], cells);
@@ -53,24 +57,39 @@ class TeacherCells {
     for (RowSource& source : sources_) source.go_to(image, out_row);
   }
 
-  Column column() const { return {column_.get(), W}; }
+  void begin_chunk() { powers_.begin_chunk(); }
 
-  Teacher look(int x, const int32_t* columns, const float* t) const {
+  // The teacher's column at the last look.
+  Column column() const { return walks_ ? powers_.column() : Column{column_.get(), W}; }
+  void used_up() { powers_.forget(); }
+
+  Teacher look(const Step& step) {
+    const RowSource& first = sources_[0];
+    const bool one = sources_.size() == 1;
+    walks_ = one && kind_ != Kind::entropy && powers_.serve(first, step);
+    if (walks_) return powers_.read(first, step, [&](auto powers) { return believed(powers); });
     const Column to = column();
-    if (sources_.size() == 1) {
-      sources_[0].interpolate(x, columns, t, to);
+    if (one) {
+      first.interpolate(step.x, step.columns, step.t, to);
       return scored(to);
     }
     const Column member{member_.get(), W};
     for (int c = 0; c < classes_; ++c) to[c] = splat(0);
     for (const RowSource& source : sources_) {
-      source.interpolate(x, columns, t, member);
+      source.interpolate(step.x, step.columns, step.t, member);
       add_member(member, to, classes_, inverse_temperature_, 1.0f / float(sources_.size()));
     }
     return scored(to);
   }
 
  private:
+  template <class Reads>
+  Teacher believed(Reads powers) const {
+    if (kind_ == Kind::margin) return teacher_of_powers<Kind::margin, true>(powers, classes_);
+    return with_label_ ? teacher_of_powers<Kind::max_prob, true>(powers, classes_)
+                       : teacher_of_powers<Kind::max_prob, false>(powers, classes_);
+  }
+
   Teacher scored(Column column) const {
     const bool one = sources_.size() == 1;
     const float scale = inverse_temperature_;
@@ -89,7 +108,9 @@ class TeacherCells {
 
   int classes_;
   Kind kind_;
+  bool with_label_, walks_ = false;
   float inverse_temperature_;
+  Powers powers_;
   std::unique_ptr<float[], Free> column_, member_;
   std::vector<RowSource> sources_;
 };
@@ -146,7 +167,7 @@ inline void cells_join(const View& gradient, const Cells& cells, int64_t begin, 
 
 inline void cells_confidence(const ConfidenceCall& call, const Cells& cells, int64_t begin,
                              int64_t end) {
-  TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind),
+  TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind), true,
                        call.inverse_temperature);
   alignas(64) float score[W];
   alignas(64) int32_t label[W];
@@ -155,17 +176,17 @@ inline void cells_confidence(const ConfidenceCall& call, const Cells& cells, int
     for (int y = cells.band_start[group.begin]; y < cells.band_start[group.end]; ++y) {
       teacher.go_to(group.image, y);
       const int64_t row = (group.image * cells.out_height + y) * cells.out_width;
-      const auto visit = [&](int x, const int32_t* columns, const float* t) {
-        const Teacher result = teacher.look(x, columns, t);
+      const auto visit = [&](const Step& step) {
+        const Teacher result = teacher.look(step);
         store(score, result.score);
         store(label, result.label);
         for (int i = 0; i < W; ++i) {
-          if (columns[i] < 0) continue;
-          call.score[row + columns[i]] = score[i];
-          call.label[row + columns[i]] = label[i];
+          if (step.columns[i] < 0) continue;
+          call.score[row + step.columns[i]] = score[i];
+          call.label[row + step.columns[i]] = label[i];
         }
       };
-      walk_row(cells.lanes, [] {}, visit, [](int) {});
+      walk_row(cells.lanes, [&] { teacher.begin_chunk(); }, visit, [](int) {});
     }
   }
 }
@@ -186,13 +207,72 @@ inline floats pixel_weight_at(const View& map, int64_t image, int y, const int32
   return load(values);
 }
 
+// The student at W output pixels.
+class StudentCells {
+ public:
+  explicit StudentCells(const Cells& cells)
+      : classes_(cells.classes),
+        source_(cells.first, cells),
+        powers_(cells.classes, 1.0f),
+        column_(aligned_buffer<float>(int64_t(classes_) * W)) {}
+
+  void go_to(int64_t image, int out_row) { source_.go_to(image, out_row); }
+  void begin_chunk() { powers_.begin_chunk(); }
+
+  bool walks(const Step& step) { return powers_.serve(source_, step); }
+  Column powers() const { return powers_.column(); }
+  template <bool WITH_LABEL>
+  Student walk(const Step& step, ints label) {
+    return powers_.read(source_, step, [&](auto powers) {
+      return student_of_powers<WITH_LABEL>(powers, label, classes_);
+    });
+  }
+
+  Column logits(const Step& step) const {
+    const Column to{column_.get(), W};
+    source_.interpolate(step.x, step.columns, step.t, to);
+    return to;
+  }
+
+ private:
+  int classes_;
+  RowSource source_;
+  Powers powers_;
+  std::unique_ptr<float[], Free> column_;
+};
+
+template <Loss LOSS, class Gradient>
+inline void add_loss_of_powers(const ConsistencyCall& call, StudentCells& student,
+                               const TeacherCells& teacher, const Step& step,
+                               const Teacher& belief, floats weight, Gradient gradient,
+                               Tally& tally) {
+  const floats scaled = scaled_weight(call, weight), coefficient = scaled * call.gradient_scale;
+  const Student state = student.walk<LOSS == Loss::ce>(step, belief.label);
+  const floats value = loss_of_powers<LOSS>(student.powers(), teacher.column(), state, belief,
+                                            coefficient, gradient, call.classes);
+  tally.loss += select(weight != 0.0f, scaled * value, splat(0));
+}
+
+template <class Gradient>
+inline void add_loss_at(const ConsistencyCall& call, StudentCells& student, TeacherCells& teacher,
+                        const Step& step, const Teacher& belief, floats weight, Gradient gradient,
+                        Tally& tally) {
+  const Loss loss = Loss(call.loss);
+  if ((loss == Loss::mse || loss == Loss::ce) && student.walks(step)) {
+    const auto add = loss == Loss::mse ? add_loss_of_powers<Loss::mse, Gradient>
+                                       : add_loss_of_powers<Loss::ce, Gradient>;
+    return add(call, student, teacher, step, belief, weight, gradient, tally);
+  }
+  add_loss(call, student.logits(step), teacher.column(), belief, weight, gradient, tally);
+  if (loss == Loss::bce || loss == Loss::js) teacher.used_up();
+}
+
 inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, int64_t begin,
                               int64_t end) {
-  TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind),
+  const bool with_label = call.threshold_by_label || Loss(call.loss) == Loss::ce;
+  TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind), with_label,
                        call.inverse_temperature);
-  RowSource student(cells.first, cells);
-  const auto buffer = aligned_buffer<float>(int64_t(call.classes) * W);
-  const Column z{buffer.get(), W};
+  StudentCells student(cells);
   const GradientRows rows(call.gradient, cells);
   const bool wants_gradient = call.gradient.data;
   for (int64_t index = begin; index < end; ++index) {
@@ -205,19 +285,26 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, i
         Tally tally;
         teacher.go_to(group.image, y);
         student.go_to(group.image, y);
-        const auto visit = [&](int x, const int32_t* columns, const float* t) {
-          const Teacher belief = teacher.look(x, columns, t);
+        const auto visit = [&](const Step& step) {
+          const Teacher belief = teacher.look(step);
           const floats weight =
-              weigh(call, belief, valid_at(call, group.image, y, columns),
-                    pixel_weight_at(call.pixel_weight, group.image, y, columns), tally);
-          if (!any(weight != 0.0f)) return;
-          student.interpolate(x, columns, t, z);
-          add_loss(call, z, teacher.column(), belief, weight, tally);
-          if (wants_gradient) sink.add(z, t);
+              weigh(call, belief, valid_at(call, group.image, y, step.columns),
+                    pixel_weight_at(call.pixel_weight, group.image, y, step.columns), tally);
+          const ints active = weight != 0.0f;
+          if (!any(active)) return;
+          if (wants_gradient)
+            add_loss_at(call, student, teacher, step, belief, weight, sink.at(step.t, active),
+                        tally);
+          else
+            add_loss_at(call, student, teacher, step, belief, weight, NoGradient(), tally);
+        };
+        const auto begin_chunk = [&] {
+          teacher.begin_chunk();
+          student.begin_chunk();
+          sink.begin_chunk();
         };
         const float row_t = cells.first.row_t[y];
-        walk_row(cells.lanes, [&] { sink.begin_chunk(); }, visit,
-                 [&](int x) { sink.end_chunk(x, row_t); });
+        walk_row(cells.lanes, begin_chunk, visit, [&](int x) { sink.end_chunk(x, row_t); });
         tally.add_to(sums);
       }
       const float* finished = sink.end_band();
@@ -227,11 +314,20 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, i
   }
 }
 
+template <class Gradient>
+inline floats label_loss_at(const CrossEntropyCall& call, StudentCells& student, const Step& step,
+                            ints label, floats weight, Gradient gradient) {
+  if (!is_plain(call) || !student.walks(step))
+    return label_loss(call, student.logits(step), label, weight, gradient);
+  const Student state = student.walk<true>(step, label);
+  const floats value = ce_pixel(student.powers(), state, label, weight * call.gradient_scale,
+                                gradient, call.classes);
+  return select(weight != 0.0f, weight * value, splat(0));
+}
+
 inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells, int64_t begin,
                                 int64_t end) {
-  RowSource logits(cells.first, cells);
-  const auto buffer = aligned_buffer<float>(int64_t(call.classes) * W);
-  const Column z{buffer.get(), W};
+  StudentCells student(cells);
   const GradientRows rows(call.gradient, cells);
   const bool wants_gradient = call.gradient.data;
   LabelBlock block;
@@ -243,18 +339,26 @@ inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells
       sink.begin_band();
       for (int y = cells.band_start[band]; y < cells.band_start[band + 1]; ++y) {
         floats loss = splat(0);
-        logits.go_to(group.image, y);
-        const auto visit = [&](int x, const int32_t* columns, const float* t) {
-          gather_integers(call.labels, group.image, y, columns, call.ignore_index, block.labels);
-          store(block.weight, pixel_weight_at(call.pixel_weight, group.image, y, columns));
+        student.go_to(group.image, y);
+        const auto visit = [&](const Step& step) {
+          gather_integers(call.labels, group.image, y, step.columns, call.ignore_index,
+                          block.labels);
+          store(block.weight, pixel_weight_at(call.pixel_weight, group.image, y, step.columns));
           if (!weigh_labels(call, block, sums)) return;
-          logits.interpolate(x, columns, t, z);
-          loss += label_loss(call, z, load(block.label), load(block.weight));
-          if (wants_gradient) sink.add(z, t);
+          const ints label = load(block.label);
+          const floats weight = load(block.weight);
+          if (wants_gradient)
+            loss += label_loss_at(call, student, step, label, weight,
+                                  sink.at(step.t, weight != 0.0f));
+          else
+            loss += label_loss_at(call, student, step, label, weight, NoGradient());
+        };
+        const auto begin_chunk = [&] {
+          student.begin_chunk();
+          sink.begin_chunk();
         };
         const float row_t = cells.first.row_t[y];
-        walk_row(cells.lanes, [&] { sink.begin_chunk(); }, visit,
-                 [&](int x) { sink.end_chunk(x, row_t); });
+        walk_row(cells.lanes, begin_chunk, visit, [&](int x) { sink.end_chunk(x, row_t); });
         sums.loss += sum_lanes(loss);
       }
       const float* finished = sink.end_band();

@@ -47,8 +47,8 @@ inline floats limit_of(const ConsistencyCall& call, ints label) {
 
 // What a stretch of pixels adds to the sums, lane by lane.
 struct Tally {
-  ints valid = isplat(0), passing = isplat(0);
-  floats score = splat(0), weight = splat(0), loss = splat(0);
+  ints valid{}, passing{};
+  floats score{}, weight{}, loss{};
 
   void add_to(ConsistencySums& sums) const {
     sums.valid += count_lanes(valid);
@@ -76,30 +76,38 @@ inline floats weigh(const ConsistencyCall& call, const Teacher& teacher, ints va
   return weight;
 }
 
-// Loss of W pixels added to the tally; z becomes the gradient, exactly 0 where the weight is 0.
-template <Loss LOSS>
-inline void add_loss(const ConsistencyCall& call, Column z, Column y, const Teacher& teacher,
-                     floats weight, Tally& tally) {
-  const float per_class = call.class_mean && LOSS != Loss::ce ? 1.0f / float(call.classes) : 1.0f;
-  const floats scaled = weight * per_class;
-  const ints active = weight != 0.0f;
-  const floats value =
-      consistency_pixel<LOSS>(z, y, teacher, scaled * call.gradient_scale, call.classes);
-  tally.loss += select(active, scaled * value, splat(0));
-  if (!any(~active)) return;
-  for (int c = 0; c < call.classes; ++c) z[c] = select(active, z[c], splat(0));
+// The weight of each pixel with the share of one class in it.
+inline floats scaled_weight(const ConsistencyCall& call, floats weight) {
+  const bool mean = call.class_mean && Loss(call.loss) != Loss::ce;
+  return weight * (mean ? 1.0f / float(call.classes) : 1.0f);
 }
 
-inline void add_loss(const ConsistencyCall& call, Column z, Column y, const Teacher& teacher,
-                     floats weight, Tally& tally) {
-  switch (Loss(call.loss)) {
-    case Loss::mse: return add_loss<Loss::mse>(call, z, y, teacher, weight, tally);
-    case Loss::kl: return add_loss<Loss::kl>(call, z, y, teacher, weight, tally);
-    case Loss::soft_ce: return add_loss<Loss::soft_ce>(call, z, y, teacher, weight, tally);
-    case Loss::ce: return add_loss<Loss::ce>(call, z, y, teacher, weight, tally);
-    case Loss::bce: return add_loss<Loss::bce>(call, z, y, teacher, weight, tally);
-    case Loss::js: return add_loss<Loss::js>(call, z, y, teacher, weight, tally);
+// Calls f(constant<LOSS>) for the loss of the call.
+template <Loss LOSS>
+struct constant {
+  static constexpr Loss value = LOSS;
+};
+template <class F>
+inline floats with_loss(Loss loss, F f) {
+  switch (loss) {
+    case Loss::mse: return f(constant<Loss::mse>());
+    case Loss::kl: return f(constant<Loss::kl>());
+    case Loss::soft_ce: return f(constant<Loss::soft_ce>());
+    case Loss::ce: return f(constant<Loss::ce>());
+    case Loss::bce: return f(constant<Loss::bce>());
+    default: return f(constant<Loss::js>());
   }
+}
+
+// Loss of W pixels added to the tally, from their logits; z and y may be used up.
+template <class Gradient>
+inline void add_loss(const ConsistencyCall& call, Column z, Column y, const Teacher& teacher,
+                     floats weight, Gradient gradient, Tally& tally) {
+  const floats scaled = scaled_weight(call, weight), coefficient = scaled * call.gradient_scale;
+  const floats value = with_loss(Loss(call.loss), [&](auto loss) {
+    return consistency_pixel<loss.value>(z, y, teacher, coefficient, gradient, call.classes);
+  });
+  tally.loss += select(weight != 0.0f, scaled * value, splat(0));
 }
 
 // The weights of a tile; true if any is not 0.
@@ -126,8 +134,10 @@ inline void loss_tile(const ConsistencyCall& call, int64_t first, int count, Con
     const Column z{&tile.student[lane], row(call.tile)};
     const Column y{&tile.teacher.column[lane], row(call.tile)};
     const floats weight = load(&tile.weight[lane]);
-    if (any(weight != 0.0f))
-      add_loss(call, z, y, tile.teacher.at(lane), weight, tally);
+    const ints active = weight != 0.0f;
+    if (any(active))
+      add_loss(call, z, y, tile.teacher.at(lane), weight, MaskedColumn{z.base, z.row, active},
+               tally);
     else
       for (int c = 0; c < call.classes; ++c) z[c] = splat(0);
   }

@@ -67,18 +67,25 @@ inline bool label_tile(const CrossEntropyCall& call, int64_t first, int count,
   return any_active;
 }
 
-// Loss of W pixels; z becomes the gradient, exactly 0 where the weight is 0.
-inline floats label_loss(const CrossEntropyCall& call, Column z, ints label, floats weight) {
-  const bool plain = !call.class_weight && call.label_smoothing == 0;
+// Without class weights and smoothing the loss needs no logit but the label's.
+inline bool is_plain(const CrossEntropyCall& call) {
+  return !call.class_weight && call.label_smoothing == 0;
+}
+
+// Loss of W pixels from their logits, which are used up.
+template <class Gradient>
+inline floats label_loss(const CrossEntropyCall& call, Column z, ints label, floats weight,
+                         Gradient gradient) {
   const floats scaled = weight * call.gradient_scale;
-  const ints active = weight != 0.0f;
-  const floats value = plain ? ce_pixel(z, label, scaled, call.classes)
-                             : weighted_ce_pixel(z, label, call.class_weight,
-                                                 call.mean_class_weight, call.label_smoothing,
-                                                 scaled, call.classes);
-  if (any(~active))
-    for (int c = 0; c < call.classes; ++c) z[c] = select(active, z[c], splat(0));
-  return select(active, weight * value, splat(0));
+  floats value;
+  if (is_plain(call)) {
+    const Student student = student_pixel<true>(z, label, call.classes);
+    value = ce_pixel(z, student, label, scaled, gradient, call.classes);
+  } else {
+    value = weighted_ce_pixel(z, label, call.class_weight, call.mean_class_weight,
+                              call.label_smoothing, scaled, gradient, call.classes);
+  }
+  return select(weight != 0.0f, weight * value, splat(0));
 }
 
 inline double label_loss_tile(const CrossEntropyCall& call, int64_t first, int count,
@@ -88,8 +95,10 @@ inline double label_loss_tile(const CrossEntropyCall& call, int64_t first, int c
     prefetch_pixels(call.pixels, call.logits, first + call.tile + lane, call.classes);
     const Column z{&tile.logits[lane], row(call.tile)};
     const floats weight = load(&tile.weight[lane]);
-    if (any(weight != 0.0f))
-      sum += label_loss(call, z, load(&tile.label[lane]), weight);
+    const ints active = weight != 0.0f;
+    if (any(active))
+      sum += label_loss(call, z, load(&tile.label[lane]), weight,
+                        MaskedColumn{z.base, z.row, active});
     else
       for (int c = 0; c < call.classes; ++c) z[c] = splat(0);
   }

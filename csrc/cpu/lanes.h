@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Vectors stay in registers only where no call stands between; GCC's own limits are too small.
+#define FASTMT_INLINE inline __attribute__((always_inline))
+
 namespace FASTMT_ISA {
 
 typedef float vector_f __attribute__((vector_size(4 * FASTMT_LANES), may_alias));
@@ -27,25 +30,25 @@ struct ints {
 };
 
 // Each vector is loaded and stored as one: a struct of two GCC would copy piece by piece.
-inline floats load(const float* at) {
+FASTMT_INLINE floats load(const float* at) {
   const vector_f* vectors = reinterpret_cast<const vector_f*>(at);
   return {vectors[0], vectors[1]};
 }
-inline floats load_unaligned(const float* at) {
+FASTMT_INLINE floats load_unaligned(const float* at) {
   typedef float unaligned __attribute__((vector_size(4 * FASTMT_LANES), aligned(4), may_alias));
   const unaligned* vectors = reinterpret_cast<const unaligned*>(at);
   return {vectors[0], vectors[1]};
 }
-inline ints load(const int32_t* at) {
+FASTMT_INLINE ints load(const int32_t* at) {
   const vector_i* vectors = reinterpret_cast<const vector_i*>(at);
   return {vectors[0], vectors[1]};
 }
-inline void store(float* at, floats x) {
+FASTMT_INLINE void store(float* at, floats x) {
   vector_f* vectors = reinterpret_cast<vector_f*>(at);
   vectors[0] = x.lo;
   vectors[1] = x.hi;
 }
-inline void store(int32_t* at, ints x) {
+FASTMT_INLINE void store(int32_t* at, ints x) {
   vector_i* vectors = reinterpret_cast<vector_i*>(at);
   vectors[0] = x.lo;
   vectors[1] = x.hi;
@@ -58,13 +61,13 @@ struct Cell {
   void operator=(floats x) const { store(at, x); }
 };
 
-inline floats splat(float x) { return {vector_f{} + x, vector_f{} + x}; }
-inline ints isplat(int32_t x) { return {vector_i{} + x, vector_i{} + x}; }
+FASTMT_INLINE floats splat(float x) { return {vector_f{} + x, vector_f{} + x}; }
+FASTMT_INLINE ints isplat(int32_t x) { return {vector_i{} + x, vector_i{} + x}; }
 
 #define FASTMT_BINARY(result, operand, scalar, broadcast, op)                                  \
-  inline result operator op(operand a, operand b) { return {a.lo op b.lo, a.hi op b.hi}; }     \
-  inline result operator op(operand a, scalar b) { return a op broadcast(b); }                 \
-  inline result operator op(scalar a, operand b) { return broadcast(a) op b; }
+  FASTMT_INLINE result operator op(operand a, operand b) { return {a.lo op b.lo, a.hi op b.hi}; }     \
+  FASTMT_INLINE result operator op(operand a, scalar b) { return a op broadcast(b); }                 \
+  FASTMT_INLINE result operator op(scalar a, operand b) { return broadcast(a) op b; }
 FASTMT_BINARY(floats, floats, float, splat, +)
 FASTMT_BINARY(floats, floats, float, splat, -)
 FASTMT_BINARY(floats, floats, float, splat, *)
@@ -81,28 +84,29 @@ FASTMT_BINARY(ints, ints, int32_t, isplat, |)
 FASTMT_BINARY(ints, ints, int32_t, isplat, ==)
 #undef FASTMT_BINARY
 
-inline floats& operator+=(floats& a, floats b) { return a = a + b; }
-inline floats& operator-=(floats& a, floats b) { return a = a - b; }
-inline ints& operator+=(ints& a, ints b) { return a = a + b; }
-inline ints& operator-=(ints& a, ints b) { return a = a - b; }
-inline ints operator~(ints a) { return {~a.lo, ~a.hi}; }
-inline ints operator<<(ints a, int n) { return {a.lo << n, a.hi << n}; }
-inline ints operator>>(ints a, int n) { return {a.lo >> n, a.hi >> n}; }
+FASTMT_INLINE floats& operator+=(floats& a, floats b) { return a = a + b; }
+FASTMT_INLINE floats& operator-=(floats& a, floats b) { return a = a - b; }
+FASTMT_INLINE ints& operator+=(ints& a, ints b) { return a = a + b; }
+FASTMT_INLINE ints& operator-=(ints& a, ints b) { return a = a - b; }
+FASTMT_INLINE ints operator~(ints a) { return {~a.lo, ~a.hi}; }
+FASTMT_INLINE ints operator<<(ints a, int n) { return {a.lo << n, a.hi << n}; }
+FASTMT_INLINE ints operator>>(ints a, int n) { return {a.lo >> n, a.hi >> n}; }
 
-inline ints bits(floats x) { return {(vector_i)x.lo, (vector_i)x.hi}; }
-inline floats from_bits(ints x) { return {(vector_f)x.lo, (vector_f)x.hi}; }
-inline floats to_floats(ints x) {
+FASTMT_INLINE ints bits(floats x) { return {(vector_i)x.lo, (vector_i)x.hi}; }
+FASTMT_INLINE floats from_bits(ints x) { return {(vector_f)x.lo, (vector_f)x.hi}; }
+FASTMT_INLINE floats to_floats(ints x) {
   return {__builtin_convertvector(x.lo, vector_f), __builtin_convertvector(x.hi, vector_f)};
 }
-inline floats select(ints mask, floats a, floats b) {
+FASTMT_INLINE floats select(ints mask, floats a, floats b) {
   return {mask.lo ? a.lo : b.lo, mask.hi ? a.hi : b.hi};
 }
-inline ints iselect(ints mask, ints a, ints b) {
+FASTMT_INLINE ints iselect(ints mask, ints a, ints b) {
   return {mask.lo ? a.lo : b.lo, mask.hi ? a.hi : b.hi};
 }
-inline floats max(floats a, floats b) { return select(a > b, a, b); }  // b where either is NaN
+FASTMT_INLINE floats max(floats a, floats b) { return select(a > b, a, b); }  // b where either is NaN
+FASTMT_INLINE floats min(floats a, floats b) { return select(a < b, a, b); }
 
-inline bool any(ints mask) {
+FASTMT_INLINE bool any(ints mask) {
   const vector_i either = mask.lo | mask.hi;
   int64_t words[W / 4], all = 0;
   std::memcpy(words, &either, sizeof words);
@@ -110,7 +114,7 @@ inline bool any(ints mask) {
   return all != 0;
 }
 
-inline double sum_lanes(floats x) {
+FASTMT_INLINE double sum_lanes(floats x) {
   alignas(64) float lanes[W];
   store(lanes, x);
   double sum = 0;
@@ -119,7 +123,7 @@ inline double sum_lanes(floats x) {
 }
 
 // How many lanes of the mask are set, when masks have been added up.
-inline int64_t count_lanes(ints masks) {
+FASTMT_INLINE int64_t count_lanes(ints masks) {
   alignas(64) int32_t lanes[W];
   store(lanes, masks);
   int64_t sum = 0;
@@ -128,7 +132,7 @@ inline int64_t count_lanes(ints masks) {
 }
 
 // A constant that stays in a register: GCC turns max with a literal into compare and blend.
-inline floats opaque(float constant) {
+FASTMT_INLINE floats opaque(float constant) {
   vector_f x = vector_f{} + constant;
 #if defined(__x86_64__)
   asm("" : "+x"(x));
@@ -139,7 +143,7 @@ inline floats opaque(float constant) {
 }
 
 // e^x for x <= 88; 0 from LOG_TINY down; NaN stays NaN; within 1.3 ulp.
-inline floats exp(floats x) {
+FASTMT_INLINE floats exp(floats x) {
   x = max(opaque(LOG_TINY), x);
   constexpr float shift = 12582912.0f + 127.0f;  // rounds; the low bits hold the biased exponent
   const floats t = x * 1.44269504f + shift, n = t - shift;
@@ -151,7 +155,7 @@ inline floats exp(floats x) {
 }
 
 // ln x for normal x; ln 0 = -inf; inf and NaN stay; within 0.9 ulp.
-inline floats log(floats x) {
+FASTMT_INLINE floats log(floats x) {
   const ints k = (bits(x) - 0x3f3504f3) >> 23;
   const floats n = to_floats(k), f = from_bits(bits(x) - (k << 23)) - 1.0f, f2 = f * f;
   const floats top = (f * -1.1514610310e-1f + 1.1676998740e-1f) +

@@ -207,6 +207,30 @@ struct Column {
   Cell operator[](int c) const { return {base + c * row}; }
 };
 
+// Takes the gradient of W neighbouring pixels of a tile: exactly 0 where `active` is not set.
+struct MaskedColumn {
+  float* base;
+  int64_t row;
+  ints active;
+
+  struct Place {
+    float* at;
+    ints active;
+    FASTMT_INLINE void operator=(floats gradient) const {
+      store(at, select(active, gradient, splat(0)));
+    }
+  };
+  Place operator[](int c) const { return {base + c * row, active}; }
+};
+
+// Takes the gradient where none is wanted.
+struct NoGradient {
+  struct Place {
+    void operator=(floats) const {}
+  };
+  Place operator[](int) const { return {}; }
+};
+
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
