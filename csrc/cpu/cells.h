@@ -208,6 +208,21 @@ inline void gather_floats(const View& map, int64_t image, int row, const int32_t
     gather<float16, float>(map, image, row, columns, 0, to, [](float16 x) { return widen(x); });
 }
 
+// A row of a map of labels, as 64-bit integers.
+inline void load_row(const View& map, int64_t image, int row, int width, int64_t* to) {
+  const int64_t offset = image * map.stride[0] + row * map.stride[1], step = map.stride[2];
+  const auto copy = [&](const auto* source) {
+    if (step == 1)
+      std::copy_n(source, width, to);
+    else
+      for (int x = 0; x < width; ++x) to[x] = source[x * step];
+  };
+  if (map.type == Type::uint8)
+    copy(static_cast<const uint8_t*>(map.data) + offset);
+  else
+    copy(static_cast<const int64_t*>(map.data) + offset);
+}
+
 inline void gather_integers(const View& map, int64_t image, int row, const int32_t* columns,
                             int64_t padding, int64_t* to) {
   if (map.type == Type::uint8)

@@ -314,6 +314,53 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, i
   }
 }
 
+// The labels and weights of one output row.
+class LabelRow {
+ public:
+  LabelRow(const CrossEntropyCall& call, int width)
+      : call_(call),
+        width_(width),
+        label_(aligned_buffer<int32_t>(width)),
+        weight_(aligned_buffer<float>(width)),
+        labels_(aligned_buffer<int64_t>(width)) {}
+
+  // False where no pixel of the row has a weight.
+  bool go_to(int64_t image, int row, CrossEntropySums& sums) {
+    load_row(call_.labels, image, row, width_, labels_.get());
+    std::fill_n(weight_.get(), width_, 1.0f);
+    if (call_.pixel_weight.data) {
+      const View& map = call_.pixel_weight;
+      const int64_t offset = image * map.stride[0] + row * map.stride[1];
+      load_run_of(map, offset, map.stride[2], 1, weight_.get(), width_, width_);
+    }
+    return weigh_labels(call_, labels_.get(), width_, label_.get(), weight_.get(), sums);
+  }
+
+  ints classes(const int32_t* columns) const { return load(pick(label_.get(), columns).at); }
+  // 0 where there is no column.
+  floats weights(const int32_t* columns) const {
+    return select(load(columns) < 0, splat(0), load(pick(weight_.get(), columns).at));
+  }
+
+ private:
+  template <class T>
+  struct Picked {
+    alignas(64) T at[W];
+  };
+  template <class T>
+  static Picked<T> pick(const T* row, const int32_t* columns) {
+    Picked<T> picked;
+    for (int i = 0; i < W; ++i) picked.at[i] = row[std::max(columns[i], 0)];
+    return picked;
+  }
+
+  const CrossEntropyCall& call_;
+  int width_;
+  std::unique_ptr<int32_t[], Free> label_;
+  std::unique_ptr<float[], Free> weight_;
+  std::unique_ptr<int64_t[], Free> labels_;
+};
+
 template <class Gradient>
 inline floats label_loss_at(const CrossEntropyCall& call, StudentCells& student, const Step& step,
                             ints label, floats weight, Gradient gradient) {
@@ -328,9 +375,9 @@ inline floats label_loss_at(const CrossEntropyCall& call, StudentCells& student,
 inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells, int64_t begin,
                                 int64_t end) {
   StudentCells student(cells);
+  LabelRow labels(call, cells.out_width);
   const GradientRows rows(call.gradient, cells);
   const bool wants_gradient = call.gradient.data;
-  LabelBlock block;
   for (int64_t index = begin; index < end; ++index) {
     const Group group(cells, index);
     RowSink sink(cells);
@@ -339,17 +386,15 @@ inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells
       sink.begin_band();
       for (int y = cells.band_start[band]; y < cells.band_start[band + 1]; ++y) {
         floats loss = splat(0);
+        if (!labels.go_to(group.image, y, sums)) continue;
         student.go_to(group.image, y);
         const auto visit = [&](const Step& step) {
-          gather_integers(call.labels, group.image, y, step.columns, call.ignore_index,
-                          block.labels);
-          store(block.weight, pixel_weight_at(call.pixel_weight, group.image, y, step.columns));
-          if (!weigh_labels(call, block, sums)) return;
-          const ints label = load(block.label);
-          const floats weight = load(block.weight);
+          const ints label = labels.classes(step.columns);
+          const floats weight = labels.weights(step.columns);
+          const ints active = weight != 0.0f;
+          if (!any(active)) return;
           if (wants_gradient)
-            loss += label_loss_at(call, student, step, label, weight,
-                                  sink.at(step.t, weight != 0.0f));
+            loss += label_loss_at(call, student, step, label, weight, sink.at(step.t, active));
           else
             loss += label_loss_at(call, student, step, label, weight, NoGradient());
         };

@@ -20,31 +20,40 @@ struct CrossEntropyTile {
         label(aligned_buffer<int32_t>(call.tile)) {}
 };
 
-// Labels of W pixels as they come (`labels`), then as classes (`label`), and their weights.
-struct LabelBlock {
-  int64_t labels[W];
-  alignas(64) int32_t label[W];
-  alignas(64) float weight[W];
-};
+// The sum of pixel_weight * class_weight[label] over what is not ignored.
+inline double sum_of_weights(const CrossEntropyCall& call, const int32_t* label,
+                             const float* weight, int count, int64_t valid) {
+  if (!call.class_weight && !call.pixel_weight.data) return double(valid);
+  double sum = 0;
+  for (int i = 0; i < count; ++i)
+    if (weight[i] != 0) sum += weight[i] * (call.class_weight ? call.class_weight[label[i]] : 1.0f);
+  return sum;
+}
 
-// Turns labels into classes, and weights into 0 where they are ignored; true if any weight is not 0.
-inline bool weigh_labels(const CrossEntropyCall& call, LabelBlock& block, CrossEntropySums& sums) {
-  bool any_active = false;
-  for (int i = 0; i < W; ++i) {
-    const int64_t label = block.labels[i];
-    const bool valid = label != call.ignore_index;
-    const bool wrong = valid && (label < 0 || label >= call.classes);
-    if (wrong && !sums.wrong) sums.wrong_label = label;
-    sums.wrong += wrong;
-    sums.valid += valid;
-    block.label[i] = valid && !wrong ? int32_t(label) : 0;
-    const float weight = valid ? block.weight[i] : 0.0f;
-    block.weight[i] = weight;
-    const float share = call.class_weight ? call.class_weight[block.label[i]] : 1.0f;
-    sums.weight += weight != 0 ? weight * share : 0.0f;
-    any_active |= weight != 0;
+// Turns labels as they come into classes, and weights into 0 where they are ignored; true if any
+// weight is not 0.
+inline bool weigh_labels(const CrossEntropyCall& call, const int64_t* labels, int count,
+                         int32_t* label, float* weight, CrossEntropySums& sums) {
+  const int64_t classes = call.classes, ignored = call.ignore_index;
+  int64_t valid = 0, wrong = 0;
+  int32_t active = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t given = labels[i];
+    const bool is_valid = given != ignored, in_range = (given >= 0) & (given < classes);
+    valid += is_valid;
+    wrong += is_valid & !in_range;
+    label[i] = is_valid & in_range ? int32_t(given) : 0;
+    weight[i] = is_valid ? weight[i] : 0.0f;
+    active |= weight[i] != 0;
   }
-  return any_active;
+  if (wrong && !sums.wrong)
+    sums.wrong_label = *std::find_if(labels, labels + count, [&](int64_t given) {
+      return given != ignored && (given < 0 || given >= classes);
+    });
+  sums.valid += valid;
+  sums.wrong += wrong;
+  sums.weight += sum_of_weights(call, label, weight, count, valid);
+  return active;
 }
 
 // The labels and weights of a tile; true if any weight is not 0.
@@ -55,16 +64,8 @@ inline bool label_tile(const CrossEntropyCall& call, int64_t first, int count,
   std::fill_n(tile.weight.get(), call.tile, 1.0f);
   if (call.pixel_weight.data)
     load_tile(call.pixels, call.pixel_weight, first, count, 1, tile.weight.get(), call.tile);
-  LabelBlock block;
-  bool any_active = false;
-  for (int lane = 0; lane < count; lane += W) {
-    std::copy_n(&tile.labels[lane], W, block.labels);
-    std::copy_n(&tile.weight[lane], W, block.weight);
-    any_active |= weigh_labels(call, block, sums);
-    std::copy_n(block.label, W, &tile.label[lane]);
-    std::copy_n(block.weight, W, &tile.weight[lane]);
-  }
-  return any_active;
+  return weigh_labels(call, tile.labels.get(), call.tile, tile.label.get(), tile.weight.get(),
+                      sums);
 }
 
 // Without class weights and smoothing the loss needs no logit but the label's.

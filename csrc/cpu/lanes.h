@@ -82,6 +82,7 @@ FASTMT_BINARY(ints, ints, int32_t, isplat, -)
 FASTMT_BINARY(ints, ints, int32_t, isplat, &)
 FASTMT_BINARY(ints, ints, int32_t, isplat, |)
 FASTMT_BINARY(ints, ints, int32_t, isplat, ==)
+FASTMT_BINARY(ints, ints, int32_t, isplat, <)
 #undef FASTMT_BINARY
 
 FASTMT_INLINE floats& operator+=(floats& a, floats b) { return a = a + b; }
