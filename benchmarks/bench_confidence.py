@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastmt
@@ -22,30 +24,38 @@ def eager(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def cases(which: str) -> list[Case]:
     """The comparisons of the set "tiny", "quick" or "full"."""
-    shape = TINY if which == "tiny" else HEADLINE
-    build = partial(_build, shape)
-    return [Case(f"max_prob {shape} float32", "confidence", build, compiled=which != "tiny")]
+    shape, compiled = (TINY, False) if which == "tiny" else (HEADLINE, True)
+    name, group = f"max_prob {shape} float32", "confidence"
+    return [
+        Case(name, group, partial(_build, shape, 1), compiled),
+        Case(
+            f"{name} from 1/8", f"{group}, up-sampled inside", partial(_build, shape, 8), compiled
+        ),
+    ]
 
 
-def _build(shape: Shape, device: torch.device, compiled: bool) -> Work:
-    logits = inputs.logits(shape, device=device, seed=0)
-    functions = {
-        "eager": eager,
-        **harness.compiled(eager, compiled),
-        harness.FUSED: fastmt.softmax_confidence,
-    }
+def _build(shape: Shape, stride: int, device: torch.device, compiled: bool) -> Work:
+    low, size = shape.lowered(stride), shape.spatial if stride > 1 else None
+    logits = inputs.logits(low, device=device, seed=0, in_steps=stride > 1)
+    slow = partial(_upsampled, size) if size else eager
+    fused = partial(fastmt.softmax_confidence, size=size)
+    functions = {"eager": slow, **harness.compiled(slow, compiled), harness.FUSED: fused}
     return Work(
         variants={name: partial(function, logits) for name, function in functions.items()},
-        expected=partial(_expected, logits),
+        expected=partial(_expected, logits, size),
         tolerance=harness.TOLERANCE[logits.dtype],
-        bytes=models.softmax_confidence([logits]),
-        choice=fastmt.explain(fastmt.softmax_confidence, logits),
+        bytes=models.softmax_confidence([logits], size),
+        choice=fastmt.explain(fastmt.softmax_confidence, logits, size=size),
     )
 
 
-def _expected(logits: Tensor) -> list[Tensor]:
+def _upsampled(size: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
+    return eager(F.interpolate(logits, size, mode="bilinear"))
+
+
+def _expected(logits: Tensor, size: Sequence[int] | None) -> list[Tensor]:
     """Score and label of the reference in float64, one image at a time to save memory."""
-    images = [reference.softmax_confidence(image.double()) for image in logits.split(1)]
+    images = [reference.softmax_confidence(image.double(), size=size) for image in logits.split(1)]
     return [torch.cat(parts) for parts in zip(*images, strict=True)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastmt
 from benchmarks import harness, inputs, models
 from benchmarks.harness import Case, Work
-from benchmarks.shapes import CROSSOVER, HEADLINE, LARGE, OUTPUT_STRIDES, TINY, Shape
+from benchmarks.shapes import CROSSOVER, HEADLINE, LARGE, TINY, UPSAMPLED, Shape
 from fastmt import reference
 
 THRESHOLD = 0.7
@@ -56,7 +56,11 @@ def cases(which: str) -> list[Case]:
     chosen = [*(_case(HEADLINE, loss, compiled=True) for loss in EAGER), *variants]
     if which == "full":
         chosen += [_case(shape) for shape in LARGE]
-        chosen += [_case(HEADLINE, stride=stride, compiled=True) for stride in OUTPUT_STRIDES]
+    chosen += [
+        _case(shape, loss, stride=stride, compiled=True)
+        for shape, stride in UPSAMPLED
+        for loss in ("mse", "ce")
+    ]
     return chosen + [_crossover(shape) for shape in CROSSOVER]
 
 
@@ -71,8 +75,13 @@ def _case(
     name = f"{loss} {shape} {str(dtype).removeprefix('torch.')}"
     name += "" if layout == "contiguous" else f" {layout}"
     name += "" if stride == 1 else f" from 1/{stride}"
-    build = partial(_build, shape, loss, dtype, layout, stride)
-    return Case(name, "consistency loss", build, compiled)
+    group = "consistency loss" if stride == 1 else "consistency loss, up-sampled inside"
+    return Case(name, group, partial(_build, shape, loss, dtype, layout, stride), compiled)
+
+
+def upsampled(shape: Shape, stride: int) -> Case:
+    """The comparison of benchmarks.scaling: one image size of several."""
+    return _case(shape, stride=stride, compiled=True)
 
 
 def _crossover(shape: Shape) -> Case:

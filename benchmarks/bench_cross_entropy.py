@@ -18,18 +18,25 @@ from fastmt import reference
 
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[2:] != labels.shape[1:]:
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
     return F.cross_entropy(logits, labels, ignore_index=255)
 
 
 def cases(which: str) -> list[Case]:
     """The comparisons of the set "tiny", "quick" or "full"."""
-    shape = TINY if which == "tiny" else HEADLINE
-    build = partial(_build, shape)
-    return [Case(f"{shape} float32", "cross-entropy", build, compiled=which != "tiny")]
+    shape, compiled = (TINY, False) if which == "tiny" else (HEADLINE, True)
+    name, group = f"{shape} float32", "cross-entropy"
+    return [
+        Case(name, group, partial(_build, shape, 1), compiled),
+        Case(
+            f"{name} from 1/4", f"{group}, up-sampled inside", partial(_build, shape, 4), compiled
+        ),
+    ]
 
 
-def _build(shape: Shape, device: torch.device, compiled: bool) -> Work:
-    logits = inputs.logits(shape, device=device, seed=0).requires_grad_()
+def _build(shape: Shape, stride: int, device: torch.device, compiled: bool) -> Work:
+    logits = inputs.logits(shape.lowered(stride), device=device, seed=0).requires_grad_()
     labels = inputs.labels(shape, device=device, seed=1)
     functions = {
         "eager": eager,

@@ -6,6 +6,7 @@ known only at the end, is not counted: it shows as a lower GB/s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -16,9 +17,9 @@ def consistency_loss(student: Tensor, teachers: Sequence[Tensor], *maps: Tensor 
     return 2 * student.nbytes + _total(teachers) + _total(m for m in maps if m is not None)
 
 
-def softmax_confidence(logits: Sequence[Tensor]) -> int:
-    """Read the logits, write a float32 score and an int64 label of each pixel."""
-    pixels = logits[0].numel() // logits[0].shape[1]
+def softmax_confidence(logits: Sequence[Tensor], size: Sequence[int] | None = None) -> int:
+    """Read the logits, write a float32 score and an int64 label of each output pixel."""
+    pixels = len(logits[0]) * math.prod(size or logits[0].shape[2:])
     return _total(logits) + (4 + 8) * pixels
 
 

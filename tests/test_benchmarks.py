@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmt
-from benchmarks import bench_trainer, harness, inputs, machine, models, report, stopwatch
+from benchmarks import bench_trainer, harness, inputs, machine, models, report, scaling, stopwatch
 from benchmarks.shapes import HEADLINE, Shape, unet_parameters
 from fastmt import backends
 from fastmt.backends import Choice
@@ -181,9 +181,12 @@ def test_report_writes_json_and_markdown(tmp_path, capsys, one_thread):
     assert {"date", "commit", "device", "threads", "versions"} <= result.keys()
     assert {case["group"] for case in result["cases"]} == {
         "consistency loss",
+        "consistency loss, up-sampled inside",
         "small images",
         "confidence",
+        "confidence, up-sampled inside",
         "cross-entropy",
+        "cross-entropy, up-sampled inside",
         "EMA",
     }
     for case in result["cases"]:
@@ -192,6 +195,25 @@ def test_report_writes_json_and_markdown(tmp_path, capsys, one_thread):
         assert f"| {case['name']} | {case['backend']} |" in table
     for step in result["trainer"]["steps"].values():
         assert sum(step["parts_s"].values()) > step["own_s"] > 0
+
+
+@needs_kernels
+def test_scaling_writes_figures_table_and_plot(tmp_path, capsys, one_thread):
+    out = tmp_path / "results" / "scaling.json"
+    scaling.main(["--sides", "64", "96", "--no-compile", "--rounds", "2", "--out", str(out)])
+    result, table = json.loads(out.read_text()), out.with_suffix(".md").read_text()
+    assert capsys.readouterr().out.strip() == table.strip()
+    assert [case["side"] for case in result["cases"]] == [64, 96]
+    assert "| 96 |" in table and "| exponentials |" in table
+    assert result["breakdown"]["of_floor"] > 0
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_logits_in_steps_leave_no_two_classes_nearly_equal_between_pixels():
+    low = inputs.logits(Shape(1, 19, (32, 32)), device=CPU, seed=0, in_steps=True)
+    large = torch.nn.functional.interpolate(low.double(), (256, 256), mode="bilinear")
+    best = large.topk(2, dim=1).values
+    assert (best[:, 0] - best[:, 1]).min() > 1e-5
 
 
 def test_every_case_of_the_real_sets_has_its_own_name():
