@@ -38,9 +38,8 @@ def network(classes: int) -> nn.Module:
     layers: list[nn.Module] = []
     for before, after in ((3, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(
-        *layers, nn.Conv2d(64, 64, 5, padding=2), nn.ReLU(), nn.Conv2d(64, classes, 1)
-    )
+    layers += [nn.Conv2d(64, 64, 5, padding=2), nn.ReLU(), nn.Conv2d(64, classes, 1)]
+    return nn.Sequential(*layers)
 
 
 @torch.no_grad()
@@ -71,8 +70,8 @@ def main() -> None:
         images, labels = source_batches.batch(step)
         report = trainer.step(images, labels, target_batches.batch(step)[0])
         if step % 20 == 0:
-            confident = report.item("selected")
-            print(f"step {step}: loss {report.item('loss'):.3f}, confident {confident:.0%}")
+            loss, confident = report.item("loss"), report.item("selected")
+            print(f"step {step}: loss {loss:.3f}, confident {confident:.0%}")
     print(f"mIoU on {len(test)} test images: {miou(trainer.teacher, test):.3f}")
 
 

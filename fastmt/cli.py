@@ -64,9 +64,7 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
     _prepare(out, args.resume)
     if args.source:
         folders = (args.source, args.target, args.test)
-        domains = adapt.folder_domains(
-            *folders, num_classes=args.num_classes, classes=args.classes
-        )
+        domains = adapt.folder_domains(*folders, num_classes=args.num_classes, classes=args.classes)
     else:
         domains = adapt.scene_domains(settings.crop)
     print(f"Data: {domains.description}", flush=True)

@@ -62,6 +62,16 @@ def fail(capfd, words):
     return lines[0]
 
 
+def test_example_script_trains_and_scores():
+    script = ROOT / "examples" / "adapt.py"
+    assert len(script.read_text().splitlines()) < 80
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, script, "--steps", "2"]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mIoU on 16 test images" in done.stdout
+
+
 def test_command_leaves_table_figures_picture_curves_and_checkpoints(folders):
     status, stdout, stderr = run(command(folders, "--seeds", "0", "1"))
     assert (status, stderr) == (0, "")
