@@ -1,7 +1,7 @@
 // What happens at one pixel: softmax, score, loss, gradient. Mirrors fastmt/reference.py.
 //
 // `floats` is one value for each pixel that is worked on at once (a vector on the CPU), `ints` its
-// integer twin and mask; select, exp, log and the constants come from the including file. A `Column`
+// integer twin and mask; select, max, exp, log and the constants come from the including file. A `Column`
 // is the C values of those pixels: column[c] is a reference to `floats`. A `Gradient` takes what is
 // assigned to gradient[c], once for each c, and may be the column of the logits itself. `Powers` are
 // exponentials exp(z[c] - shift), for a shift that no class's logit lies above or far below: each is
@@ -28,26 +28,23 @@ struct Peak {
   ints label;            // where the first one stands; the first NaN where there is one
 };
 
-template <bool WITH_SECOND, bool WITH_LABEL>
-FASTMT_INLINE Peak higher(Peak top, floats value, int c) {
-  if constexpr (WITH_SECOND || WITH_LABEL) {
-    const ints better = (value > top.first) | ((value != value) & (top.first == top.first));
-    if constexpr (WITH_SECOND) {
-      const floats loser = select(better, top.first, value);
-      top.second = select(loser > top.second, loser, top.second);
-    }
-    top.first = select(better, value, top.first);
-    if constexpr (WITH_LABEL) top.label = iselect(better, isplat(c), top.label);
-  } else {
-    top.first = select(value > top.first, value, top.first);
-  }
-  return top;
-}
-
 template <bool WITH_SECOND, bool WITH_LABEL, class Column>
 FASTMT_INLINE Peak peak(Column x, int classes) {
   Peak top{x[0], splat(-INFINITY), isplat(0)};
-  for (int c = 1; c < classes; ++c) top = higher<WITH_SECOND, WITH_LABEL>(top, x[c], c);
+  for (int c = 1; c < classes; ++c) {
+    const floats value = x[c];
+    if constexpr (WITH_LABEL) {
+      const ints better = (value > top.first) | ((value != value) & (top.first == top.first));
+      if constexpr (WITH_SECOND) {
+        const floats loser = select(better, top.first, value);
+        top.second = select(loser > top.second, loser, top.second);
+      }
+      top.first = select(better, value, top.first);
+      top.label = iselect(better, isplat(c), top.label);
+    } else {
+      top.first = select(value > top.first, value, top.first);
+    }
+  }
   return top;
 }
 
@@ -97,7 +94,9 @@ FASTMT_INLINE Teacher teacher_of_powers(Powers y, int classes) {
   for (int c = 0; c < classes; ++c) {
     const floats e = y[c];
     sum += e;
-    top = higher<KIND == Kind::margin, WITH_LABEL>(top, e, c);
+    if constexpr (WITH_LABEL) top.label = iselect(e > top.first, isplat(c), top.label);
+    if constexpr (KIND == Kind::margin) top.second = max(min(e, top.first), top.second);
+    top.first = max(e, top.first);
   }
   const floats inverse = 1.0f / sum;
   return {(KIND == Kind::margin && classes > 1 ? top.first - top.second : top.first) * inverse,
