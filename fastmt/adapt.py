@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastmt.data import Batches, DataError, Scenes, SegmentationDataset, Segment
 from fastmt.metrics import ConfusionMatrix
 from fastmt.networks import UNet
 from fastmt.schedules import SigmoidRampUp, UncertaintyThreshold
+from fastmt.style import fourier_style
 from fastmt.trainer import MeanTeacher, StepReport
 
 VARIANTS = ("source_only", "adapted")
@@ -46,11 +48,15 @@ class Settings:
     ramp: float = 0.6  # fraction of the run over which the weight rises
     decay: float = 0.99
     style: str = "fourier"
+    beta: float = 0.03  # of the style "fourier": the frequencies it takes, relative to the side
+    class_mixing: float = 1.0  # probability that a step pastes source classes into the target
     jitter: bool = True
     width: int = 32  # channels of the U-Net at a quarter of the resolution
 
 
-SCENE_SETTINGS = Settings(steps=400, crop=(72, 96), decay=0.9, style="statistics", width=16)
+SCENE_SETTINGS = Settings(
+    steps=400, crop=(72, 96), decay=0.9, style="statistics", class_mixing=0.0, width=16
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,10 @@ def build(settings: Settings, num_classes: int, seed: int, device: torch.device)
         consistency=ConsistencyLoss(loss="mse", confidence="entropy", strict=True),
         weight=SigmoidRampUp(settings.weight, round(settings.ramp * settings.steps)),
         threshold=UncertaintyThreshold(settings.steps),
-        style=settings.style,
+        style=partial(fourier_style, beta=settings.beta)
+        if settings.style == "fourier"
+        else settings.style,
+        class_mixing=settings.class_mixing,
         jitter={} if settings.jitter else None,
         scheduler=torch.optim.lr_scheduler.OneCycleLR(
             optimizer, settings.lr, total_steps=settings.steps

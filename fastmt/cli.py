@@ -193,7 +193,10 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     def add(name: str, kind: Callable, text: str, **more) -> None:
         values = [getattr(defaults, name) for defaults in (folders, scenes)]
         group.add_argument(
-            f"--{name}", type=kind, help=f"{text} [{values[0]} / {values[1]}]", **more
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            help=f"{text} [{values[0]} / {values[1]}]",
+            **more,
         )
 
     add("steps", _integer(1), "updates of each run", metavar="N")
@@ -204,6 +207,8 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     add("ramp", _number(most=1), "fraction of the run over which the weight rises", metavar="R")
     add("decay", _number(below=1), "of the teacher's moving average", metavar="D")
     add("style", str, "of the source images", choices=("fourier", "statistics", "none"))
+    add("beta", _number(most=0.5), "frequencies of the Fourier style, of the side", metavar="B")
+    add("class_mixing", _number(most=1), "probability of pasted source classes", metavar="P")
     add("width", _even, "channels of the U-Net at a quarter of the resolution", metavar="C")
     group.add_argument(
         "--jitter",
