@@ -48,7 +48,7 @@ class Settings:
     ramp: float = 0.6  # fraction of the run over which the weight rises
     decay: float = 0.99
     style: str = "fourier"
-    beta: float = 0.03  # of the style "fourier": the frequencies it takes, relative to the side
+    beta: float = 0.06  # of the style "fourier": the frequencies it takes, relative to the side
     class_mixing: float = 1.0  # probability that a step pastes source classes into the target
     jitter: bool = True
     width: int = 32  # channels of the U-Net at a quarter of the resolution
