@@ -7,6 +7,7 @@ from fastmt.consistency import ConsistencyLoss, consistency_loss
 from fastmt.cross_entropy import CrossEntropy, cross_entropy
 from fastmt.ema import ema_update_
 from fastmt.reference import Confidence, ConsistencyStats
+from fastmt.segment import segment
 from fastmt.teacher import EMATeacher
 from fastmt.trainer import MeanTeacher, StepReport
 
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "perturb",
     "schedules",
+    "segment",
     "softmax_confidence",
     "style",
 ]

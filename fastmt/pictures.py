@@ -30,6 +30,9 @@ _STREET_COLOURS = (
     (140, 20, 40),
 )
 
+# of a score, from 0 to 1
+_HEAT = ((28, 16, 68), (114, 31, 129), (200, 50, 90), (243, 120, 60), (252, 244, 180))
+
 
 def require_pillow() -> None:
     """Raise an ImportError that says how to install pillow where it is missing."""
@@ -82,6 +85,33 @@ def colour(label: np.ndarray | Tensor, palette: np.ndarray) -> np.ndarray:
     table = np.full((256, 3), VOID_COLOUR, np.uint8)
     table[: len(palette)] = palette
     return table[ids]
+
+
+def heat(score: np.ndarray | Tensor) -> np.ndarray:
+    """Paint scores in [0, 1], (H, W), from dark violet (0) over red to pale yellow (1).
+
+    Returns uint8 (H, W, 3); a NaN is drawn near black, as void is.
+    """
+    values = _array(score)
+    positions = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values, positions, channel) for channel in np.array(_HEAT).T]
+    painted = np.stack(channels, axis=-1)
+    painted[np.isnan(values)] = VOID_COLOUR
+    return painted.round().astype(np.uint8)
+
+
+def blend(image: np.ndarray | Tensor, coloured: np.ndarray, share: float = 0.55) -> np.ndarray:
+    """An image uint8 (H, W, 3) seen through a coloured label map of the same shape."""
+    mixed = (1 - share) * _array(image).astype(np.float32) + share * coloured.astype(np.float32)
+    return mixed.round().astype(np.uint8)
+
+
+def write_png(pixels: np.ndarray | Tensor, path: str | os.PathLike[str]) -> None:
+    """Write uint8 (H, W) or (H, W, 3) as a PNG that appears whole or not at all."""
+    require_pillow()
+    from PIL import Image
+
+    _write_atomically(Image.fromarray(_array(pixels)), Path(path))
 
 
 def panel(

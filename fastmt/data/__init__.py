@@ -5,15 +5,23 @@ A dataset is anything with `len(ds)`, `ds[i] -> (image, label)`, `ds.stem(i)`, `
 """
 
 from fastmt.data.batches import Batches, SegmentationDataset
-from fastmt.data.folders import VOID, DataError, SegmentationFolder
+from fastmt.data.folders import (
+    IMAGE_SUFFIXES,
+    VOID,
+    DataError,
+    SegmentationFolder,
+    read_image,
+)
 from fastmt.data.scenes import Scenes, render_scene
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "VOID",
     "Batches",
     "DataError",
     "Scenes",
     "SegmentationDataset",
     "SegmentationFolder",
+    "read_image",
     "render_scene",
 ]

@@ -96,7 +96,7 @@ class SegmentationFolder:
             self[index]
 
     def _image(self, index: int) -> Tensor:
-        return self._read(self._images, index, _read_image, self._files[index][0])
+        return self._read(self._images, index, read_image, self._files[index][0])
 
     def _label(self, index: int) -> Tensor:
         return self._read(self._labels, index, _read_label, self._files[index][1])
@@ -213,7 +213,8 @@ def _names_file(roots: list[Path]) -> tuple[str, list[str] | None]:
     return str(path), names
 
 
-def _read_image(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
+    """An image as uint8 (3, H, W), upright; DataError naming a file that is no 8-bit image."""
     picture = _decode(path)
     if picture.mode in _WIDE_MODES:
         raise DataError(f"{path}: {picture.mode} image with more than 8 bits; save it as 8-bit RGB")

@@ -1,0 +1,169 @@
+"""The command `fastmt adapt`: its options, and the run from the data to the table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fastmt import adapt, adapt_report
+from fastmt.checkpoint import CheckpointError
+from fastmt.options import MIN_SIDE, device, even, integer, number
+from fastmt.pictures import require_pillow
+
+_EVALUATION = "Of both runs the moving average of the student is evaluated, on images never seen."
+
+
+def add_adapt(commands: argparse._SubParsersAction) -> None:
+    """The parser of `fastmt adapt`."""
+    command = commands.add_parser(
+        "adapt",
+        help="adapt a segmentation network to unlabelled images",
+        description="Train a U-Net on labelled source images, alone and as a mean teacher with"
+        " unlabelled target images, and compare both on held-out target images. Without folders it"
+        " renders synthetic street scenes, day -> dusk. Defaults in brackets: with folders / with"
+        " scenes.",
+    )
+    command.set_defaults(run=run_adapt, check=_check)
+    _add_data_options(command)
+    _add_training_options(command)
+
+
+def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    given = [name for name in ("source", "target", "test") if getattr(args, name)]
+    if given and len(given) < 3:
+        error("--source, --target and --test are given together or not at all")
+    for name in ("num_classes", "classes"):
+        if getattr(args, name) is not None and not given:
+            option = name.replace("_", "-")
+            error(f"--{option} belongs to folders; give --source, --target and --test")
+
+
+def _add_data_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("data").add_argument
+    layout = "images/* beside labels/*.png of the same stems, or subfolders like that"
+    add("--source", nargs="+", metavar="DIR", help=f"labelled source: {layout}")
+    add("--target", nargs="+", metavar="DIR", help="target to train on: images/*, no labels read")
+    add("--test", nargs="+", metavar="DIR", help="held-out labelled target images, for the table")
+    add("--num-classes", type=integer(1), metavar="C", help="classes [names or largest label id]")
+    add("--classes", nargs="+", metavar="NAME", help="their names [classes.txt beside the source]")
+    add("--out", default="runs/adapt", metavar="DIR", help="where results go [%(default)s]")
+
+
+def _add_training_options(command: argparse.ArgumentParser) -> None:
+    folders, scenes = adapt.Settings(), adapt.SCENE_SETTINGS
+    group = command.add_argument_group("training")
+
+    def add(name: str, kind: Callable, text: str, **more) -> None:
+        values = [getattr(defaults, name) for defaults in (folders, scenes)]
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            help=f"{text} [{values[0]} / {values[1]}]",
+            **more,
+        )
+
+    add("steps", integer(1), "updates of each run", metavar="N")
+    add("batch", integer(1), "images of each domain in a step", metavar="N")
+    add("crop", integer(MIN_SIDE), "size of the crops", nargs=2, metavar=("H", "W"))
+    add("lr", number(above=0), "peak learning rate of AdamW", metavar="LR")
+    add("weight", number(), "weight of the consistency loss", metavar="W")
+    add("ramp", number(most=1), "fraction of the run over which the weight rises", metavar="R")
+    add("decay", number(below=1), "of the teacher's moving average", metavar="D")
+    add("style", str, "of the source images", choices=("fourier", "statistics", "none"))
+    add("beta", number(most=0.5), "frequencies of the Fourier style, of the side", metavar="B")
+    add("class_mixing", number(most=1), "probability of pasted source classes", metavar="P")
+    add("width", even, "channels of the U-Net at a quarter of the resolution", metavar="C")
+    group.add_argument(
+        "--jitter",
+        action=argparse.BooleanOptionalAction,
+        help="photometric jitter of source and student view [on]",
+    )
+    seeds = {"dest": "seeds", "type": integer(0), "nargs": "+", "default": [0], "metavar": "SEED"}
+    group.add_argument("--seeds", "--seed", **seeds, help="one pair of runs for each [0]")
+    group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads [PyTorch's]")
+    group.add_argument("--device", type=device, help="cpu, cuda, cuda:1 [cuda where there is one]")
+    group.add_argument(
+        "--checkpoint-every", type=integer(1), metavar="N", help="steps [a fifth of the run]"
+    )
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+
+
+def run_adapt(args: argparse.Namespace, command: str) -> None:
+    """Train both variants with every seed, then write table, figures and picture."""
+    require_pillow()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = _settings(args)
+    out, seeds = Path(args.out), args.seeds
+    _prepare(out, args.resume)
+    if args.source:
+        folders = (args.source, args.target, args.test)
+        domains = adapt.folder_domains(*folders, num_classes=args.num_classes, classes=args.classes)
+    else:
+        domains = adapt.scene_domains(settings.crop)
+    print(f"Data: {domains.description}", flush=True)
+    every = args.checkpoint_every or max(1, settings.steps // 5)
+
+    scores = {variant: [] for variant in adapt.VARIANTS}
+    for seed in seeds:
+        networks = {}
+        for variant in adapt.VARIANTS:
+            networks[variant] = adapt.train(
+                variant,
+                domains,
+                settings,
+                seed,
+                out,
+                device=device,
+                checkpoint_every=every,
+                resume=args.resume,
+            )
+            scores[variant].append(adapt.evaluate(networks[variant], domains.test, device))
+
+    text = adapt_report.table(scores, domains.test.classes)
+    note = f"Data: {domains.description}\n\n{len(domains.test)} test images. {_EVALUATION}"
+    print(f"\n{text}\n\n{len(domains.test)} test images. {_EVALUATION}\nWritten to {out}")
+    adapt_report.picture(out / "adapted.png", networks, domains.test, device)
+    adapt_report.write_text(out / "table.md", f"{note}\n\n{text}\n\n`{command}`\n")
+    figures = {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": adapt_report.versions(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "data": domains.description,
+        "settings": asdict(settings),
+        **adapt_report.results(scores, domains.test.classes, seeds),
+    }
+    adapt_report.write_results(out / "results.json", figures)
+
+
+def _prepare(out: Path, resume: bool) -> None:
+    """Make the folder; refuse to start over what an interrupted run has left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    if resume:
+        return
+    finished = out / "results.json"
+    unfinished = sorted(out.glob("seed*/*.pt"))
+    if unfinished and not finished.exists():
+        raise CheckpointError(
+            f"{unfinished[0]}: belongs to an unfinished run; add --resume to go on with it, or"
+            " choose another --out"
+        )
+    finished.unlink(missing_ok=True)
+
+
+def _settings(args: argparse.Namespace) -> adapt.Settings:
+    base = adapt.Settings() if args.source else adapt.SCENE_SETTINGS
+    given = {f.name: getattr(args, f.name) for f in fields(base)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "crop" in given:
+        given["crop"] = tuple(given["crop"])
+    return replace(base, **given)

@@ -1,0 +1,72 @@
+"""Types of command-line options: a value that does not fit is told with what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+
+MIN_SIDE = 32  # pixels: one at the U-Net's coarsest level
+
+
+def integer(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= {least}")
+        return value
+
+    return integer
+
+
+def even(text: str) -> int:
+    value = integer(2)(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an even number >= 2")
+    return value
+
+
+def side(text: str) -> int:
+    value = integer(MIN_SIDE)(text)
+    if value % 4:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a multiple of 4")
+    return value
+
+
+def number(
+    *, above: float | None = None, below: float = math.inf, most: float = math.inf
+) -> Callable[[str], float]:
+    """A number in [0, most], or strictly between the bounds given."""
+    bounds = ["> 0" if above is not None else ">= 0"]
+    bounds += [f"< {below:g}"] if below < math.inf else []
+    bounds += [f"<= {most:g}"] if most < math.inf else []
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        low = value > above if above is not None else value >= 0
+        if not (low and value < below and value <= most):
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected a number {' and '.join(bounds)}"
+            )
+        return value
+
+    return number
+
+
+def device(text: str) -> str:
+    try:
+        torch.zeros((), device=text)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, which is not available: {reason}"
+        ) from error
+    return text

@@ -1,0 +1,212 @@
+"""Segmenting images: tiles, flips and scales are what they stand for, and leave nothing behind."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastmt
+from fastmt.segment import spans
+
+CLASSES, STRIDE = 5, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Net(nn.Module):
+    """Logits at a quarter of the resolution that reach 11 pixels far; records what it saw."""
+
+    def __init__(self, wrap=lambda logits: logits) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+            nn.Conv2d(8, CLASSES, 5, 2, 2),
+        )  # fmt: skip
+        self.body[4].weight.data.mul_(20)
+        self.wrap, self.seen = wrap, []
+
+    def forward(self, images):
+        assert not self.training and torch.is_inference_mode_enabled()
+        self.seen.append(tuple(images.shape[2:]))
+        return self.wrap(self.body(images))
+
+
+def image(height, width, seed=0, count=None):
+    shape = (3, height, width) if count is None else (count, 3, height, width)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def softmax_of(network, pixels, size):
+    """The plain way: logits up-sampled to `size`, then softmax, in float64."""
+    logits = network.eval().double()(pixels[None].double())
+    network.float()
+    return F.interpolate(logits, size, mode="bilinear").softmax(1)[0]
+
+
+def assert_same(result, q):
+    torch.testing.assert_close(result.score.double(), q.amax(0), rtol=0, atol=2e-5)
+    top = q.topk(2, dim=0).values
+    clear = top[0] - top[1] > 1e-4
+    assert torch.equal(result.label[clear], q.argmax(0)[clear])
+
+
+def test_an_image_is_the_networks_softmax_at_its_own_size():
+    network, pixels = Net(), image(48, 64)
+    result = fastmt.segment(network, pixels)
+    assert (result.score.dtype, result.label.dtype) == (torch.float32, torch.int64)
+    assert result.score.shape == result.label.shape == (48, 64)
+    assert_same(result, softmax_of(network, pixels, (48, 64)))
+
+
+def test_a_batch_is_its_images():
+    network, pixels = Net(), image(20, 24, count=3)
+    batch = fastmt.segment(network, pixels, flip=True)
+    for k, single in enumerate(pixels):
+        alone = fastmt.segment(network, single, flip=True)
+        torch.testing.assert_close(batch.score[k], alone.score)
+
+
+def test_bytes_are_divided_by_255():
+    network = Net()
+    pixels = torch.randint(256, (3, 20, 24), dtype=torch.uint8)
+    assert torch.equal(
+        fastmt.segment(network, pixels).score, fastmt.segment(network, pixels / 255).score
+    )
+
+
+@pytest.mark.parametrize("size", [(97, 130), (128, 41), (200, 64)])
+def test_tiles_that_overlap_by_the_networks_reach_leave_no_trace(size):
+    network, pixels = Net(), image(*size)
+    whole = fastmt.segment(network, pixels, divisor=STRIDE)
+    network.seen.clear()
+    tiled = fastmt.segment(network, pixels, tile=64, overlap=40, divisor=STRIDE)
+    assert len(network.seen) > 2
+    assert max(max(shape) for shape in network.seen) <= 64
+    torch.testing.assert_close(tiled.score, whole.score, rtol=0, atol=1e-5)
+    assert (tiled.label == whole.label).float().mean() > 0.999
+
+
+def test_tiles_that_do_not_overlap_do_leave_one():
+    network, pixels = Net(), image(97, 130)
+    whole = fastmt.segment(network, pixels, divisor=STRIDE)
+    tiled = fastmt.segment(network, pixels, tile=64, overlap=0, divisor=STRIDE)
+    assert (tiled.score - whole.score).abs().max() > 1e-3
+
+
+@given(st.integers(1, 500), st.integers(1, 30), st.integers(0, 100), st.integers(1, 8))
+def test_what_tiles_keep_covers_an_axis_once(length, tiles_of, overlap, divisor):
+    tile = tiles_of * divisor
+    parts = spans(length, tile, min(overlap, tile - 1), divisor)
+    assert [part.first for part in parts] == [0, *(part.last for part in parts[:-1])]
+    assert parts[-1].last == length
+    for part in parts:
+        assert part.start <= part.first < part.last <= part.stop <= part.start + max(tile, 1)
+        assert part.start % divisor == 0
+
+
+def test_flips_and_scales_are_the_mean_of_their_softmaxes():
+    network, pixels = Net(), image(48, 64)
+    result = fastmt.segment(network, pixels, flip=True, scales=(1.0, 0.5), divisor=STRIDE)
+    small = F.interpolate(pixels[None], (24, 32), mode="bilinear", antialias=True)[0]
+    passes = []
+    for view in (pixels, small):
+        passes.append(softmax_of(network, view, (48, 64)))
+        passes.append(softmax_of(network, view.flip(-1), (48, 64)).flip(-1))
+    assert_same(result, torch.stack(passes).mean(0))
+
+
+@pytest.mark.parametrize("size", [(45, 61), (46, 63)])
+def test_a_mirrored_image_gives_the_mirrored_result_when_flips_are_averaged(size):
+    network, pixels = Net(), image(*size)
+    options = {"flip": True, "divisor": 1}
+    result = fastmt.segment(network, pixels, **options)
+    mirrored = fastmt.segment(network, pixels.flip(-1), **options)
+    torch.testing.assert_close(mirrored.score.flip(-1), result.score, rtol=0, atol=1e-5)
+
+
+def test_padding_to_the_stride_puts_logits_over_their_pixels():
+    network, pixels = Net(), image(45, 61)
+    result = fastmt.segment(network, pixels, divisor=STRIDE)
+    padded = F.pad(pixels[None], (0, 3, 0, 3), mode="replicate")[0]
+    assert_same(result, softmax_of(network, padded, (48, 64))[:, :45, :61])
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most pixels that any floating tensor with CLASSES channels has."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 4 and tensor.shape[1] == CLASSES:
+                self.largest = max(self.largest, tensor.shape[2] * tensor.shape[3])
+        return result
+
+
+def test_no_logits_of_the_images_size_are_made():
+    if fastmt.backends.extension_missing():
+        pytest.skip("eager PyTorch makes them")
+    network, pixels = Net(), image(64, 96)
+    with LargestLogits() as mode:
+        fastmt.segment(network, pixels, flip=True)
+    assert 0 < mode.largest <= 16 * 24
+
+
+@pytest.mark.parametrize("wrap", [lambda z: {"out": z}, lambda z: SimpleNamespace(logits=z)])
+def test_what_networks_return_is_understood(wrap):
+    pixels = image(20, 24)
+    expected = fastmt.segment(Net(), pixels).score
+    assert torch.equal(fastmt.segment(Net(wrap), pixels).score, expected)
+
+
+def test_every_module_has_its_own_mode_again_also_after_an_error():
+    network = Net().train()
+    network.body[1].eval()
+    modes = [module.training for module in network.modules()]
+    fastmt.segment(network, image(20, 24))
+    assert [module.training for module in network.modules()] == modes
+    network.wrap = lambda logits: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fastmt.segment(network, image(20, 24))
+    assert [module.training for module in network.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"images": [1]}, TypeError, "images: got list"),
+        ({"images": torch.zeros(3, 4, 4).long()}, TypeError, "images: got torch.int64"),
+        ({"images": torch.zeros(4, 4)}, ValueError, r"images: got shape \(4, 4\)"),
+        ({"images": torch.zeros(3, 0, 4)}, ValueError, r"images: got shape \(3, 0, 4\)"),
+        ({"tile": 0}, ValueError, "tile: got 0"),
+        ({"tile": 30, "divisor": 4, "overlap": 0}, ValueError, "tile: got 30.*divisor 4"),
+        ({"tile": 32, "overlap": 32}, ValueError, "overlap: got 32"),
+        ({"overlap": -1}, ValueError, "overlap: got -1"),
+        ({"divisor": 0}, ValueError, "divisor: got 0"),
+        ({"scales": ()}, ValueError, "scales: got none"),
+        ({"scales": (0.0,)}, ValueError, "scales: got 0.0"),
+        ({"kind": "best"}, ValueError, "kind: got 'best'"),
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(options, error, message):
+    call = {"images": image(20, 24), **options}
+    with pytest.raises(error, match=f"^{message}"):
+        fastmt.segment(Net(), **call)
