@@ -1,0 +1,121 @@
+// Teacher and student at W output pixels, from low-resolution logits.
+#pragma once
+
+#include <vector>
+
+#include "cpu/powers.h"
+
+namespace FASTMT_ISA {
+
+// One teacher or an ensemble of them at W output pixels.
+class TeacherCells {
+ public:
+  TeacherCells(const Cells& cells, const Grid* grids, int members, Kind kind, bool with_label,
+               float inverse_temperature)
+      : classes_(cells.classes),
+        kind_(kind),
+        with_label_(with_label),
+        inverse_temperature_(inverse_temperature),
+        powers_(cells.classes, inverse_temperature),
+        column_(aligned_buffer<float>(int64_t(classes_) * W)),
+        member_(aligned_buffer<float>(int64_t(classes_) * W)) {
+    for (int m = 0; m < members; ++m) sources_.emplace_back(grids[m], cells);
+  }
+
+  void go_to(int64_t image, int out_row) {
+    for (RowSource& source : sources_) source.go_to(image, out_row);
+  }
+
+  void begin_chunk() { powers_.begin_chunk(); }
+
+  // The teacher's column at the last look.
+  Column column() const { return walks_ ? powers_.column() : Column{column_.get(), W}; }
+  void used_up() { powers_.forget(); }
+
+  Teacher look(const Step& step) {
+    const RowSource& first = sources_[0];
+    const bool one = sources_.size() == 1;
+    walks_ = one && kind_ != Kind::entropy && powers_.serve(first, step);
+    if (walks_) return powers_.read(first, step, [&](auto powers) { return believed(powers); });
+    const Column to = column();
+    if (one) {
+      first.interpolate(step.x, step.columns, step.t, to);
+      return scored(to);
+    }
+    const Column member{member_.get(), W};
+    for (int c = 0; c < classes_; ++c) to[c] = splat(0);
+    for (const RowSource& source : sources_) {
+      source.interpolate(step.x, step.columns, step.t, member);
+      add_member(member, to, classes_, inverse_temperature_, 1.0f / float(sources_.size()));
+    }
+    return scored(to);
+  }
+
+ private:
+  template <class Reads>
+  Teacher believed(Reads powers) const {
+    if (kind_ == Kind::margin) return teacher_of_powers<Kind::margin, true>(powers, classes_);
+    return with_label_ ? teacher_of_powers<Kind::max_prob, true>(powers, classes_)
+                       : teacher_of_powers<Kind::max_prob, false>(powers, classes_);
+  }
+
+  Teacher scored(Column column) const {
+    const bool one = sources_.size() == 1;
+    const float scale = inverse_temperature_;
+    switch (kind_) {
+      case Kind::max_prob:
+        return one ? teacher_pixel<Kind::max_prob>(column, classes_, scale)
+                   : ensemble_pixel<Kind::max_prob>(column, classes_);
+      case Kind::entropy:
+        return one ? teacher_pixel<Kind::entropy>(column, classes_, scale)
+                   : ensemble_pixel<Kind::entropy>(column, classes_);
+      default:
+        return one ? teacher_pixel<Kind::margin>(column, classes_, scale)
+                   : ensemble_pixel<Kind::margin>(column, classes_);
+    }
+  }
+
+  int classes_;
+  Kind kind_;
+  bool with_label_, walks_ = false;
+  float inverse_temperature_;
+  Powers powers_;
+  std::unique_ptr<float[], Free> column_, member_;
+  std::vector<RowSource> sources_;
+};
+
+// The student at W output pixels.
+class StudentCells {
+ public:
+  explicit StudentCells(const Cells& cells)
+      : classes_(cells.classes),
+        source_(cells.first, cells),
+        powers_(cells.classes, 1.0f),
+        column_(aligned_buffer<float>(int64_t(classes_) * W)) {}
+
+  void go_to(int64_t image, int out_row) { source_.go_to(image, out_row); }
+  void begin_chunk() { powers_.begin_chunk(); }
+
+  bool walks(const Step& step) { return powers_.serve(source_, step); }
+  Column powers() const { return powers_.column(); }
+  template <bool WITH_LABEL>
+  Student walk(const Step& step, ints label) {
+    return powers_.read(source_, step, [&](auto powers) {
+      return student_of_powers<WITH_LABEL>(powers, label, classes_);
+    });
+  }
+
+  Column logits(const Step& step) const {
+    const Column to{column_.get(), W};
+    source_.interpolate(step.x, step.columns, step.t, to);
+    return to;
+  }
+
+ private:
+  int classes_;
+  RowSource source_;
+  Powers powers_;
+  std::unique_ptr<float[], Free> column_;
+};
+
+}  // namespace FASTMT_ISA
