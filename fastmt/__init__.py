@@ -8,7 +8,6 @@ from fastmt.cross_entropy import CrossEntropy, cross_entropy
 from fastmt.ema import ema_update_
 from fastmt.reference import Confidence, ConsistencyStats
 from fastmt.segment import segment
-from fastmt.segment import segment
 from fastmt.teacher import EMATeacher
 from fastmt.trainer import MeanTeacher, StepReport
 
@@ -29,7 +28,6 @@ __all__ = [
     "explain",
     "perturb",
     "schedules",
-    "segment",
     "segment",
     "softmax_confidence",
     "style",

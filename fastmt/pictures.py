@@ -106,12 +106,32 @@ def blend(image: np.ndarray | Tensor, coloured: np.ndarray, share: float = 0.55)
     return mixed.round().astype(np.uint8)
 
 
-def write_png(pixels: np.ndarray | Tensor, path: str | os.PathLike[str]) -> None:
-    """Write uint8 (H, W) or (H, W, 3) as a PNG that appears whole or not at all."""
+def write_png(
+    pixels: np.ndarray | Tensor, path: str | os.PathLike[str], *, software: str | None = None
+) -> None:
+    """Write uint8 (H, W) or (H, W, 3) as a PNG that appears whole or not at all.
+
+    software: noted in the file, where `software_of` finds it.
+    """
     require_pillow()
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    _write_atomically(Image.fromarray(_array(pixels)), Path(path))
+    notes = PngInfo()
+    if software is not None:
+        notes.add_text("Software", software)
+    _write_atomically(Image.fromarray(_array(pixels)), Path(path), pnginfo=notes)
+
+
+def software_of(path: str | os.PathLike[str]) -> str | None:
+    """What wrote a PNG, by its own note; None without a note, and for what is no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software")
+    except (OSError, SyntaxError, ValueError):  # damaged, or another kind of file
+        return None
 
 
 def panel(
@@ -201,10 +221,10 @@ def _legend_layout(legend, width: int, font) -> list[tuple[int, int, str, tuple[
     return placed
 
 
-def _write_atomically(picture, path: Path) -> None:
+def _write_atomically(picture, path: Path, **options) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", **options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

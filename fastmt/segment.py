@@ -1,11 +1,14 @@
-"""Segmentation of images: labels and confidence straight from low-resolution logits."""
+"""Segmenting images: labels and confidence straight from low-resolution logits.
+
+The passes over one image (flips, scales) are an ensemble whose softmaxes are averaged while they
+are up-sampled, so that nothing of the image's size exists but score and label.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,232 +20,180 @@ from fastmt.confidence import KINDS, softmax_confidence
 from fastmt.inputs import logits_of
 from fastmt.reference import Confidence
 
-__all__ = ["check_tiling", "segment"]
-
-_PROBE = 64  # pixels; a multiple of every output stride in use that is a power of two
+__all__ = ["segment", "tile_side"]
 
 
-def segment(
-    network: nn.Module,
-    image: Tensor,
-    *,
-    tile: int | Sequence[int] | None = None,
-    overlap: int | None = None,
-    flip: bool = False,
-    scales: Sequence[float] = (1.0,),
-    multiple: int | None = None,
-    kind: str = "max_prob",
-    temperature: float = 1.0,
-) -> Confidence:
-    """Most probable class of each pixel of an image, and how sure the network is of it.
-
-    The logits are up-sampled, averaged over flips and scales (the mean of their softmaxes) and
-    scored inside the kernel: at full resolution there is nothing but score and label. The network
-    runs in eval mode and inference mode on its own device, which need not be the image's; its
-    modules have their modes back afterwards.
-
-    Args:
-        network: module that maps images (N, K, H, W) to logits of any resolution: a tensor, a dict
-            with "out", or an object with `.logits`.
-        image: (K, H, W), or a batch (N, K, H, W) of one size. uint8 is divided by 255; floating
-            point goes in as it is. Both in the type of the network's parameters.
-        tile: height and width, or one number for both, of the largest input the network ever sees;
-            rounded down to `multiple`. With a scale above 1 a tile covers that much less of the
-            image. An image that fits runs whole. None: always whole.
-        overlap: pixels of the image that neighbouring tiles share at least; each pixel is answered
-            by the tile whose centre is nearest. Twice the radius of the receptive field plus 4
-            `multiple` gives the result of the whole image. None: a quarter of the tile.
-        flip: also segment the mirror image.
-        scales: sizes, relative to the image, at which to segment it; each is rounded so that the
-            sides of a tile become multiples of `multiple`.
-        multiple: inputs are padded on the right and below, with the border's pixels, to a multiple
-            of this; what the padding adds is cut off. None: the network's output stride, so that
-            logits and pixels stay aligned, taken from the logits of a black 64 x 64 image. Give it
-            for a network that wants other sizes (32 for many encoders, 14 for some transformers).
-        kind, temperature: as in softmax_confidence.
-
-    Returns:
-        Confidence(score, label): float32 and int64, (H, W) or (N, H, W), on the image's device.
-        They are ordinary tensors without gradient, fit for labels of a further training.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected.
-    """
-    _check(network, image, scales)
-    arguments.check_choice("kind", kind, KINDS)
-    arguments.check_positive("temperature", temperature)
-    check_tiling(tile, overlap, scales, 1 if multiple is None else multiple)
-    images = image if image.ndim == 4 else image[None]
-    shape = (len(images), *images.shape[2:])
-    # Allocated outside of inference mode, whose tensors no later training could save for backward.
-    whole = Confidence(
-        torch.empty(shape, dtype=torch.float32, device=image.device),
-        torch.empty(shape, dtype=torch.int64, device=image.device),
-    )
-    dtype, device = _type_and_device(network, image)
-    with _evaluating(network), torch.inference_mode():
-        if multiple is None:
-            multiple = _output_stride(
-                network, torch.zeros(1, images.shape[1], _PROBE, _PROBE, dtype=dtype, device=device)
-            )
-        for rows, columns in check_tiling(tile, overlap, scales, multiple).tiles(*shape[1:]):
-            part = _cut(images, rows, columns, device, torch.promote_types(dtype, torch.float32))
-            views = _views(part, flip, scales, multiple)
-            logits = [_logits(network, view.to(dtype), mirrored) for view, mirrored in views]
-            found = softmax_confidence(
-                logits, kind=kind, temperature=temperature, size=part.shape[2:]
-            )
-            for target, source in zip(whole, found, strict=True):
-                target[:, rows.kept, columns.kept] = source[:, rows.inner, columns.inner]
-    return whole if image.ndim == 4 else Confidence(whole.score[0], whole.label[0])
-
-
-class _Span(NamedTuple):
-    """A tile along one axis: it sees start .. stop and answers for first .. last."""
+class Span(NamedTuple):
+    """One axis of a tile: pixels [start, stop) are looked at, [first, last) are kept."""
 
     start: int
     stop: int
     first: int
     last: int
 
-    @property
-    def kept(self) -> slice:
-        return slice(self.first, self.last)
 
-    @property
-    def inner(self) -> slice:
-        return slice(self.first - self.start, self.last - self.start)
+def segment(
+    network: nn.Module,
+    images: Tensor,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+    divisor: int = 1,
+    kind: str = "max_prob",
+    temperature: float = 1.0,
+) -> Confidence:
+    """Label and confidence score of every pixel.
 
+    Args:
+        network: maps images (N, 3, h, w) to logits (N, C, h', w') of any resolution: a tensor, a
+            dict with "out", or an object with `.logits`. It runs in eval mode, and has its own mode
+            again afterwards.
+        images: (3, H, W) or (N, 3, H, W), on the network's device; uint8, which is divided by 255,
+            or floating point, taken as it is. The network sees them in its parameters' dtype.
+        tile: largest side, in pixels, that the network ever sees; None shows images whole. With a
+            scale above 1 a tile covers that much less of the image, see tile_side. Memory is that
+            of a tile, besides images and result.
+        overlap: pixels of the image that neighbouring tiles share; each is kept from the tile where
+            it lies further inside. From twice the network's reach on, tiles leave no trace. None: a
+            quarter of a tile.
+        flip: also look at the mirrored image.
+        scales: look at the image resized by each of these factors.
+        divisor: the network's inputs are padded, by repeating their last row and column, and tiles
+            are placed, at multiples of this many pixels. With the network's output stride, logits
+            stand over the pixels that they describe at any size of the image.
+        kind, temperature: of the score, see softmax_confidence.
 
-class _Tiling(NamedTuple):
-    """Sides of a tile in pixels of the image (None: whole), the overlap, and the tiles' lattice."""
+    Returns:
+        Confidence(score, label): float32 and int64, (H, W) or (N, H, W) as the images; ordinary
+        tensors, which can teach another network.
 
-    sides: tuple[int, int] | None
-    overlap: int | None
-    unit: int
-
-    def tiles(self, height: int, width: int) -> Iterator[tuple[_Span, _Span]]:
-        tall, wide = self.sides or (height, width)
-        for rows in self._spans(height, tall):
-            for columns in self._spans(width, wide):
-                yield rows, columns
-
-    def _spans(self, length: int, side: int) -> list[_Span]:
-        """Tiles start on the lattice, where the logits of one are those of its neighbours."""
-        padded = -(-length // self.unit) * self.unit
-        if self.sides is None or side >= padded:
-            return [_Span(0, padded, 0, length)]
-        overlap = side // 4 if self.overlap is None else self.overlap
-        step = max((side - overlap) // self.unit, 1) * self.unit
-        starts = [*range(0, padded - side, step), padded - side]
-        cuts = [0, *((a + b + side) // 2 for a, b in pairwise(starts)), length]
-        return [_Span(s, s + side, *cut) for s, cut in zip(starts, pairwise(cuts), strict=True)]
-
-
-def check_tiling(
-    tile: int | Sequence[int] | None,
-    overlap: int | None,
-    scales: Sequence[float],
-    multiple: int,
-) -> _Tiling:
-    """The tiling that `segment` uses; TypeError or ValueError where its arguments do not fit."""
-    if not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"multiple: got {multiple!r}, expected a positive integer")
-    if tile is None:
-        if overlap is not None:
-            raise ValueError(f"overlap: got {overlap} without a tile, expected both or none")
-        return _Tiling(None, None, multiple)
-    sides = (tile, tile) if isinstance(tile, int) else tile
-    if not (isinstance(sides, Sequence) and [type(side) for side in sides] == [int, int]):
-        raise TypeError(f"tile: got {tile!r}, expected an integer, or a height and a width")
-    if overlap is not None and not isinstance(overlap, int):
-        raise TypeError(f"overlap: got {overlap!r}, expected an integer")
-    enlarged = max(1.0, *scales)
-    seen = (side // multiple * multiple for side in sides)
-    covered = tuple(math.floor(side / enlarged) // multiple * multiple for side in seen)
-    if min(covered) < 1:
-        least = math.ceil(multiple * enlarged / multiple) * multiple
-        raise ValueError(
-            f"tile: got {tile}, expected at least {least} pixels, as inputs are multiples of"
-            f" {multiple} and the largest scale is {enlarged:g}"
-        )
-    most = min(covered) - multiple
-    if overlap is not None and not 0 <= overlap <= most:
-        raise ValueError(
-            f"overlap: got {overlap}, expected 0 to {most} pixels for tiles that cover"
-            f" {covered[0]} x {covered[1]} pixels of the image"
-        )
-    return _Tiling(covered, overlap, multiple)
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    _check(network, images, scales, divisor)
+    arguments.check_choice("kind", kind, KINDS)
+    arguments.check_positive("temperature", temperature)
+    side = None if tile is None else tile_side(tile, scales, divisor)
+    shared = _shared(overlap, side)
+    batch = images if images.ndim == 4 else images[None]
+    # Made outside of inference mode, whose tensors autograd refuses to save for a backward.
+    score = torch.empty((len(batch), *batch.shape[2:]), dtype=torch.float32, device=images.device)
+    label = torch.empty_like(score, dtype=torch.int64)
+    rows, columns = (spans(length, side, shared, divisor) for length in batch.shape[2:])
+    with _evaluating(network), torch.inference_mode():
+        for row in rows:
+            for column in columns:
+                part = batch[:, :, row.start : row.stop, column.start : column.stop]
+                passes, size = _look(network, part, flip, scales, divisor)
+                seen = softmax_confidence(passes, kind=kind, temperature=temperature, size=size)
+                to = (slice(None), slice(row.first, row.last), slice(column.first, column.last))
+                inside = (
+                    slice(None),
+                    slice(row.first - row.start, row.last - row.start),
+                    slice(column.first - column.start, column.last - column.start),
+                )
+                score[to], label[to] = seen.score[inside], seen.label[inside]
+    return Confidence(score, label) if images.ndim == 4 else Confidence(score[0], label[0])
 
 
-def _check(network: nn.Module, image: Tensor, scales: Sequence[float]) -> None:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network: got {type(network).__name__}, expected a torch.nn.Module")
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image: got {type(image).__name__}, expected a tensor (K, H, W)")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"image: got {image.dtype}, expected uint8 or floating point")
-    if image.ndim not in (3, 4) or 0 in image.shape:
-        raise ValueError(
-            f"image: got shape {arguments.shape(image)}, expected (K, H, W) or (N, K, H, W), not"
-            " empty"
-        )
-    if not isinstance(scales, Sequence) or not len(scales):
-        raise ValueError(f"scales: got {scales!r}, expected a sequence of at least one number")
+def tile_side(tile: int, scales: Sequence[float], divisor: int = 1) -> int:
+    """Pixels of the image along a tile's side: enlarged by the largest scale they fit in `tile`.
+
+    Raises ValueError where a tile is no positive multiple of `divisor`, or covers less than one.
+    """
+    if not isinstance(tile, int):
+        raise TypeError(f"tile: got {type(tile).__name__}, expected an integer")
+    if tile < 1 or tile % divisor:
+        raise ValueError(f"tile: got {tile}, expected a positive multiple of divisor {divisor}")
+    largest = max(1, *scales)
+    side = math.floor(tile / largest) // divisor * divisor
+    if side < 1:
+        least = math.ceil(largest) * divisor
+        raise ValueError(f"tile: got {tile}, expected at least {least} at scale {largest:g}")
+    return side
+
+
+def _shared(overlap: int | None, side: int | None) -> int:
+    if overlap is None:
+        return 0 if side is None else side // 4
+    if not isinstance(overlap, int):
+        raise TypeError(f"overlap: got {type(overlap).__name__}, expected an integer")
+    if overlap < 0 or (side is not None and overlap >= side):
+        least = "" if side is None else f" up to less than the {side} pixels a tile covers"
+        raise ValueError(f"overlap: got {overlap}, expected 0{least or ' or more'}")
+    return overlap
+
+
+def spans(length: int, tile: int | None, overlap: int, divisor: int = 1) -> list[Span]:
+    """Tiles along one axis, starting at multiples of `divisor`; what they keep covers it once."""
+    if tile is None or length <= tile:
+        return [Span(0, length, 0, length)]
+    step = max((tile - overlap) // divisor, 1) * divisor
+    starts = list(range(0, length - tile, step))
+    starts.append(-(-(length - tile) // divisor) * divisor)
+    stops = [min(start + tile, length) for start in starts]
+    inner = [(stop + start) // 2 for stop, start in zip(stops[:-1], starts[1:], strict=True)]
+    return [Span(*each) for each in zip(starts, stops, [0, *inner], [*inner, length], strict=True)]
+
+
+def _look(
+    network: nn.Module, part: Tensor, flip: bool, scales: Sequence[float], divisor: int
+) -> tuple[list[Tensor], tuple[int, int]]:
+    """Logits of every pass over a tile, upright, and the size that they all stand for."""
+    parameters = (p.dtype for p in network.parameters() if p.is_floating_point())
+    dtype = next(parameters, torch.float32)
+    working = torch.promote_types(dtype, torch.float32)  # to divide and resize in
+    pixels = part.to(working) / 255 if part.dtype == torch.uint8 else part.to(working)
+    height, width = (-(-side // divisor) * divisor for side in part.shape[2:])
+    padding = (0, width - part.shape[3], 0, height - part.shape[2])
+    padded = F.pad(pixels, padding, mode="replicate") if any(padding) else pixels
+    passes = []
     for scale in scales:
-        arguments.check_positive("scales", scale)
+        view = _resized(padded, scale, divisor).to(dtype)
+        passes.append(logits_of(network(view), view, "network"))
+        if flip:
+            passes.append(logits_of(network(view.flip(-1)), view, "network").flip(-1))
+    return passes, (height, width)
 
 
-@contextmanager
+def _resized(images: Tensor, scale: float, divisor: int) -> Tensor:
+    if scale == 1:
+        return images
+    size = [max(round(side * scale / divisor), 1) * divisor for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+@contextlib.contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module has its own mode back, also a frozen one of its own."""
-    modes = [(module, module.training) for module in network.modules()]
+    """Eval mode; each module has its own mode again afterwards."""
+    training = [module for module in network.modules() if module.training]
     network.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
-def _type_and_device(network: nn.Module, image: Tensor) -> tuple[torch.dtype, torch.device]:
-    """Those of the network's parameters; without any, float32 and the image's device."""
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype, parameter.device
-    return torch.float32, image.device
-
-
-def _output_stride(network: nn.Module, probe: Tensor) -> int:
-    """Pixels per logit; 1 for logits at the image's resolution or above."""
-    return max(1, probe.shape[-1] // max(1, _logits(network, probe).shape[-1]))
-
-
-def _cut(
-    images: Tensor, rows: _Span, columns: _Span, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """A tile of the images; where it reaches beyond them, their last row and column go on."""
-    part = images[:, :, rows.start : rows.stop, columns.start : columns.stop].to(device)
-    part = part.to(dtype).div(255) if part.dtype == torch.uint8 else part.to(dtype)
-    below = rows.stop - rows.start - part.shape[2]
-    beside = columns.stop - columns.start - part.shape[3]
-    return F.pad(part, (0, beside, 0, below), mode="replicate") if below or beside else part
-
-
-def _views(
-    part: Tensor, flip: bool, scales: Sequence[float], multiple: int
-) -> Iterator[tuple[Tensor, bool]]:
-    """A tile at every scale, and its mirror image; and whether it is the mirror image."""
+def _check(network: nn.Module, images: Tensor, scales: Sequence[float], divisor: int) -> None:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: got {type(network).__name__}, expected a torch.nn.Module")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: got {type(images).__name__}, expected a tensor of images")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images: got {images.dtype}, expected uint8 or floating point")
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise ValueError(
+            f"images: got shape {arguments.shape(images)}, expected (3, H, W) or (N, 3, H, W), not"
+            " empty"
+        )
+    if divisor < 1:
+        raise ValueError(f"divisor: got {divisor}, expected at least 1")
+    if not isinstance(scales, Sequence):
+        raise TypeError(f"scales: got {type(scales).__name__}, expected a sequence of factors")
+    if not len(scales):
+        raise ValueError("scales: got none, expected at least one factor")
     for scale in scales:
-        size = [max(1, round(n * scale / multiple)) * multiple for n in part.shape[2:]]
-        same = tuple(size) == part.shape[2:]
-        view = part if same else F.interpolate(part, size, mode="bilinear", antialias=scale < 1)
-        yield view, False
-        if flip:
-            yield view.flip(-1), True
-
-
-def _logits(network: nn.Module, images: Tensor, mirrored: bool = False) -> Tensor:
-    """Low-resolution logits; those of mirror images mirrored back, which up-sampling commutes with."""
-    logits = logits_of(network(images), images, "network")
-    return logits.flip(-1) if mirrored else logits
+        arguments.check_positive("scales", scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +15,21 @@ from fastmt import checkpoint
 from fastmt.checkpoint import CheckpointError
 from fastmt.data import IMAGE_SUFFIXES, VOID, DataError, read_image
 from fastmt.networks import UNet
-from fastmt.options import device, integer, number, side
-from fastmt.pictures import blend, colour, default_palette, heat, require_pillow, write_png
-from fastmt.segment import segment
+from fastmt.options import MIN_SIDE, device, integer, number, side
+from fastmt.pictures import (
+    blend,
+    colour,
+    default_palette,
+    heat,
+    require_pillow,
+    software_of,
+    write_png,
+)
+from fastmt.segment import segment, tile_side
 
 FOLDERS = ("labels", "overlays", "confidence")
+_SOFTWARE = "fastmt segment"
+_STRIDE = 4  # of the U-Net that `fastmt adapt` trains
 
 
 def add_segment(commands: argparse._SubParsersAction) -> None:
@@ -35,7 +46,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     add("images", nargs="+", metavar="IMAGES", help="image files, or folders of them")
     add("--out", required=True, metavar="DIR", help="where the pictures go")
     add("--tile", type=side, metavar="N", help="largest side seen at once [the whole image]")
-    add("--overlap", type=integer(0), default=128, metavar="N", help="of tiles [%(default)s]")
+    add("--overlap", type=integer(0), metavar="N", help="of tiles [a quarter of a tile]")
     add("--flip", action="store_true", help="also look at the mirrored image")
     scales = {"type": number(above=0), "nargs": "+", "default": [1.0], "metavar": "S"}
     add("--scales", **scales, help="look at the image resized by each factor [1]")
@@ -51,8 +62,15 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
 
 
 def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
-    if args.tile is not None and args.overlap >= args.tile:
-        error(f"--overlap {args.overlap} is not less than --tile {args.tile}")
+    if args.tile is None:
+        return
+    enlarged = max(1, *args.scales)
+    covered = int(args.tile / enlarged)
+    at_scale = f" / {enlarged:g}, the largest of --scales" if enlarged > 1 else ""
+    if covered < MIN_SIDE:
+        error(f"--tile {args.tile}{at_scale} is less than {MIN_SIDE} pixels")
+    if args.overlap is not None and args.overlap >= tile_side(args.tile, args.scales, _STRIDE):
+        error(f"--overlap {args.overlap} is not less than --tile {args.tile}{at_scale}")
 
 
 def run_segment(args: argparse.Namespace, command: str) -> None:
@@ -117,7 +135,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
 
 
 def check_outputs(paths: Sequence[Path], out: Path) -> None:
-    """DataError where two images would share a result, or a result would replace an image."""
+    """DataError where two images would share a result, or a result replace anything but results."""
     by_stem: dict[str, Path] = {}
     images = {path.resolve() for path in paths}
     for path in paths:
@@ -129,6 +147,8 @@ def check_outputs(paths: Sequence[Path], out: Path) -> None:
         for target in _targets(out, path):
             if target.resolve() in images:
                 raise DataError(f"{target}: is one of the images; choose another --out")
+            if os.path.lexists(target) and software_of(target) != _SOFTWARE:
+                raise DataError(f"{target}: is not of `{_SOFTWARE}`; choose another --out")
 
 
 def _targets(out: Path, image: Path) -> list[Path]:
@@ -155,5 +175,5 @@ def _segment_file(
     pictures = (ids, blend(image.permute(1, 2, 0), painted), heat(score))
     for target, picture in zip(_targets(out, path), pictures, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_png(picture, target)
+        write_png(picture, target, software=_SOFTWARE)
     return float(score.mean())

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmt
-from fastmt.segment import spans
+from fastmt.segment import spans, tile_side
 
 CLASSES, STRIDE = 5, 4
 
@@ -120,6 +120,23 @@ def test_what_tiles_keep_covers_an_axis_once(length, tiles_of, overlap, divisor)
         assert part.start % divisor == 0
 
 
+@pytest.mark.parametrize("scales", [(1.0, 2.0), (1.3,), (0.5, 1.0)])
+def test_no_input_of_the_network_is_larger_than_a_tile_at_any_scale(scales):
+    network = Net()
+    fastmt.segment(network, image(97, 130), tile=64, scales=scales, divisor=STRIDE)
+    assert max(max(shape) for shape in network.seen) <= 64
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.5,)])
+def test_tiles_share_a_quarter_unless_told(scales):
+    call = {"tile": 64, "scales": scales, "divisor": STRIDE}
+    quarter = {64: 16, 40: 10}[tile_side(64, scales, STRIDE)]
+    default = fastmt.segment(Net(), image(97, 130), **call)
+    assert torch.equal(
+        default.score, fastmt.segment(Net(), image(97, 130), overlap=quarter, **call).score
+    )
+
+
 def test_flips_and_scales_are_the_mean_of_their_softmaxes():
     network, pixels = Net(), image(48, 64)
     result = fastmt.segment(network, pixels, flip=True, scales=(1.0, 0.5), divisor=STRIDE)
@@ -169,6 +186,24 @@ def test_no_logits_of_the_images_size_are_made():
     assert 0 < mode.largest <= 16 * 24
 
 
+def test_results_can_teach_another_network():
+    score, label = fastmt.segment(Net(), image(20, 24))
+    logits = torch.zeros(1, CLASSES, 20, 24, requires_grad=True)
+    (F.cross_entropy(logits, label[None], reduction="none") * score).mean().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_images_come_in_the_type_of_the_network(dtype, as_bytes):
+    pixels = (255 * image(20, 24)).to(torch.uint8)
+    result = fastmt.segment(Net().to(dtype), pixels if as_bytes else pixels / 255, scales=(1, 0.5))
+    plain = fastmt.segment(Net(), pixels, scales=(1, 0.5))
+    assert result.score.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float64 else 0.2
+    torch.testing.assert_close(result.score, plain.score, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("wrap", [lambda z: {"out": z}, lambda z: SimpleNamespace(logits=z)])
 def test_what_networks_return_is_understood(wrap):
     pixels = image(20, 24)
@@ -198,7 +233,12 @@ def test_every_module_has_its_own_mode_again_also_after_an_error():
         ({"tile": 0}, ValueError, "tile: got 0"),
         ({"tile": 30, "divisor": 4, "overlap": 0}, ValueError, "tile: got 30.*divisor 4"),
         ({"tile": 32, "overlap": 32}, ValueError, "overlap: got 32"),
+        ({"tile": 32, "overlap": 16, "scales": (2,)}, ValueError, "overlap: got 16.* 16 pixels"),
+        ({"tile": (32, 32)}, TypeError, "tile: got tuple"),
+        ({"tile": 4, "scales": (2,), "divisor": 4}, ValueError, "tile: got 4, expected at least 8"),
         ({"overlap": -1}, ValueError, "overlap: got -1"),
+        ({"scales": 2.0}, TypeError, "scales: got float"),
+        ({"network": image}, TypeError, "network: got function"),
         ({"divisor": 0}, ValueError, "divisor: got 0"),
         ({"scales": ()}, ValueError, "scales: got none"),
         ({"scales": (0.0,)}, ValueError, "scales: got 0.0"),
@@ -207,6 +247,6 @@ def test_every_module_has_its_own_mode_again_also_after_an_error():
     ],
 )
 def test_arguments_that_do_not_fit_are_named(options, error, message):
-    call = {"images": image(20, 24), **options}
+    call = {"network": Net(), "images": image(20, 24), **options}
     with pytest.raises(error, match=f"^{message}"):
-        fastmt.segment(Net(), **call)
+        fastmt.segment(**call)

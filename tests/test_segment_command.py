@@ -78,12 +78,17 @@ def test_command_writes_labels_overlays_and_confidence_of_a_folder(trained, phot
 
 
 def test_written_labels_are_those_of_the_teacher(trained, photos, tmp_path):
-    assert cli.main(["segment", str(trained), str(photos), "--out", str(tmp_path / "o")]) == 0
-    network = segment_command.load_teacher(trained)
-    teacher = checkpoint.load(trained)["teacher"]
+    write_image(photos / "a.png", size=(37, 49))  # no multiple of the network's stride
+    state, sharp = checkpoint.load(trained), tmp_path / "sharp.pt"
+    teacher = state["teacher"]
+    teacher["head.weight"] *= 100  # two steps leave it indifferent
+    checkpoint.save(sharp, state)
+    assert cli.main(["segment", str(sharp), str(photos), "--out", str(tmp_path / "o")]) == 0
+    network = segment_command.load_teacher(sharp)
     assert all(torch.equal(v, teacher[n]) for n, v in network.state_dict().items())
     pixels = torch.from_numpy(read(photos / "a.png")).permute(2, 0, 1)
     score, label = fastmt.segment(network, pixels, divisor=network.stride)
+    assert (fastmt.segment(network, pixels).score - score).abs().max() > 0.05
     assert np.array_equal(read(tmp_path / "o" / "labels" / "a.png"), label.numpy())
     shown = read(tmp_path / "o" / "confidence" / "a.png").astype(int)
     assert np.abs(shown - heat(score).astype(int)).max() <= 1
@@ -98,7 +103,8 @@ def test_pixels_below_a_score_are_void(trained, photos, tmp_path):
 def test_tiles_flips_and_scales_are_options(trained, tmp_path):
     write_image(tmp_path / "large.png", size=(100, 150))
     words = ["segment", str(trained), str(tmp_path / "large.png"), "--out", str(tmp_path / "o")]
-    options = ["--tile", "64", "--overlap", "16", "--flip", "--scales", "1", "0.75"]
+    options = ["--tile", "64", "--flip", "--scales", "1", "0.75"]
+    assert cli.main([*words, *options, "--overlap", "16"]) == 0
     assert cli.main([*words, *options]) == 0
     assert read(tmp_path / "o" / "labels" / "large.png").shape == (100, 150)
 
@@ -118,6 +124,32 @@ def test_no_image_is_ever_overwritten(trained, tmp_path, capfd):
     words = [trained, tmp_path / "o" / "labels", "--out", tmp_path / "o"]
     assert "a.png: is one of the images; choose another --out" in fail(capfd, words)
     assert np.array_equal(read(tmp_path / "o" / "labels" / "a.png"), pixels)
+
+
+@pytest.mark.parametrize("content", [None, b"notes"])
+def test_labels_that_the_command_did_not_write_are_never_replaced(
+    trained, photos, tmp_path, capfd, content
+):
+    truth = tmp_path / "labels" / "b.png"
+    write_image(truth)
+    if content is not None:
+        truth.write_bytes(content)
+    before = truth.read_bytes()
+    line = fail(capfd, [trained, photos, "--out", tmp_path])
+    assert f"{truth}: is not of `fastmt segment`; choose another --out" in line
+    assert truth.read_bytes() == before
+    assert not (tmp_path / "overlays").exists()
+
+
+def test_ctrl_c_is_one_line_and_status_130(trained, photos, tmp_path, capfd, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(segment_command, "read_image", press)
+    words = ["segment", str(trained), str(photos), "--out", str(tmp_path / "o")]
+    assert cli.main(words) == 130
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"fastmt segment: interrupted; what is finished is in {tmp_path / 'o'}"
 
 
 def test_two_images_of_one_stem_are_refused(trained, photos, tmp_path, capfd):
@@ -183,6 +215,8 @@ def test_a_full_disk_leaves_no_half_picture(trained, tmp_path, capfd):
         (["--tile", "63"], "--tile: got '63', expected a multiple of 4"),
         (["--tile", "8"], "--tile: got '8', expected an integer >= 32"),
         (["--tile", "64", "--overlap", "64"], "--overlap 64 is not less than --tile 64"),
+        (["--tile", "64", "--scales", "1", "4"], "--tile 64 / 4, the largest of --scales"),
+        (["--tile", "64", "--overlap", "32", "--scales", "2"], "--overlap 32 is not less than"),
         (["--scales", "0"], "--scales: got '0'"),
         (["--void-below", "2"], "--void-below: got '2'"),
     ],
