@@ -13,7 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastmt
 from benchmarks import harness, inputs, models
 from benchmarks.harness import Case, Work
-from benchmarks.shapes import MANY_SMALL, unet_parameters
+from benchmarks.shapes import (
+    MANY_SMALL,
+    resnet50_parameters,
+    unet_parameters,
+    vit_large_parameters,
+)
 from fastmt import reference
 
 DECAY = 0.999
@@ -44,6 +49,11 @@ def cases(which: str) -> list[Case]:
     return [
         _case("U-Net, 31 M parameters in 64 tensors", unet_parameters()),
         _case("1000 tensors of 64x16", MANY_SMALL),
+        _case("ResNet-50, 26 M parameters in 161 tensors", resnet50_parameters()),
+        *(
+            [_case("ViT-L, 304 M parameters in 296 tensors", vit_large_parameters())]
+            * (which == "full")
+        ),
     ]
 
 

@@ -71,3 +71,39 @@ def unet_parameters(classes: int = 19) -> tuple[tuple[int, ...], ...]:
         shapes.extend([(wide, wide // 2, 2, 2), (wide // 2,)])
         two_convolutions(wide, wide // 2)
     return (*shapes, (classes, 64, 1, 1), (classes,))
+
+
+def resnet50_parameters(classes: int = 1000) -> tuple[tuple[int, ...], ...]:
+    """Parameter shapes of ResNet-50, 25.6 M in 161 tensors.
+
+    Source: He et al., "Deep Residual Learning", CVPR 2016.
+    """
+    shapes: list[tuple[int, ...]] = []
+
+    def convolution(before: int, after: int, side: int) -> None:
+        shapes.extend([(after, before, side, side), (after,), (after,)])
+
+    convolution(3, 64, 7)
+    before = 64
+    for narrow, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolution(before, narrow, 1)
+            convolution(narrow, narrow, 3)
+            convolution(narrow, 4 * narrow, 1)
+            if block == 0:
+                convolution(before, 4 * narrow, 1)
+            before = 4 * narrow
+    return (*shapes, (classes, before), (classes,))
+
+
+def vit_large_parameters(classes: int = 1000) -> tuple[tuple[int, ...], ...]:
+    """Parameter shapes of ViT-L/16 at 224 pixels, 304 M in 296 tensors.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
+    """
+    width, depth, patches = 1024, 24, (224 // 16) ** 2
+    linear = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    norm = [(width,), (width,)]
+    block = [*norm, *norm, *(shape for wide in linear for shape in (wide, wide[:1]))]
+    stem = [(1, 1, width), (1, patches + 1, width), (width, 3, 16, 16), (width,)]
+    return (*stem, *block * depth, *norm, (classes, width), (classes,))

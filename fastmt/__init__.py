@@ -1,6 +1,6 @@
 """fastmt: fast mean-teacher training of dense prediction."""
 
-from fastmt import perturb, schedules, style
+from fastmt import decays, perturb, posthoc, schedules, style
 from fastmt.backends import backend, explain
 from fastmt.confidence import softmax_confidence
 from fastmt.consistency import ConsistencyLoss, consistency_loss
@@ -8,7 +8,7 @@ from fastmt.cross_entropy import CrossEntropy, cross_entropy
 from fastmt.ema import ema_update_
 from fastmt.reference import Confidence, ConsistencyStats
 from fastmt.segment import segment
-from fastmt.teacher import EMATeacher
+from fastmt.teacher import EMATeacher, update_together
 from fastmt.trainer import MeanTeacher, StepReport
 
 __version__ = "0.1.0"
@@ -24,11 +24,14 @@ __all__ = [
     "backend",
     "consistency_loss",
     "cross_entropy",
+    "decays",
     "ema_update_",
     "explain",
     "perturb",
+    "posthoc",
     "schedules",
     "segment",
     "softmax_confidence",
     "style",
+    "update_together",
 ]

@@ -104,7 +104,8 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _kernel_serves(average: Tensor, value: Tensor) -> bool:
+def kernel_serves(average: Tensor, value: Tensor) -> bool:
+    """Whether the kernel can walk both tensors as one stretch of memory."""
     same_memory_order = average.stride() == value.stride() or (
         average.is_contiguous() and value.is_contiguous()
     )
@@ -125,13 +126,13 @@ class _Table:
         rows = [
             (t.data_ptr(), s.data_ptr(), t.numel(), _TYPES[t.dtype], _TYPES[s.dtype])
             for t, s in pairs
-            if _kernel_serves(t, s)
+            if kernel_serves(t, s)
         ]
         self.rows = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
         chunks = (self.rows[:, 2] + CHUNK - 1) // CHUNK
         self.starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
         position = {id(tensor): i for i, tensor in enumerate(teacher)}
-        self.rest = [position[id(t)] for t, s in pairs if not _kernel_serves(t, s)]
+        self.rest = [position[id(t)] for t, s in pairs if not kernel_serves(t, s)]
         self._addresses = list(map(Tensor.data_ptr, [*teacher, *student]))
         self._same_layouts = _layout_check([*teacher, *student])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments
-from fastmt.ema import ema_update_
+from fastmt import arguments, decays
+from fastmt.ema_plan import Plan
+from fastmt.matching import matched, plain_name, reshard, unwrapped
 
 BUFFERS = ("copy", "ema", "keep")
 
@@ -24,16 +25,18 @@ class EMATeacher(nn.Module):
     Args:
         student: the network to follow; wrappers (DistributedDataParallel, torch.compile) are looked
             through. It is not kept alive, nor part of this module's parameters or state.
-        decay: a in [0, 1).
+        decay: a in [0, 1), or a callable t -> a_t that is used as it is (fastmt.decays has some).
         warmup: "reciprocal" takes a_t = min(1 - 1 / (t + 1), decay): the plain mean of the first
-            students, the first one whole; None takes `decay` at once; a callable t -> a_t is used
+            students, the first one whole; "tenths" min((1 + t) / (10 + t), decay); "power"
+            min(1 - (1 + t)^(-2/3), decay); None takes `decay` at once; a callable t -> a_t is used
             as it is.
         buffers: "copy" the student's (running statistics belong to the newest weights), "ema"
             averages floating ones, "keep" leaves them. Integer and bool buffers are copied unless
             kept.
         update_every: only every so many calls of update() average.
         start: until that many calls the teacher is a plain copy of the student.
-        half_life: instead of `decay`: after that many updates a weight counts half.
+        half_life: instead of `decay`: after that many steps (calls of update()) a weight counts
+            half; after that many images where `images_per_step` is given.
         dtype: floating dtype of the teacher's parameters, float32 or float64. Default: the
             student's, and float32 where the student's is half precision, in which an average with
             decay 0.999 would not move.
@@ -50,46 +53,46 @@ class EMATeacher(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        decay: float = 0.999,
+        decay: float | decays.Decay = 0.999,
         *,
         warmup: str | Callable[[int], float] | None = "reciprocal",
         buffers: str = "copy",
         update_every: int = 1,
         start: int = 0,
         half_life: float | None = None,
+        images_per_step: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if half_life is not None:
-            arguments.check_positive("half_life", half_life)
-            decay = 0.5 ** (1 / half_life)
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
-        if not callable(warmup) and warmup is not None:
-            arguments.check_choice("warmup", warmup, ("reciprocal",))
-        arguments.check_choice("buffers", buffers, BUFFERS)
         if update_every < 1 or start < 0:
             raise ValueError(
                 f"update_every, start: got {update_every}, {start}, expected >= 1 and >= 0"
             )
+        if half_life is not None:
+            decay = decays.half_life_decay(half_life, update_every * (images_per_step or 1))
+        if not callable(decay) and not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
+        if not callable(warmup) and warmup is not None:
+            arguments.check_choice("warmup", warmup, tuple(decays.WARMUPS))
+        arguments.check_choice("buffers", buffers, BUFFERS)
         self.decay, self.warmup, self.buffer_rule = decay, warmup, buffers
         self.update_every, self.start, self.calls, self.updates = update_every, start, 0, 0
-        self.module = copy.deepcopy(unwrapped(student)).requires_grad_(False)
+        self.module = _copied(unwrapped(student)).requires_grad_(False)
         _widen(self.module, dtype)
-        self._student = weakref.ref(student)
+        self._student = weakref.ref(unwrapped(student))
+        self._plan: Plan | None = None
+        self._swapped = False
         self.eval()
 
     def current_decay(self) -> float:
         """a_t of the next averaging update."""
         if self.calls < self.start:
             return 0.0
-        if callable(self.warmup):
-            return self.warmup(self.updates)
-        if self.warmup == "reciprocal":
-            return min(1 - 1 / (self.updates + 1), self.decay)
-        return self.decay
+        schedule = next((s for s in (self.decay, self.warmup) if callable(s)), None)
+        if schedule is None:
+            schedule = decays.WARMUPS.get(self.warmup, decays.Constant)(self.decay)
+        return schedule(self.updates)
 
-    @torch.no_grad()
     def update(self, *, student: nn.Module | None = None, finite: Tensor | None = None) -> None:
         """Average the student in.
 
@@ -97,19 +100,50 @@ class EMATeacher(nn.Module):
             student: default: the one this teacher was made from.
             finite: 0-dim bool tensor; where False (a step that was skipped) nothing changes.
         """
-        network = self._resolve(student)
-        if finite is not None and finite.device.type == "cpu" and not finite:
-            return
-        decay = self.current_decay()
+        update_together([self], student=student, finite=finite)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+        """Update after each `optimizer.step()`; `.remove()` of what is returned ends that.
+
+        A step that a gradient scaler skips does not count: it never calls the optimiser, or tells
+        a fused one by `found_inf`, which is then read on the device.
+        """
+
+        def after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            found = getattr(optimizer, "found_inf", None)
+            self.update(finite=None if found is None else found.reshape(()) == 0)
+
+        return optimizer.register_step_post_hook(after_step)
+
+    def _is_due(self) -> bool:
+        """Whether the next call of update() averages."""
+        return self.calls < self.start or (self.calls + 1 - self.start) % self.update_every == 0
+
+    def _count(self) -> None:
+        due = self._is_due()
         self.calls += 1
-        if self.calls > self.start and (self.calls - self.start) % self.update_every:
-            return
-        self.updates += self.calls > self.start
-        parameters = _matched(self.module.named_parameters(), network.named_parameters())
-        buffers = _matched(self.module.named_buffers(), network.named_buffers())
-        _average(parameters, decay, finite)
-        if self.buffer_rule != "keep":
-            _average(buffers, decay if self.buffer_rule == "ema" else 0.0, finite)
+        self.updates += due and self.calls > self.start
+
+    def _plan_for(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
+        modules = [teacher.module for teacher in teachers]
+        plan = self._plan
+        if plan is None or self._planned != teachers or not plan.holds(network):
+            for teacher in teachers:
+                _check_wide(teacher.module)
+            plan = self._plan = Plan(modules, [t.buffer_rule for t in teachers], network)
+            self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
+            # Its children and parameters would outlive the student in the plan.
+            own = weakref.ref(self)
+            self._farewell = weakref.ref(network, lambda _: own() and own()._forget())
+        return plan
+
+    def _forget(self) -> None:
+        """Let go of the student's tensors."""
+        self._plan, self._planned = None, []
+
+    def _apply(self, *args: object, **kwargs: object) -> EMATeacher:
+        self._forget()
+        return super()._apply(*args, **kwargs)
 
     def _resolve(self, student: nn.Module | None) -> nn.Module:
         student = self._student() if student is None and self._student else student
@@ -131,12 +165,16 @@ class EMATeacher(nn.Module):
     @contextlib.contextmanager
     def swapped(self, student: nn.Module | None = None) -> Iterator[None]:
         """The student carries the teacher's weights in this context, and its own again after it."""
+        if self._swapped:
+            raise RuntimeError("swapped: the student carries the teacher's weights already")
         network = self._resolve(student)
         own = [tensor.detach().clone() for tensor, _ in _all_pairs(network, self.module)]
         try:
+            self._swapped = True
             self.copy_to(network)
             yield
         finally:
+            self._swapped = False
             with torch.no_grad():
                 for (tensor, _), value in zip(_all_pairs(network, self.module), own, strict=True):
                     tensor.copy_(value)
@@ -145,28 +183,87 @@ class EMATeacher(nn.Module):
         """The averaged network's own state dict: it loads into the plain network."""
         return self.module.state_dict(*args, **kwargs)
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
+    ) -> object:
+        """Load the plain network's state dict, AveragedModel's, or a checkpoint of timm's.
+
+        Prefixes of wrappers are stripped; of a checkpoint with "state_dict_ema" that part is taken;
+        AveragedModel's `n_averaged` becomes `updates`.
+        """
+        averaged = state_dict.get("state_dict_ema", state_dict)
+        return super().load_state_dict(averaged, strict, assign)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
     ) -> None:
         """Entries of the plain network, wherever this module stands in a larger one."""
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            state_dict[f"{prefix}module.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+        self._forget()
+        own = {plain_name(name, module=True): name for name in self.module.state_dict()}
+        count = state_dict.pop(f"{prefix}n_averaged", None)
+        if count is not None:
+            self.updates = self.calls = int(count)
+        for full in [name for name in state_dict if name.startswith(prefix)]:
+            name = full.removeprefix(prefix)
+            name = own.get(plain_name(name, module=True), name)
+            state_dict[f"{prefix}module.{name}"] = state_dict.pop(full)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_student": None}
+        return {**self.__dict__, "_student": None, "_plan": None, "_planned": [], "_farewell": None}
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while True:
-        if isinstance(network, parallel):
-            network = network.module
-        elif hasattr(network, "_orig_mod"):
-            network = network._orig_mod
-        else:
-            return network
+@torch.no_grad()
+def update_together(
+    teachers: Sequence[EMATeacher],
+    *,
+    student: nn.Module | None = None,
+    finite: Tensor | None = None,
+) -> None:
+    """One update() of several teachers of one student, in one launch that reads it once.
+
+    Args:
+        teachers: at least one; each goes by its own decay, counters and buffer rule.
+        student, finite: as of EMATeacher.update.
+    """
+    teachers = list(teachers)
+    if not teachers:
+        raise ValueError("teachers: got none, expected at least one")
+    if any(teacher._swapped for teacher in teachers):
+        raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
+    network = teachers[0]._resolve(student)
+    if finite is not None and finite.device.type == "cpu":
+        if not finite:
+            return
+        finite = None
+    due = [teacher._is_due() for teacher in teachers]
+    if any(due):
+        plan = teachers[0]._plan_for(teachers, network)
+        given = [t.current_decay() if d else None for t, d in zip(teachers, due, strict=True)]
+        if not plan.run(given, finite):  # a tensor has another layout: match and bind anew
+            teachers[0]._forget()
+            teachers[0]._plan_for(teachers, network).run(given, finite)
+    for teacher in teachers:
+        teacher._count()
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"student: {type(network).__name__} cannot be copied ({error}); with fully_shard make "
+            "the teacher first, then shard student and teacher.module alike"
+        ) from error
+
+
+def _check_wide(network: nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"teacher: {name!r} is {parameter.dtype}, expected float32 or float64; in half "
+                "precision the average does not move"
+            )
 
 
 def _widen(network: nn.Module, dtype: torch.dtype | None) -> None:
@@ -182,36 +279,10 @@ def _widen(network: nn.Module, dtype: torch.dtype | None) -> None:
             parameter.data = parameter.data.to(wide)
 
 
-def _matched(
-    teacher: Iterator[tuple[str, Tensor]], student: Iterator[tuple[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Pairs by name; a missing, extra or resized entry is an error that names it."""
-    averages, values = dict(teacher), dict(student)
-    for name in averages.keys() ^ values.keys():
-        where = "student" if name in averages else "teacher"
-        raise ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
-    for name, average in averages.items():
-        if average.shape != values[name].shape:
-            raise ValueError(
-                f"student: {name!r} has shape {arguments.shape(values[name])}, the teacher "
-                f"{arguments.shape(average)}; make a new EMATeacher"
-            )
-    return [(average, values[name]) for name, average in averages.items()]
-
-
 def _all_pairs(network: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [
-        *_matched(network.named_parameters(), other.named_parameters()),
-        *_matched(network.named_buffers(), other.named_buffers()),
+    reshard((network, other))
+    pairs = [
+        *matched(network.named_parameters(), other.named_parameters()),
+        *matched(network.named_buffers(), other.named_buffers()),
     ]
-
-
-def _average(pairs: list[tuple[Tensor, Tensor]], decay: float, finite: Tensor | None) -> None:
-    if not pairs:
-        return
-    averages, values = [t for t, _ in pairs], [s for _, s in pairs]
-    if finite is not None and finite.device.type != "cpu":
-        values = [
-            torch.where(finite, s, t.to(s.dtype)) for t, s in zip(averages, values, strict=True)
-        ]
-    ema_update_(averages, values, decay)
+    return [(pair.average, pair.value) for pair in pairs]

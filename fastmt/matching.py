@@ -1,0 +1,150 @@
+"""Which tensors of two networks belong together, and whether that still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmt import arguments
+
+# Components that wrappers put into the names of what they wrap.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+class Pair(NamedTuple):
+    """An average and the student's value of the same name; of sharded tensors the local shards."""
+
+    name: str
+    average: Tensor
+    value: Tensor
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(network, parallel):
+            network = network.module
+        elif "_orig_mod" in network._modules:
+            network = network._modules["_orig_mod"]
+        else:
+            return network
+
+
+def plain_name(name: str, *, module: bool = False) -> str:
+    """`name` without the components of wrappers, and without "module" where asked."""
+    dropped = _WRAPPERS | ({"module"} if module else set())
+    return ".".join(part for part in name.split(".") if part not in dropped)
+
+
+def matched(
+    teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
+) -> list[Pair]:
+    """Pairs by name; a missing, extra, resized or otherwise sharded entry is named in an error."""
+    teacher, student = list(teacher), list(student)
+    averages, values = _named(teacher, False), _named(student, False)
+    if averages.keys() != values.keys():
+        averages, values = _named(teacher, True), _named(student, True)
+    for name in averages.keys() ^ values.keys():
+        where = "student" if name in averages else "teacher"
+        raise ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
+    return [_pair(name, average, values[name]) for name, average in averages.items()]
+
+
+def _named(tensors: list[tuple[str, Tensor]], module: bool) -> dict[str, Tensor]:
+    named = {plain_name(name, module=module): tensor for name, tensor in tensors}
+    return named if len(named) == len(tensors) else dict(tensors)
+
+
+def _pair(name: str, average: Tensor, value: Tensor) -> Pair:
+    if average.shape != value.shape:
+        raise ValueError(
+            f"student: {name!r} has shape {arguments.shape(value)}, the teacher "
+            f"{arguments.shape(average)}; make a new EMATeacher"
+        )
+    kinds = [(t.is_floating_point(), t.is_complex()) for t in (average, value)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(f"student: {name!r} is {value.dtype}, in the teacher {average.dtype}")
+    shards = [getattr(t, "placements", None) for t in (average, value)]
+    meshes = [getattr(t, "device_mesh", None) for t in (average, value)]
+    if shards[0] != shards[1] or meshes[0] != meshes[1]:
+        raise ValueError(
+            f"student: {name!r} is placed as {shards[1]} on {meshes[1]}, the teacher as "
+            f"{shards[0]} on {meshes[0]}; shard both networks alike"
+        )
+    return Pair(name, local(average), local(value))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor (DTensor), any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor
+
+
+def check_storage(pairs: Sequence[Pair]) -> None:
+    """ValueError naming an entry whose memory the teacher shares with the student."""
+    storages = {p.average.untyped_storage().data_ptr() for p in pairs if p.average.numel()}
+    for name, _, value in pairs:
+        if value.numel() and value.untyped_storage().data_ptr() in storages:
+            raise ValueError(
+                f"student: {name!r} shares storage with the teacher; clone one of them"
+            )
+
+
+def reshard(networks: Iterable[nn.Module]) -> None:
+    """Put FSDP2's parameters back to shards: a forward may have left them gathered."""
+    for network in networks:
+        for module in network.modules():
+            if hasattr(module, "reshard") and hasattr(module, "unshard"):
+                module.reshard()
+
+
+class Structure:
+    """The modules, parameters and buffers of networks, and whether they are the same objects yet.
+
+    One comparison of dictionaries in C: about 15 ns an entry. Equal entries are found by identity.
+    Another tensor in an entry's place is compared by value, which raises for all but one element;
+    and one element of the same value gives the same average.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._live = list(_dictionaries(networks))
+        self._seen = [dict(entries) for entries in self._live]
+
+    def holds(self) -> bool:
+        try:
+            return self._live == self._seen
+        except (RuntimeError, ValueError, TypeError):  # tensors that cannot be compared
+            return False
+
+
+def _dictionaries(networks: Iterable[nn.Module]) -> Iterator[dict[str, object]]:
+    for network in networks:
+        for module in network.modules():
+            yield from (module._parameters, module._buffers, module._modules)
+
+
+class Unmoved:
+    """Frozen parameters that equal their average: to average them changes nothing, yet."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._tensors = [tensor for pair in pairs for tensor in pair[1:]]
+        self._seen = list(map(_state, self._tensors))
+
+    def holds(self) -> bool:
+        return not self._tensors or self._seen == list(map(_state, self._tensors))
+
+
+def _state(tensor: Tensor) -> tuple[int, int, bool]:
+    return tensor._version, tensor.data_ptr(), tensor.requires_grad
+
+
+def is_unmoved(pair: Pair) -> bool:
+    """Whether a pair can be left out: frozen, and equal. Waits for the device, once a plan."""
+    return (
+        not pair.value.requires_grad
+        and pair.average.device == pair.value.device
+        and torch.equal(pair.average, pair.value.to(pair.average.dtype))
+    )

@@ -1,0 +1,82 @@
+"""Averages of any power-function length, made after training from snapshots of a few tracks.
+
+Train with two teachers, `EMATeacher(student, PowerFunction(gamma))` for two gammas, and keep their
+state dicts now and then; a weighted sum of these approximates the average of any other gamma.
+
+Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2),
+CVPR 2024, section 3.2 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Snapshot(NamedTuple):
+    """A track's state dict after `updates` averaging updates."""
+
+    updates: int
+    gamma: float
+    state: Mapping[str, Tensor]
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The gamma of a profile whose standard deviation is `sigma_rel` of the training time.
+
+    Raises:
+        ValueError: outside (0, 0.288), the widths that a power function can have.
+    """
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel: got {sigma_rel!r}, expected a number in (0, 12^-0.5)")
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def average(
+    snapshots: Sequence[Snapshot], gamma: float, updates: int | None = None
+) -> dict[str, Tensor]:
+    """The state dict of the power-function average of `gamma`, as near as the snapshots come.
+
+    Args:
+        snapshots: of at least one track; more times and two gammas come nearer.
+        gamma: of the wanted average, see `gamma_of`.
+        updates: the moment in training; by default that of the last snapshot.
+
+    Floating tensors are summed in float64 and keep their dtype; others are those of the last
+    snapshot. Raises ValueError without snapshots.
+    """
+    if not snapshots:
+        raise ValueError("snapshots: got none, expected at least one")
+    last = max(snapshots, key=lambda snapshot: snapshot.updates)
+    end = last.updates if updates is None else updates
+    shares = weights([s.updates for s in snapshots], [s.gamma for s in snapshots], end, gamma)
+    mixed = {}
+    for name, tensor in last.state.items():
+        mixed[name] = tensor.clone()
+        if tensor.is_floating_point():
+            terms = [w * s.state[name].double() for w, s in zip(shares, snapshots, strict=True)]
+            mixed[name].copy_(torch.stack(terms).sum(0))
+    return mixed
+
+
+def weights(updates: Sequence[int], gammas: Sequence[float], end: int, gamma: float) -> list[float]:
+    """The weight of each snapshot: least squares between the profiles in training time."""
+    times, powers = np.asarray(updates, np.float64), np.asarray(gammas, np.float64)
+    products = _product(times[:, None], powers[:, None], times[None], powers[None])
+    wanted = _product(times, powers, np.float64(end), np.float64(gamma))
+    return np.linalg.lstsq(products, wanted, rcond=None)[0].tolist()
+
+
+def _product(
+    time_a: np.ndarray, gamma_a: np.ndarray, time_b: np.ndarray, gamma_b: np.ndarray
+) -> np.ndarray:
+    """The integral of the product of two profiles (gamma + 1) s^gamma / t^(gamma+1) on [0, t]."""
+    exponent = np.where(time_a < time_b, gamma_b, -gamma_a)
+    ratio = (time_a / time_b) ** exponent
+    longest = np.maximum(time_a, time_b)
+    return (gamma_a + 1) * (gamma_b + 1) * ratio / ((gamma_a + gamma_b + 1) * longest)

@@ -1,0 +1,145 @@
+"""The teacher on several processes: every rank alike, shards averaged locally, saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fastmt import EMATeacher
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
+)
+STEPS, SECONDS = 50, 60
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+
+
+def train(student: nn.Module, teacher: EMATeacher, steps: int, rank: int) -> None:
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+    teacher.attach(optimizer)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        student(torch.randn(8, 5, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def started(rank: int, ranks: int, folder: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=ranks
+    )
+
+
+def sharded_teacher(student: nn.Module, ranks: int) -> EMATeacher:
+    teacher = EMATeacher(student, 0.9)
+    mesh = init_device_mesh("cpu", (ranks,))
+    fully_shard(student, mesh=mesh)
+    fully_shard(teacher.module, mesh=mesh)
+    return teacher
+
+
+def gathered(teacher: EMATeacher) -> dict[str, torch.Tensor]:
+    state = teacher.state_dict()
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
+
+
+def two_ranks(rank: int, folder: str) -> None:
+    started(rank, 2, folder, "two")
+    replicated = nn.parallel.DistributedDataParallel(network())
+    teacher = EMATeacher(replicated, 0.9, buffers="keep")
+    train(replicated, teacher, STEPS, rank)
+    torch.save(teacher.state_dict(), f"{folder}/ddp{rank}.pt")
+
+    student = network()
+    teacher = sharded_teacher(student, 2)
+    train(student, teacher, STEPS, 7)  # the same data on both: the gradient of one process
+    with torch.no_grad():
+        teacher.module(torch.zeros(2, 5))  # leaves the parameters gathered
+    teacher.update()
+    state = gathered(teacher)
+    dcp.save({"teacher": teacher.state_dict()}, checkpoint_id=f"{folder}/saved")
+    if rank == 0:
+        torch.save(state, f"{folder}/sharded.pt")
+    dist.destroy_process_group()
+
+
+def four_ranks(rank: int, folder: str) -> None:
+    started(rank, 4, folder, "four")
+    teacher = sharded_teacher(network(), 4)
+    state = {"teacher": teacher.state_dict()}
+    dcp.load(state, checkpoint_id=f"{folder}/saved")
+    teacher.load_state_dict(state["teacher"])
+    state = gathered(teacher)
+    if rank == 0:
+        torch.save(state, f"{folder}/four.pt")
+    dist.destroy_process_group()
+
+
+# The imports take longer than the tests: a server makes them once, and forks.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "fastmt"]
+)
+
+
+def run(function, ranks: int, folder: str) -> None:
+    context = mp.start_processes(
+        function, args=(folder,), nprocs=ranks, join=False, start_method="forkserver"
+    )
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not context.join(timeout=1):  # returns early when one of the processes ends
+            assert time.monotonic() < deadline, f"{function.__name__} took over {SECONDS} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    made = str(tmp_path_factory.mktemp("ranks"))
+    run(two_ranks, 2, made)
+    return made
+
+
+def test_every_rank_of_ddp_holds_the_same_average_to_the_bit(folder):
+    left, right = (torch.load(f"{folder}/ddp{rank}.pt") for rank in range(2))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert not torch.equal(left["0.weight"], network()[0].weight)
+
+
+def test_sharded_averages_gather_to_those_of_one_process(folder):
+    student = network()
+    teacher = EMATeacher(student, 0.9)
+    train(student, teacher, STEPS, 7)
+    teacher.update()
+    sharded = torch.load(f"{folder}/sharded.pt")
+    for name, expected in teacher.state_dict().items():
+        torch.testing.assert_close(sharded[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_saved_on_two_ranks_it_loads_on_one_and_on_four(folder):
+    sharded = torch.load(f"{folder}/sharded.pt")
+    teacher = EMATeacher(network(), 0.9)
+    state = {"teacher": copy.copy(teacher.state_dict())}
+    dcp.load(state, checkpoint_id=f"{folder}/saved", no_dist=True)
+    teacher.load_state_dict(state["teacher"])
+    assert all(torch.equal(t, sharded[n]) for n, t in teacher.state_dict().items())
+    run(four_ranks, 4, folder)
+    four = torch.load(f"{folder}/four.pt")
+    assert all(torch.equal(four[name], sharded[name]) for name in sharded)

@@ -1,0 +1,51 @@
+"""Averages made after training from snapshots of two tracks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastmt import EMATeacher, decays, posthoc
+
+
+def test_gamma_of_inverts_the_relative_width():
+    for gamma in (0.5, 6.94, 16.97):
+        width = (gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5
+        assert posthoc.gamma_of(width) == pytest.approx(gamma)
+
+
+def test_a_snapshot_of_the_wanted_average_is_returned_whole():
+    shares = posthoc.weights([50, 100, 100], [7.0, 7.0, 17.0], 100, 17.0)
+    assert shares == pytest.approx([0, 0, 1], abs=1e-8)
+
+
+def test_two_tracks_give_the_average_of_a_third_length():
+    student, steps, wanted = nn.Linear(4, 4), 400, 10.0
+    gammas = (6.94, 16.97)
+    teachers = [EMATeacher(student, decays.PowerFunction(g)) for g in (*gammas, wanted)]
+    generator, snapshots = torch.Generator().manual_seed(0), []
+    for step in range(steps):
+        with torch.no_grad():
+            student.weight += 0.1 * torch.randn(4, 4, generator=generator)
+        for teacher in teachers:
+            teacher.update()
+        if (step + 1) % 20 == 0:
+            for gamma, teacher in zip(gammas, teachers, strict=False):
+                state = {n: t.clone() for n, t in teacher.state_dict().items()}
+                snapshots.append(posthoc.Snapshot(step + 1, gamma, state))
+    mixed = posthoc.average(snapshots, wanted)["weight"]
+    direct = teachers[2].module.weight
+    spread = (direct - snapshots[-1].state["weight"]).abs().max()
+    assert (mixed - direct).abs().max() < 0.05 * spread
+
+
+@pytest.mark.parametrize("width", [0, 0.3, float("nan")])
+def test_a_width_that_no_power_function_has_is_refused(width):
+    with pytest.raises(ValueError, match="^sigma_rel: got"):
+        posthoc.gamma_of(width)
+
+
+def test_no_snapshots_are_refused():
+    with pytest.raises(ValueError, match="^snapshots: got none"):
+        posthoc.average([], 3.0)
