@@ -34,7 +34,7 @@ def table(scores: Scores, classes: Sequence[str]) -> str:
     ]
     for row, name in enumerate(["**mean**", *classes]):
         before, after = (ious[variant][:, row] for variant in VARIANTS)
-        change = _mean(after) - _mean(before)
+        change = round(_mean(after) - _mean(before), 1) + 0.0  # never "-0.0"
         sign = "-" if math.isnan(change) else f"{change:+.1f}"
         lines.append(f"| {name} | {_spread(before)} | {_spread(after)} | {sign} |")
     return "\n".join(lines)
