@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from fastmt import adapt, adapt_report
 from fastmt.checkpoint import CheckpointError
@@ -127,10 +128,26 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
             )
             scores[variant].append(adapt.evaluate(networks[variant], domains.test, device))
 
-    text = adapt_report.table(scores, domains.test.classes)
-    note = f"Data: {domains.description}\n\n{len(domains.test)} test images. {_EVALUATION}"
-    print(f"\n{text}\n\n{len(domains.test)} test images. {_EVALUATION}\nWritten to {out}")
-    adapt_report.picture(out / "adapted.png", networks, domains.test, device)
+    _report(scores, networks, domains, settings, device, args, command)
+
+
+def _report(
+    scores: adapt_report.Scores,
+    networks: Mapping[str, nn.Module],
+    domains: adapt.Domains,
+    settings: adapt.Settings,
+    device: torch.device,
+    args: argparse.Namespace,
+    command: str,
+) -> None:
+    """Print the table; write it, the figures, and a picture by the networks of the last seed."""
+    out, classes = Path(args.out), domains.test.classes
+    text = adapt_report.table(scores, classes)
+    tested = f"{len(domains.test)} test images. {_EVALUATION}"
+    print(f"\n{text}\n\n{tested}")
+    picture = out / "adapted.png"
+    adapt_report.picture(picture, networks, domains.test, device)
+    note = f"Data: {domains.description}\n\n{tested}"
     adapt_report.write_text(out / "table.md", f"{note}\n\n{text}\n\n`{command}`\n")
     figures = {
         "command": command,
@@ -140,9 +157,10 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
         "threads": torch.get_num_threads(),
         "data": domains.description,
         "settings": asdict(settings),
-        **adapt_report.results(scores, domains.test.classes, seeds),
+        **adapt_report.results(scores, classes, args.seeds),
     }
     adapt_report.write_results(out / "results.json", figures)
+    print(f"Picture: {picture}; table, figures, curves and checkpoints beside it")
 
 
 def _prepare(out: Path, resume: bool) -> None:
