@@ -24,18 +24,22 @@ class RowSource {
         top_(aligned_buffer<float>(classes_ * pitch_)),
         bottom_(aligned_buffer<float>(classes_ * pitch_)),
         row_(aligned_buffer<float>(classes_ * pitch_)) {
-    for (auto* buffer : {&top_, &bottom_}) std::fill_n(buffer->get(), classes_ * pitch_, 0.0f);
+    for (auto* buffer : {&top_, &bottom_, &row_})
+      std::fill_n(buffer->get(), classes_ * pitch_, 0.0f);
   }
 
   void go_to(int64_t image, int out_row) {
     const int index = grid_.row_index[out_row];
     if (image != image_ || index != index_) fetch(image, index);
     const floats t = splat(grid_.row_t[out_row]);
-    for (int64_t i = 0; i < classes_ * pitch_; i += W) {
-      const floats top = load(&top_[i]), bottom = load(&bottom_[i]);
-      store(&row_[i], top + t * (bottom - top));
+    for (int c = 0; c < classes_; ++c) {
+      const int64_t first = c * pitch_;
+      for (int64_t i = first; i < first + grid_.width; i += W) {
+        const floats top = load(&top_[i]), bottom = load(&bottom_[i]);
+        store(&row_[i], top + t * (bottom - top));
+      }
+      row_[first + grid_.width] = row_[first];
     }
-    for (int c = 0; c < classes_; ++c) row_[c * pitch_ + grid_.width] = row_[c * pitch_];
   }
 
   // The logits of W output columns: lanes [x, x + W) by fraction t, or each column on its own.
