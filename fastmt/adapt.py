@@ -28,7 +28,7 @@ from fastmt.data import Batches, DataError, Scenes, SegmentationDataset, Segment
 from fastmt.metrics import ConfusionMatrix
 from fastmt.networks import UNet
 from fastmt.schedules import SigmoidRampUp, UncertaintyThreshold
-from fastmt.style import fourier_style
+from fastmt.style import Style, fourier_style
 from fastmt.trainer import MeanTeacher, StepReport
 
 VARIANTS = ("source_only", "adapted")
@@ -131,9 +131,7 @@ def build(settings: Settings, num_classes: int, seed: int, device: torch.device)
         consistency=ConsistencyLoss(loss="mse", confidence="entropy", strict=True),
         weight=SigmoidRampUp(settings.weight, round(settings.ramp * settings.steps)),
         threshold=UncertaintyThreshold(settings.steps),
-        style=partial(fourier_style, beta=settings.beta)
-        if settings.style == "fourier"
-        else settings.style,
+        style=_style(settings),
         class_mixing=settings.class_mixing,
         jitter={} if settings.jitter else None,
         scheduler=torch.optim.lr_scheduler.OneCycleLR(
@@ -141,6 +139,11 @@ def build(settings: Settings, num_classes: int, seed: int, device: torch.device)
         ),
         seed=seed,
     )
+
+
+def _style(settings: Settings) -> str | Style:
+    fourier = settings.style == "fourier"
+    return partial(fourier_style, beta=settings.beta) if fourier else settings.style
 
 
 def train(
