@@ -11,6 +11,8 @@ from torch import Tensor
 
 __all__ = ["class_mix", "gaussian_noise", "mix", "photometric_jitter"]
 
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, Rec. 601
+
 
 def gaussian_noise(
     images: Tensor,
@@ -66,16 +68,18 @@ def photometric_jitter(
         raise ValueError(f"greyscale must be a probability in [0, 1], got {greyscale}")
     _check_generator(generator, images)
 
-    draws = torch.rand((4, len(images), 1, 1, 1), device=images.device, generator=generator)
+    draws = torch.rand((4, len(images), 1, 1), device=images.device, generator=generator)
     gain = _factor(brightness, draws[0])
     scale = _factor(contrast, draws[1]) * gain
     colour = _factor(saturation, draws[2]) * (draws[3] >= greyscale)
 
-    # Three linear steps whose luminance weights sum to 1 collapse into one expression.
-    pixels = images.float()
-    luminance = _luminance(pixels)  # (N, 1, H, W)
-    shift = (gain - scale) * luminance.mean(dim=(1, 2, 3), keepdim=True)
-    jittered = colour * scale * pixels + ((1.0 - colour) * scale * luminance + shift)
+    # Three linear steps whose luminance weights sum to 1 collapse into one matrix and one shift.
+    pixels = images.float().flatten(2)  # (N, 3, P)
+    luma = torch.cat([pixels.new_full((1,), share) for share in _LUMA])
+    matrix = colour * scale * torch.eye(3, device=images.device) + (1.0 - colour) * scale * luma
+    with torch.autocast(images.device.type, enabled=False):
+        shift = (gain - scale) * (pixels.mean(2) @ luma).view(-1, 1, 1)
+        jittered = torch.baddbmm(shift.expand_as(pixels), matrix, pixels).view(images.shape)
     return jittered.clamp(0.0, 1.0).to(images.dtype)
 
 
@@ -150,12 +154,6 @@ def mix(mask: Tensor, pasted: Tensor, base: Tensor) -> Tensor:
 def _factor(strength: float, draw: Tensor) -> Tensor:
     low, high = max(0.0, 1.0 - strength), 1.0 + strength
     return low + (high - low) * draw
-
-
-def _luminance(pixels: Tensor) -> Tensor:
-    """Rec. 601 luma, (N, 3, H, W) -> (N, 1, H, W)."""
-    red, green, blue = pixels.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def _check_range(label: Tensor, known: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -17,6 +17,8 @@ Style = Callable[[Tensor, Tensor], Tensor]
 
 __all__ = ["Style", "as_style", "fourier_style", "match_statistics"]
 
+_FEW_WAVES = 24  # reach up to which a sum over the waves is cheaper than a transform
+
 
 @torch.no_grad()
 def fourier_style(
@@ -44,14 +46,58 @@ def fourier_style(
     height, width = source.shape[-2:]
     reach = math.floor(beta * min(height, width))
 
-    spectrum = torch.fft.rfft2(source.float())  # (N, C, H, W // 2 + 1)
-    target_spectrum = torch.fft.rfft2(_resize(paired.float(), (height, width)))
+    pixels, target_pixels = source.float(), _resize(paired.float(), (height, width))
+    # The wave of two pixels' length is its own conjugate; the sums take it for half of a pair.
+    few = reach <= _FEW_WAVES and 2 * reach < min(height, width)
+    exchange = _exchange_by_sums if few else _exchange_by_transform
+    with torch.autocast(source.device.type, enabled=False):
+        styled = exchange(pixels, target_pixels, reach)
+    return styled.clamp_(0.0, 1.0).to(source.dtype)
+
+
+def _exchange_by_sums(source: Tensor, target: Tensor, reach: int) -> Tensor:
+    """Source plus the few waves by which its low frequencies change, as small matrix products.
+
+    Three passes over the pixels instead of whole transforms there and back.
+    """
+    height, width = source.shape[-2:]
+    down = _waves(height, torch.arange(reach + 1, device=source.device))  # (H, r + 1)
+    across = _waves(width, torch.arange(-reach, reach + 1, device=source.device))  # (W, 2r + 1)
+    spectrum = _low_frequencies(source, down, across)  # (N, C, r + 1, 2r + 1)
+    amplitude = _low_frequencies(target, down, across).abs()
+    change = torch.polar(amplitude, spectrum.angle()) - spectrum
+    # A real image holds each wave and its conjugate: the half not written here doubles this one.
+    change[..., 1:, :] *= 2
+    rows = change @ across.mT / (height * width)  # (N, C, r + 1, W)
+    added = torch.cat([rows.real, -rows.imag], dim=-2).flatten(0, 1)
+    basis = torch.cat([down.real, down.imag], dim=1).expand(len(added), -1, -1)
+    return torch.baddbmm(source.flatten(0, 1), basis, added).view(source.shape)
+
+
+def _low_frequencies(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """(N, C, r + 1, 2r + 1): the transform at the waves of `down` and `across`."""
+    basis = torch.cat([down.real, -down.imag], dim=1).mT
+    real, imaginary = (basis @ images).chunk(2, dim=-2)
+    return torch.complex(real, imaginary) @ across.conj()
+
+
+def _waves(length: int, frequencies: Tensor) -> Tensor:
+    """exp(2 pi i f x / length), (length, len(frequencies)), complex64."""
+    # The product of two integers is reduced exactly, so that large angles keep their digits.
+    turns = torch.outer(torch.arange(length, device=frequencies.device), frequencies) % length
+    angle = turns.float() * (2 * math.pi / length)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def _exchange_by_transform(source: Tensor, target: Tensor, reach: int) -> Tensor:
+    height, width = source.shape[-2:]
+    spectrum = torch.fft.rfft2(source)  # (N, C, H, W // 2 + 1)
+    target_spectrum = torch.fft.rfft2(target)
     # rfft2 keeps the rows of negative frequency at the end and no column of negative frequency.
     for rows in (slice(0, reach + 1), slice(height - reach, height)):
         block = (..., rows, slice(0, reach + 1))
         spectrum[block] = torch.polar(target_spectrum[block].abs(), spectrum[block].angle())
-    styled = torch.fft.irfft2(spectrum, s=(height, width))
-    return styled.clamp(0.0, 1.0).to(source.dtype)
+    return torch.fft.irfft2(spectrum, s=(height, width))
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ def run(name, batches, stride):
     trainer = MeanTeacher(
         student,
         torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9),
-        consistency=ConsistencyLoss(loss="mse", confidence="entropy", threshold=0.05, strict=True),
+        # The score as weight, as a pixel whose mask flips at the threshold would part the curves.
+        consistency=ConsistencyLoss(confidence="entropy", weight="confidence", threshold=0.01),
         decay=0.5,
         weight=SigmoidRampUp(10.0, STEPS),
         jitter={},

@@ -80,6 +80,13 @@ def test_jitter_equals_brightness_then_contrast_then_saturation():
     torch.testing.assert_close(jittered, jitter_step_by_step(images, gain, contrast, colour))
 
 
+def test_jitter_is_computed_in_float32_under_autocast_too():
+    images = some_images()
+    with torch.autocast("cpu", torch.bfloat16):
+        jittered = photometric_jitter(images, generator=seeded())
+    assert torch.equal(jittered, photometric_jitter(images, generator=seeded()))
+
+
 def test_jitter_of_zero_strength_is_the_identity():
     images = some_images()
     same = photometric_jitter(images, brightness=0, contrast=0, saturation=0)

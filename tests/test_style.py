@@ -31,8 +31,8 @@ def shifted_reference(source, target, beta):
     return torch.fft.ifft2(torch.fft.ifftshift(mixed, dim=(-2, -1))).real.clamp(0, 1).float()
 
 
-@pytest.mark.parametrize("size", [(36, 48), (35, 47), (48, 36), (31, 64)])
-@pytest.mark.parametrize("beta", [0.0, 0.01, 0.05, 0.09, 0.3])
+@pytest.mark.parametrize("size", [(36, 48), (35, 47), (48, 36), (31, 64), (60, 66)])
+@pytest.mark.parametrize("beta", [0.0, 0.01, 0.05, 0.09, 0.3, 0.45])
 def test_fourier_style_equals_the_published_recipe(size, beta):
     source, target = some_images(size=size), some_images(size=size, low=0.1, high=0.6, seed=2)
     styled = fourier_style(source, target, beta=beta)
@@ -47,6 +47,14 @@ def test_fourier_style_with_every_frequency_takes_all_amplitudes_of_the_target()
     torch.testing.assert_close(
         torch.fft.rfft2(styled).abs()[..., rows, :19], wanted, rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_styles_compute_in_float32_under_autocast_too(style):
+    source, target = some_images(), some_images(seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        styled = style(source, target)
+    assert torch.equal(styled, style(source, target))
 
 
 @pytest.mark.parametrize("style", STYLES)
