@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmt import backends, reference
+
 __all__ = ["class_mix", "gaussian_noise", "mix", "photometric_jitter"]
 
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, Rec. 601
@@ -29,12 +31,28 @@ def gaussian_noise(
     cutting it there would turn the noise one-sided in black and in saturated regions. `clamp=True`
     cuts it nonetheless.
 
+    On CPU the noise of an element follows from one draw of `generator` and the element's place in
+    memory, whatever the number of threads; on GPU it is PyTorch's own.
+
     Differentiable in `images`. Raises TypeError for integer images, ValueError for negative sigma
     or clip. Source: Yu et al., "Uncertainty-aware Self-ensembling Model", MICCAI 2019.
     """
     _check_floating("images", images)
     _check_not_negative(sigma=sigma, clip=clip)
     _check_generator(generator, images)
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return _noise_of_torch(images, sigma, clip, clamp, generator)
+    wants_gradient = images.requires_grad and torch.is_grad_enabled()
+    obstacle = "images require a gradient" if wants_gradient else None
+    seed = torch.empty((), dtype=torch.int64).random_(generator=generator)
+    if backends.choose("gaussian_noise", [images], obstacle=obstacle).backend == "eager":
+        return reference.gaussian_noise(images, seed, sigma, clip, clamp)
+    return torch.ops.fastmt.gaussian_noise(images, seed, sigma, clip, clamp)
+
+
+def _noise_of_torch(
+    images: Tensor, sigma: float, clip: float, clamp: bool, generator: torch.Generator | None
+) -> Tensor:
     noise = torch.empty_like(images, requires_grad=False).normal_(generator=generator)
     noisy = noise.mul_(sigma).clamp_(-clip, clip).add_(images)
     return noisy.clamp(0.0, 1.0) if clamp else noisy

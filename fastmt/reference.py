@@ -229,3 +229,49 @@ def ema_update_(
             average.copy_(torch.where(share == 1, value, mixed))  # even over a NaN
         else:
             average.copy_(value)
+
+
+def gaussian_noise(images: Tensor, seed: Tensor, sigma: float, clip: float, clamp: bool) -> Tensor:
+    """images + clip(sigma * eps, -clip, clip); eps follows from the seed and the place in memory.
+
+    seed: 0-dim int64. The noise is drawn in float32, by Box and Muller's transform.
+    """
+    groups = -(-images.numel() // (4 * _COUNTERS))
+    words = random_words(torch.arange(groups * _COUNTERS, device=images.device), seed)
+    upper = ((words >> 8) & 0xFFFFFF).float().view(2, 2, groups, _COUNTERS)
+    radius = (-2 * ((upper[:, 0] + 1) * 2**-24).log()).sqrt()
+    angle = upper[:, 1] * (2**-24 * 2 * math.pi)
+    normal = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)  # (2, 2, groups, 32)
+    in_order = normal.flatten(0, 1).transpose(0, 1).flatten()[: images.numel()]
+    noise = torch.empty_like(images, dtype=torch.float32, requires_grad=False)
+    noise.as_strided(in_order.shape, (1,)).copy_(in_order.mul_(sigma).clamp_(-clip, clip))
+    noisy = images + noise
+    return (noisy.clamp(0.0, 1.0) if clamp else noisy).to(images.dtype)
+
+
+def random_words(counters: Tensor, seed: Tensor) -> Tensor:
+    """Four random words (4, n), int32, for each of n int64 counters: Threefry-4x32, 13 rounds.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+    """
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
+    key = (low, high, torch.zeros_like(low), torch.zeros_like(low), low ^ high ^ 0x1BD11BDA)
+    x = torch.zeros((4, len(counters)), dtype=torch.int32, device=counters.device)
+    x[0], x[1] = counters.to(torch.int32) + low, (counters >> 32).to(torch.int32) + high
+    for i in range(13):
+        partners = (3, 1) if i % 2 else (1, 3)
+        for even, odd, left in zip((0, 2), partners, _ROTATIONS[i % 8], strict=True):
+            x[even] += x[odd]
+            # A shift to the right brings copies of the sign, which are masked off.
+            out_left = (x[odd] >> (32 - left)).bitwise_and_((1 << left) - 1)
+            x[odd].bitwise_left_shift_(left).bitwise_or_(out_left).bitwise_xor_(x[even])
+        if i % 4 == 3:
+            block = i // 4 + 1
+            for j in range(4):
+                x[j] += key[(block + j) % 5]
+            x[3] += block
+    return x
+
+
+_COUNTERS = 32  # of a group of 128 elements: word w of counter i is element 32 w + i
+_ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))

@@ -1,6 +1,9 @@
 import pytest
 import torch
+from operands import DTYPES as KERNEL_DTYPES
+from operands import LAYOUTS, laid_out
 
+from fastmt import backend, explain, reference
 from fastmt.perturb import class_mix, gaussian_noise, mix, photometric_jitter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,6 +46,51 @@ def test_noise_has_the_deviation_asked_for_and_never_exceeds_the_clip():
     clipped = gaussian_noise(images, sigma=1.0, clip=0.2, generator=seeded()) - images
     assert clipped.abs().max().item() == pytest.approx(0.2, abs=1e-6)
     assert (clipped.abs() > 0.199).float().mean().item() > 0.8
+
+
+def test_random_words_are_those_of_the_published_generator():
+    words = reference.random_words(torch.zeros(1, dtype=torch.int64), torch.tensor(0))
+    expected = [0x531C7E4F, 0x39491EE5, 0x2C855A92, 0x3D6ABF9A]
+    assert [word & 0xFFFFFFFF for word in words.flatten().tolist()] == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 17, 23), (3, 128), (1, 3, 8, 16), (2, 0)])
+def test_noise_of_the_kernel_is_that_of_the_reference(kernels, shape, dtype, layout):
+    images = torch.rand(shape, generator=seeded()).to(dtype)
+    images = images if len(shape) < 3 else laid_out(images, layout)
+    call = {"sigma": 0.3, "clip": 0.5, "clamp": layout == "channels_last"}
+    noisy = gaussian_noise(images, **call, generator=seeded(5))
+    with backend("eager"):
+        expected = gaussian_noise(images, **call, generator=seeded(5))
+    assert noisy.stride() == expected.stride()
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(noisy, expected, rtol=rounding, atol=rounding)
+
+
+def test_noise_is_bitwise_the_same_for_every_number_of_threads(kernels):
+    images = torch.rand(3, 200, 333)
+    one = gaussian_noise(images, generator=seeded())
+    torch.set_num_threads(4)
+    assert torch.equal(one, gaussian_noise(images, generator=seeded()))
+
+
+def test_noise_is_normal_and_without_correlation(either):
+    noise = gaussian_noise(torch.zeros(1 << 20), sigma=1.0, clip=10.0, generator=seeded())
+    assert abs(noise.mean()) < 0.005
+    moments = [noise.pow(k).mean().item() for k in (2, 3, 4)]
+    assert moments == pytest.approx([1, 0, 3], abs=0.03)
+    for step in (1, 2, 32, 64, 128):
+        assert abs((noise[step:] * noise[:-step]).mean()) < 0.005
+    tail = (noise.abs() > 3).double().mean().item()
+    assert tail == pytest.approx(2.7e-3, rel=0.1)
+
+
+def test_noise_on_images_that_require_a_gradient_is_drawn_by_the_reference():
+    images = some_images()
+    answer = explain(gaussian_noise, images.requires_grad_())
+    assert answer == ("eager", "images require a gradient")
 
 
 def test_noise_leaves_the_unit_range_unless_clamped():

@@ -68,6 +68,16 @@ struct CrossEntropyCall {
   CrossEntropySums* sums;  // one for each tile
 };
 
+struct NoiseCall {
+  const void* images;
+  void* noisy;
+  Type type;
+  int64_t count;
+  uint64_t seed;
+  float sigma, clip;
+  bool clamp;
+};
+
 // Elements [begin, end) of one tensor pair.
 struct EmaSpan {
   void* teacher;
@@ -121,6 +131,7 @@ struct Kernels {
   void (*cells_consistency)(const ConsistencyCall&, const Cells&, int64_t begin, int64_t end);
   void (*cells_cross_entropy)(const CrossEntropyCall&, const Cells&, int64_t begin, int64_t end);
   void (*cells_join)(const View& gradient, const Cells&, int64_t begin, int64_t end);
+  void (*gaussian_noise)(const NoiseCall&, int64_t begin_group, int64_t end_group);
   void (*ema)(const EmaSpan&, double decay);
   void (*scale)(void* data, Type type, int64_t begin, int64_t end, float factor);
 };

@@ -6,6 +6,7 @@
 #include "cpu/consistency_kernel.h"
 #include "cpu/cross_entropy_kernel.h"
 #include "cpu/ema_kernel.h"
+#include "cpu/noise_kernel.h"
 
 #define FASTMT_NAME_OF(isa) #isa
 #define FASTMT_NAME(isa) FASTMT_NAME_OF(isa)
@@ -17,7 +18,7 @@ extern const fastmt::Kernels table{
     confidence,              consistency,
     cross_entropy,           cells_confidence,
     cells_consistency,       cells_cross_entropy,
-    cells_join,              ema,
-    scale};
+    cells_join,              gaussian_noise,
+    ema,                     scale};
 
 }  // namespace FASTMT_ISA
