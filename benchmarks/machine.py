@@ -15,7 +15,7 @@ import torch
 
 import fastmt
 from benchmarks import models
-from fastmt import backends
+from fastmt import backends, kept_memory
 
 COPY_BYTES = 256 << 20  # of each buffer, far beyond every cache
 _ROOT = Path(__file__).parents[1]
@@ -39,8 +39,9 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     """Memory that one run of `call` takes at its peak beyond what is held before it.
 
     On CPU the kernel's record of this process's largest resident size (VmHWM), which is set back
-    before the call; memory that malloc keeps for later is handed back first, so that it counts
-    again. On a GPU the peak of PyTorch's allocator. None where the system keeps no such record.
+    before the call; memory that malloc or fastmt keeps for later is handed back first, so that it
+    counts again. On a GPU the peak of PyTorch's allocator. None where the system keeps no such
+    record.
     """
     synchronize(device)
     if device.type == "cuda":
@@ -52,6 +53,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if _RESET.exists() else None
     if trim is None:
         return None
+    kept_memory.release()
     trim(0)
     _RESET.write_text("5")
     before = _status_bytes("VmRSS")

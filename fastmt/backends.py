@@ -139,6 +139,8 @@ def extension_missing() -> str | None:
     library = _PACKAGE / "_C.abi3.so"
     if not library.exists():
         return f"the C++ kernels are not built: {build_info().get('reason', 'no build record')}"
+    from fastmt import kept_memory  # noqa: F401  the kernels call an operation that it registers
+
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:

@@ -77,15 +77,30 @@ int tile_size(int64_t classes) {
   return int(std::clamp<int64_t>(floats_in_cache / (2 * classes) / step * step, step, 256));
 }
 
+namespace {
+
+constexpr uintptr_t HUGE_PAGE = 2 << 20;
+
+// fastmt/kept_memory.py
+Tensor kept_output_like(const Tensor& tensor) {
+  StableIValue stack[] = {torch::stable::detail::from(tensor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("fastmt::output_like", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
 Tensor empty_output_like(const Tensor& tensor) {
-  Tensor output = torch::stable::empty_like(tensor);
+  const uintptr_t bytes = uintptr_t(tensor.numel()) * tensor.element_size();
+  if (bytes < 2 * HUGE_PAGE) return torch::stable::empty_like(tensor);
+  Tensor output = kept_output_like(tensor);
 #if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(output.data_ptr());
-  const uintptr_t end = begin + uintptr_t(output.numel()) * output.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page;
-  if (end >= first + 2 * page)
-    madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
+  const uintptr_t first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  if (begin + bytes >= first + HUGE_PAGE)
+    madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / HUGE_PAGE * HUGE_PAGE,
+            MADV_HUGEPAGE);
 #endif
   return output;
 }

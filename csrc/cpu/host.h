@@ -47,8 +47,8 @@ void for_each_stretch(int64_t tiles, int64_t stretch, const F& f) {
   torch::stable::parallel_for(0, threads < stretches ? threads : stretches, 1, work);
 }
 
-// An uninitialised tensor like `tensor`; a large one is backed by huge pages, because the page
-// faults of a fresh gradient cost more time than the kernel that fills it.
+// An uninitialised tensor like `tensor`; a large one uses memory of an earlier result again, or huge
+// pages, because the page faults of a fresh gradient cost as much time as the kernel that fills it.
 Tensor empty_output_like(const Tensor& tensor);
 
 // How a gradient is scaled: `inside` the kernel, and by the rest when backward hands it out.

@@ -1,0 +1,84 @@
+"""Memory of large results is used again, and never while anything still has it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from operands import random_logits
+
+import fastmt
+from fastmt import backends, kept_memory
+
+SHAPE = (1, 5, 512, 512)  # 5 MiB: above what the kernels take from PyTorch's allocator
+
+
+@pytest.fixture(autouse=True)
+def kernels_and_nothing_kept():
+    if missing := backends.extension_missing():
+        pytest.skip(missing)
+    kept_memory.release()
+    with fastmt.backend("cpp", strict=True):
+        yield
+    kept_memory.release()
+
+
+def gradient(seed=0):
+    student = random_logits(SHAPE, seed).requires_grad_()
+    fastmt.consistency_loss(student, random_logits(SHAPE, 9), threshold=0.5).backward()
+    return student.grad
+
+
+def test_memory_of_a_gradient_is_used_again_when_it_is_gone():
+    first = gradient()
+    address, value = first.data_ptr(), first.clone()
+    del first
+    again = gradient()
+    assert again.data_ptr() == address
+    assert torch.equal(again, value)
+
+
+def test_gradients_that_are_held_keep_their_values():
+    held = [gradient(seed) for seed in range(2 * kept_memory.MOST)]
+    copies = [each.clone() for each in held]
+    gradient(99)
+    assert len({each.data_ptr() for each in held}) == len(held)
+    assert all(torch.equal(each, copy) for each, copy in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("keep", [lambda g: g.numpy(), lambda g: g[0, 1], lambda g: g.detach()])
+def test_a_view_keeps_the_memory_of_its_gradient(keep):
+    view = keep(gradient(1))
+    copy = view.copy() if hasattr(view, "copy") else view.clone()
+    gradient(2)
+    gradient(3)
+    assert (torch.as_tensor(view) == torch.as_tensor(copy)).all()
+
+
+def test_threads_get_memory_of_their_own():
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(gradient, range(8)))
+    for seed, result in enumerate(results):
+        assert torch.equal(result, gradient(seed))
+
+
+def test_the_few_last_stretches_are_kept_and_given_back_on_request():
+    for channels in range(5, 5 + 2 * kept_memory.MOST):
+        torch.ops.fastmt.output_like(torch.empty(1, channels, 512, 512))
+    assert len(kept_memory._kept) == kept_memory.MOST
+    kept_memory.release()
+    assert not kept_memory._kept
+
+
+def test_nothing_is_kept_when_it_is_turned_off(monkeypatch):
+    monkeypatch.setenv("FASTMT_KEEP_MEMORY", "0")
+    gradient()
+    assert not kept_memory._kept
+
+
+def test_a_kept_stretch_takes_the_layout_that_is_asked_for():
+    like = torch.empty(1, 5, 512, 512)
+    address = torch.ops.fastmt.output_like(like).data_ptr()
+    other = like.to(memory_format=torch.channels_last)
+    output = torch.ops.fastmt.output_like(other)
+    assert output.data_ptr() == address
+    assert output.stride() == other.stride() and output.shape == other.shape
