@@ -154,6 +154,7 @@ def build_info() -> dict[str, object]:
     return json.loads(record.read_text()) if record.exists() else {}
 
 
+@functools.cache
 def instruction_set() -> str:
     """The instruction set that the C++ kernels run with on this machine."""
     if missing := extension_missing():

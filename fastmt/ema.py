@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastmt import arguments, backends, reference
+from fastmt.ema_bound import (
+    AVERAGE,
+    COPY,
+    KERNEL_DTYPES,
+    Bound,
+    Row,
+    is_served,
+    update_eagerly,
+)
 
-try:  # what torch.compile tells with that its guards hold: in C++, ten times as fast as in Python
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
-
-CHUNK = 16 * 1024  # elements in one piece of work, as in csrc/cpu/ema.cpp
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/cpu/calls.h
-_MAX_TABLES = 8
-_tables: OrderedDict[tuple[int, ...], _Table] = OrderedDict()
+_MAX_BINDINGS = 8  # of lists that are updated in turn
+_bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 
 
 def ema_update_(
@@ -32,6 +34,10 @@ def ema_update_(
             the student's. A tensor that occurs twice (tied parameters) is averaged once.
         student: tensors of the same shapes, in the same order; never written.
         decay: in [0, 1], a float or a 0-dim tensor.
+
+    The first call with these tensors checks and binds them (some microseconds each), further ones
+    only look whether they are the same objects and have kept their layout. They are let go when
+    one of the first teacher and the first student is.
 
     Not differentiable. The teacher's version counters are bumped, so that autograd notices.
 
@@ -47,39 +53,36 @@ def ema_update_(
     teacher, student = list(teacher), list(student)
     choice = backends.choose("ema_update_", _representatives(teacher))
     if choice.backend == "eager":
-        pairs = _checked_pairs(teacher, student)
+        pairs = [(teacher[i], student[i]) for i in _checked(teacher, student)]
         reference.ema_update_([t for t, _ in pairs], [s for _, s in pairs], decay)
         return
-    table = _table_for(teacher, student)
-    decays = torch.as_tensor(decay, dtype=torch.float64)
-    torch.ops.fastmt.ema_update_(table.rows, table.starts, decays)
-    if table.rest:
-        reference.ema_update_(
-            [teacher[i] for i in table.rest], [student[i] for i in table.rest], decay
-        )
-    increment_version(teacher)
+    increment_version(teacher)  # first: it brings the tensors' records near
+    binding = _bindings.get(_key(teacher, student))
+    bound = binding is not None and binding.has(teacher, student)
+    if not (bound and binding.update(teacher, student, float(decay))):
+        _bind(teacher, student).update(teacher, student, float(decay))
 
 
 def _representatives(tensors: list[Tensor]) -> list[Tensor]:
     """The tensor that decides where the launch runs: the first one of a dtype it serves, if any.
 
-    The table sorts out the others.
+    The binding sorts out the others.
     """
     floating = None
     for tensor in tensors:
-        if tensor.dtype in _TYPES:
+        if tensor.dtype in KERNEL_DTYPES:
             return [tensor]
         if floating is None and tensor.is_floating_point():
             floating = tensor
     return [] if floating is None else [floating]
 
 
-def _checked_pairs(teacher: list[Tensor], student: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The pairs to average: all that fit each other, tied ones once."""
+def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
+    """The positions to average: of pairs that fit each other, tied ones once."""
     if len(teacher) != len(student):
         raise ValueError(f"student: got {len(student)} tensors, expected {len(teacher)} as teacher")
     storages = {t.untyped_storage().data_ptr() for t in teacher if t.numel()}
-    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    positions: dict[tuple[int, int], int] = {}
     for i, (average, value) in enumerate(zip(teacher, student, strict=True)):
         if average.shape != value.shape:
             raise ValueError(
@@ -91,79 +94,95 @@ def _checked_pairs(teacher: list[Tensor], student: list[Tensor]) -> list[tuple[T
         if value.numel() and value.untyped_storage().data_ptr() in storages:
             raise ValueError(f"student[{i}]: shares storage with the teacher; clone one of them")
         if average.numel():
-            pairs.setdefault((average.data_ptr(), average.numel()), (average, value))
-    return list(pairs.values())
+            positions.setdefault((average.data_ptr(), average.numel()), i)
+    return list(positions.values())
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+def _row(position: int, average: Tensor, value: Tensor) -> Row:
+    mode = AVERAGE if average.is_floating_point() else COPY
+    return Row(position, (average,), value, (mode,), (None,))
 
 
-def kernel_serves(average: Tensor, value: Tensor) -> bool:
-    """Whether the kernel can walk both tensors as one stretch of memory."""
-    same_memory_order = average.stride() == value.stride() or (
-        average.is_contiguous() and value.is_contiguous()
-    )
-    return (
-        average.dtype in _TYPES
-        and value.dtype in _TYPES
-        and average.device == value.device
-        and same_memory_order
-        and _is_dense(average)
-    )
+class _Binding:
+    """Two lists of tensors as they were bound: kept alive, but for one pair that is watched.
 
-
-class _Table:
-    """Addresses of tensor pairs as the kernel reads them, and what shows that they still hold."""
+    C++ that holds a tensor keeps its Python object alive as well, so that weak references to what
+    is bound would never end. The end of the watched pair stands for that of its lists.
+    """
 
     def __init__(self, teacher: list[Tensor], student: list[Tensor]) -> None:
-        pairs = _checked_pairs(teacher, student)
-        rows = [
-            (t.data_ptr(), s.data_ptr(), t.numel(), _TYPES[t.dtype], _TYPES[s.dtype])
-            for t, s in pairs
-            if kernel_serves(t, s)
-        ]
-        self.rows = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
-        chunks = (self.rows[:, 2] + CHUNK - 1) // CHUNK
-        self.starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
-        position = {id(tensor): i for i, tensor in enumerate(teacher)}
-        self.rest = [position[id(t)] for t, s in pairs if not kernel_serves(t, s)]
-        self._addresses = list(map(Tensor.data_ptr, [*teacher, *student]))
-        self._same_layouts = _layout_check([*teacher, *student])
+        positions = _checked(teacher, student)
+        rows = {i: _row(i, teacher[i], student[i]) for i in positions}
+        fits = {i: is_served(row) for i, row in rows.items()}
+        served = [i for i in positions if fits[i]]
+        self._rest = [i for i in positions if not fits[i]]
+        uses = Counter(map(id, [*teacher, *student]))
+        alone = (i for i in served if uses[id(teacher[i])] == uses[id(student[i])] == 1)
+        self.watched = next(alone, None)
+        served.sort(key=lambda i: i != self.watched)
+        self._first = served[:1]
+        self._bound = Bound([rows[i] for i in served], watch=True) if served else None
+        self._teacher = _without(teacher, self.watched)
+        self._student = _without(student, self.watched)
+        single = [i for i, average in enumerate(teacher) if average.numel() == 1]
+        self._single = [i for i in single if i != self.watched]
+        self._ends: list[weakref.ref[Tensor]] = []
 
-    def fits(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
-        tensors = [*teacher, *student]
-        return (
-            len(tensors) == len(self._addresses)
-            and self._addresses == list(map(Tensor.data_ptr, tensors))
-            and self._same_layouts(*tensors)
-        )
+    def watch(self, teacher: list[Tensor], student: list[Tensor], forget: Callable) -> None:
+        """Call `forget` when one of the watched pair ends."""
+        self._ends = [weakref.ref(tensors[self.watched], forget) for tensors in (teacher, student)]
+
+    def has(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
+        """Whether the tensors are the same objects.
+
+        One comparison of lists in C: 3 ns a tensor. Equal entries are found by identity; others
+        are compared by value, which raises for all but one element.
+        """
+        try:
+            return (
+                _without(teacher, self.watched) == self._teacher
+                and _without(student, self.watched) == self._student
+                and self._ends[0]() is teacher[self.watched]
+                and self._ends[1]() is student[self.watched]
+                and all(teacher[i] is self._teacher[i] for i in self._single)
+                and all(student[i] is self._student[i] for i in self._single)
+            )
+        except (RuntimeError, TypeError, ValueError):
+            return False
+
+    def update(self, teacher: list[Tensor], student: list[Tensor], decay: float) -> bool:
+        """False, with nothing done, where a layout has changed."""
+        rest = [_row(i, teacher[i], student[i]) for i in self._rest]
+        if any(row.averages[0].shape != row.value.shape for row in rest):
+            return False
+        first = [tensors[i] for i in self._first for tensors in (teacher, student)]
+        if self._bound is not None and not self._bound.update(first, [decay], [0]):
+            return False
+        for row in rest:
+            update_eagerly(row, [decay], [0])
+        return True
 
 
-def _layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
-    """A function that tells whether other tensors have the dtypes, sizes and strides of these."""
-    if not tensors or TensorGuards is None:
-        expected = list(map(_layout, tensors))
-        return lambda *others: expected == list(map(_layout, others))
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+def _without(tensors: list[Tensor], position: int | None) -> list[Tensor | None]:
+    kept: list[Tensor | None] = list(tensors)
+    if position is not None:
+        kept[position : position + 1] = [None]
+    return kept
 
 
-def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.dtype, tensor.shape, tensor.stride()
+def _bind(teacher: list[Tensor], student: list[Tensor]) -> _Binding:
+    """A new binding, remembered while the pair that it watches lives."""
+    key = _key(teacher, student)
+    _bindings.pop(key, None)
+    binding = _Binding(teacher, student)
+    if binding.watched is not None:
+        binding.watch(teacher, student, lambda _: _bindings.pop(key, None))
+        _bindings[key] = binding
+        if len(_bindings) > _MAX_BINDINGS:
+            _bindings.popitem(last=False)
+    return binding
 
 
-def _table_for(teacher: list[Tensor], student: list[Tensor]) -> _Table:
-    key = (len(teacher), *(tensors[0].data_ptr() for tensors in (teacher, student) if tensors))
-    table = _tables.get(key)
-    if table is None or not table.fits(teacher, student):
-        table = _tables[key] = _Table(teacher, student)
-    _tables.move_to_end(key)
-    if len(_tables) > _MAX_TABLES:
-        _tables.popitem(last=False)
-    return table
+def _key(teacher: list[Tensor], student: list[Tensor]) -> tuple[int, int]:
+    """By what a binding is found; its tensors tell whether it is the right one."""
+    return id(teacher[0]) if teacher else 0, id(student[0]) if student else 0

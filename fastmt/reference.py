@@ -217,18 +217,78 @@ def cross_entropy(
 
 @torch.no_grad()
 def ema_update_(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    decay: float | Tensor,
+    *,
+    rounding: str = "nearest",
+    draw: int | Tensor = 0,
+    numbers: Sequence[int] | None = None,
+    compensation: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student; integer and bool tensors are copied."""
-    for average, value in zip(teacher, student, strict=True):
-        if average.is_floating_point():
-            wide = torch.promote_types(average.dtype, torch.float32)
-            share = torch.as_tensor(1 - decay, dtype=wide, device=average.device)
-            value = value.to(average.device, wide)
-            mixed = average.to(wide).lerp(value, share)
-            average.copy_(torch.where(share == 1, value, mixed))  # even over a NaN
-        else:
-            average.copy_(value)
+    """teacher <- decay * teacher + (1 - decay) * student; integer and bool tensors are copied.
+
+    A negative decay changes nothing. How a half-precision teacher is stored: "nearest";
+    "stochastic", up or down at random with the mean where the average is, by random numbers of
+    `draw`, the tensor's number and the element's; or "kahan", with what the rounding lost kept in
+    `compensation`.
+    """
+    numbers = range(len(teacher)) if numbers is None else numbers
+    lost = [None] * len(teacher) if compensation is None else compensation
+    for average, value, number, rest in zip(teacher, student, numbers, lost, strict=True):
+        before = average if rest is None else average.float() + rest.float()
+        after = _where_counted(decay, _mean(before, value, decay), before)
+        rounded = after.to(average.dtype)
+        if rounding == "stochastic" and average.dtype in _HALVES:
+            random = random_bits(after, draw, number)
+            rounded = _stochastically_rounded(after.float(), average.dtype, random)
+        if rest is not None:
+            rest.copy_((after - rounded.float()).nan_to_num(0.0, 0.0, 0.0))
+        average.copy_(rounded)
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _mean(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
+    """decay * average + (1 - decay) * value in float32 or float64; `value` where not floating."""
+    if not average.is_floating_point():
+        return value.to(average.device)
+    wide = torch.promote_types(average.dtype, torch.float32)
+    share = torch.as_tensor(1 - decay, dtype=wide, device=average.device)
+    value = value.to(average.device, wide)
+    return torch.where(share == 1, value, average.to(wide).lerp(value, share))  # even over a NaN
+
+
+def _where_counted(decay: float | Tensor, after: Tensor, before: Tensor) -> Tensor:
+    if isinstance(decay, Tensor):
+        return torch.where(decay.to(after.device) >= 0, after, before)
+    return after if decay >= 0 else before
+
+
+def random_bits(like: Tensor, draw: int | Tensor, number: int) -> Tensor:
+    """32 random bits, as int64, for each element of a tensor of this number."""
+    index = torch.arange(like.numel(), device=like.device).view(like.shape)
+    return mixed(mixed(index & 0xFFFFFFFF) ^ mixed(draw ^ mixed(number)) ^ index >> 32)
+
+
+def mixed(x: int | Tensor) -> int | Tensor:
+    """Wellons' lowbias32 of numbers below 2^32: each bit of the result depends on each of x."""
+    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def _stochastically_rounded(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """float32 values that `dtype` holds, above or below x, of mean x where `random` is uniform."""
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa
+    bits = x.view(torch.int32).long() + (random & ((1 << dropped) - 1))
+    rounded = (bits >> dropped << dropped).int().view(torch.float32)
+    if dtype == torch.float16:
+        steps = x.abs() * 2.0**24  # of the subnormal numbers
+        steps = steps.floor() + ((random >> 8) * 2.0**-24 < steps.frac())
+        rounded = torch.where(x.abs() < 2.0**-14, (steps * 2.0**-24).copysign(x), rounded)
+    return torch.where(x.isfinite(), rounded, x)
 
 
 def gaussian_noise(images: Tensor, seed: Tensor, sigma: float, clip: float, clamp: bool) -> Tensor:

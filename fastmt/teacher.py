@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt import arguments, decays
-from fastmt.ema_plan import Plan
+from fastmt.ema_plan import Plan, Track
 from fastmt.matching import matched, plain_name, reshard, unwrapped
 
 BUFFERS = ("copy", "ema", "keep")
@@ -120,22 +120,29 @@ class EMATeacher(nn.Module):
         return self.calls < self.start or (self.calls + 1 - self.start) % self.update_every == 0
 
     def _count(self) -> None:
-        due = self._is_due()
-        self.calls += 1
-        self.updates += due and self.calls > self.start
+        due, own = self._is_due(), self.__dict__  # nn.Module's way to set them is slow
+        own["calls"] += 1
+        own["updates"] += due and self.calls > self.start
+
+    @torch.no_grad()
+    def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
+        for teacher in teachers:
+            _check_wide(teacher.module)
+        plan = self._plan = Plan([teacher._track() for teacher in teachers], network)
+        self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
+        # Its children and parameters would outlive the student in the plan.
+        own = weakref.ref(self)
+        self._farewell = weakref.ref(network, lambda _: own() and own()._forget())
+        return plan
 
     def _plan_for(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
-        modules = [teacher.module for teacher in teachers]
         plan = self._plan
         if plan is None or self._planned != teachers or not plan.holds(network):
-            for teacher in teachers:
-                _check_wide(teacher.module)
-            plan = self._plan = Plan(modules, [t.buffer_rule for t in teachers], network)
-            self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
-            # Its children and parameters would outlive the student in the plan.
-            own = weakref.ref(self)
-            self._farewell = weakref.ref(network, lambda _: own() and own()._forget())
+            return self._plan_anew(teachers, network)
         return plan
+
+    def _track(self) -> Track:
+        return Track(self.module, self.buffer_rule, None, {})
 
     def _forget(self) -> None:
         """Let go of the student's tensors."""
@@ -213,7 +220,6 @@ class EMATeacher(nn.Module):
         return {**self.__dict__, "_student": None, "_plan": None, "_planned": [], "_farewell": None}
 
 
-@torch.no_grad()
 def update_together(
     teachers: Sequence[EMATeacher],
     *,
@@ -239,10 +245,12 @@ def update_together(
     due = [teacher._is_due() for teacher in teachers]
     if any(due):
         plan = teachers[0]._plan_for(teachers, network)
-        given = [t.current_decay() if d else None for t, d in zip(teachers, due, strict=True)]
-        if not plan.run(given, finite):  # a tensor has another layout: match and bind anew
-            teachers[0]._forget()
-            teachers[0]._plan_for(teachers, network).run(given, finite)
+        given = [t.current_decay() if d else -1.0 for t, d in zip(teachers, due, strict=True)]
+        if finite is not None:
+            given = [torch.where(finite, decay, -1.0) for decay in given]
+        draws = [0] * len(teachers)
+        if not plan.run(given, draws):  # a tensor has another layout: match and bind anew
+            teachers[0]._plan_anew(teachers, network).run(given, draws)
     for teacher in teachers:
         teacher._count()
 

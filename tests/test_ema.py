@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -187,6 +188,78 @@ def test_tensors_freed_and_made_again_are_never_mistaken():
         assert all(torch.equal(t, torch.full_like(t, 2.0)) for t in fresh)
         if step % 10 == 0:
             gc.collect()
+
+
+def test_lists_that_were_averaged_are_freed_with_their_tensors():
+    def one_update(dtype):
+        teacher = [torch.zeros(9, dtype=dtype) for _ in range(4)]
+        student = [torch.nn.Parameter(torch.ones(9)) for _ in range(4)]
+        for _ in range(3):
+            fastmt.ema_update_(teacher, student, 0.5)
+        return [weakref.ref(tensor) for tensor in (*teacher, *student)]
+
+    for dtype in (torch.float32, torch.float64):
+        ends = one_update(dtype)
+        gc.collect()
+        assert all(end() is None for end in ends)
+
+
+@pytest.mark.parametrize("dropped", ["teacher", "student"])
+def test_the_tensors_of_either_list_are_freed_alone(dropped):
+    lists = {
+        "teacher": [torch.zeros(9) for _ in range(4)],
+        "student": [torch.ones(9) for _ in range(4)],
+    }
+    fastmt.ema_update_(**lists, decay=0.5)
+    ends = [weakref.ref(tensor) for tensor in lists.pop(dropped)]
+    gc.collect()
+    assert all(end() is None for end in ends)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+@pytest.mark.parametrize("place", range(3))
+def test_another_tensor_of_the_same_value_is_told_apart(which, place):
+    lists = {name: [torch.zeros(1) for _ in range(3)] for name in ("teacher", "student")}
+    fastmt.ema_update_(**lists, decay=0.5)
+    lists[which][place] = lists[which][place].clone()
+    fastmt.ema_update_(**lists, decay=0.5)
+    lists["student"][place].fill_(8)
+    fastmt.ema_update_(**lists, decay=0.5)
+    assert [t.item() for t in lists["teacher"]] == [4.0 if i == place else 0.0 for i in range(3)]
+
+
+def test_more_lists_in_turn_than_are_remembered_are_each_averaged():
+    teachers = [[torch.zeros(5)] for _ in range(20)]
+    students = [[torch.full((5,), float(i))] for i in range(20)]
+    for _ in range(2):
+        for teacher, student in zip(teachers, students, strict=True):
+            fastmt.ema_update_(teacher, student, 0.5)
+    for i, (teacher,) in enumerate(teachers):
+        assert torch.equal(teacher, torch.full((5,), 0.75 * i))
+
+
+def test_memory_that_becomes_shared_is_refused():
+    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+    fastmt.ema_update_(teacher, student, 0.5)
+    student[1].data = teacher[0].data
+    with pytest.raises(ValueError, match=r"^student\[1\]: shares storage"):
+        fastmt.ema_update_(teacher, student, 0.5)
+
+
+def test_tensors_that_become_tied_are_averaged_once():
+    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+    fastmt.ema_update_(teacher, student, 0.0)
+    teacher[1].data = teacher[0].data.zero_()
+    fastmt.ema_update_(teacher, student, 0.5)
+    assert torch.equal(teacher[1], torch.full((8,), 0.5))
+
+
+def test_memory_that_is_gone_is_never_touched(kernels):
+    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+    fastmt.ema_update_(teacher, student, 0.5)
+    student[1].untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, ValueError)):
+        fastmt.ema_update_(teacher, student, 0.5)
 
 
 def test_no_tensors_are_no_work():

@@ -78,12 +78,19 @@ struct NoiseCall {
   bool clamp;
 };
 
+// How an average is stored in half precision: to the nearest; up or down at random, right on
+// average; or with what the rounding lost kept beside it.
+enum class Rounding : int { nearest, stochastic, kahan };
+
 // Elements [begin, end) of one tensor pair.
 struct EmaSpan {
   void* teacher;
   const void* student;
   Type teacher_type, student_type;
   int64_t begin, end;
+  Rounding rounding = Rounding::nearest;
+  uint32_t key = 0;              // of the random numbers
+  void* compensation = nullptr;  // what rounding has lost, in the teacher's dtype
 };
 
 // Low-resolution logits (N, C, height, width) and where every output row and column falls between

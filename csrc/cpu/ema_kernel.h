@@ -6,34 +6,89 @@
 namespace FASTMT_ISA {
 
 using fastmt::EmaSpan;
+using fastmt::Rounding;
 
-template <class T, class S>
-inline void ema_span(T* __restrict__ teacher, const S* __restrict__ student, int64_t count,
-                     double decay) {
+// Wellons' lowbias32: every bit of the result depends on every bit of x.
+inline uint32_t mixed(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// x -> T, up with the probability that leaves the mean at x.
+template <class T>
+inline T narrow_randomly(float x, uint32_t random);
+template <>
+inline float narrow_randomly<float>(float x, uint32_t) {
+  return x;
+}
+template <>
+inline bfloat16 narrow_randomly<bfloat16>(float x, uint32_t random) {
+  return {uint16_t(x != x ? 0x7fc0u : (bit_cast<uint32_t>(x) + (random & 0xffff)) >> 16)};
+}
+template <>
+inline float16 narrow_randomly<float16>(float x, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude + (random & 0x1fff) - 0x38000000) >> 13;
+  const bool is_small = magnitude < 0x38800000u;
+  const float steps = is_small ? bit_cast<float>(magnitude) * 16777216.0f : 0.0f;  // of 2^-24
+  const int32_t whole = int32_t(steps);
+  const uint32_t subnormal = whole + (float(random >> 8) < (steps - float(whole)) * 16777216.0f);
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half = magnitude >= 0x47800000u ? special : is_small ? subnormal : normal;
+  return {uint16_t(half | (bits >> 16 & 0x8000))};
+}
+
+// teacher[i] = store(i, the average of load(i) and student[i]).
+template <class T, class S, class Load, class Store>
+inline void ema_span(T* __restrict__ teacher, const S* __restrict__ student, const EmaSpan& span,
+                     double decay, Load load, Store store) {
   if (decay == 0) {  // a copy, whatever the teacher held
-    for (int64_t i = 0; i < count; ++i) teacher[i] = narrow<T>(widen(student[i]));
+    for (int64_t i = span.begin; i < span.end; ++i) teacher[i] = store(i, widen(student[i]));
     return;
   }
   // As torch.lerp: from the nearer end, so that decay 1 keeps exactly.
   const bool near_student = decay < 0.5;
   const float step = float(near_student ? decay : 1 - decay);
-  for (int64_t i = 0; i < count; ++i) {
-    const float average = widen(teacher[i]), value = widen(student[i]);
+  for (int64_t i = span.begin; i < span.end; ++i) {
+    const float average = load(i), value = widen(student[i]);
     const float from = near_student ? value : average, to = near_student ? average : value;
-    teacher[i] = narrow<T>(from + step * (to - from));
+    teacher[i] = store(i, from + step * (to - from));
+  }
+}
+
+template <class T, class S>
+inline void ema_rounded(const EmaSpan& span, double decay) {
+  T* __restrict__ teacher = static_cast<T*>(span.teacher);
+  const S* __restrict__ student = static_cast<const S*>(span.student);
+  T* __restrict__ lost = static_cast<T*>(span.compensation);
+  const auto load = [=](int64_t i) { return widen(teacher[i]); };
+  if (span.rounding == Rounding::nearest) {
+    ema_span(teacher, student, span, decay, load, [](int64_t, float x) { return narrow<T>(x); });
+  } else if (span.rounding == Rounding::stochastic) {
+    const uint32_t key = span.key ^ uint32_t(uint64_t(span.begin) >> 32);  // spans are short
+    ema_span(teacher, student, span, decay, load, [=](int64_t i, float x) {
+      return narrow_randomly<T>(x, mixed(mixed(uint32_t(i)) ^ key));
+    });
+  } else {
+    const auto whole = [=](int64_t i) { return widen(teacher[i]) + widen(lost[i]); };
+    ema_span(teacher, student, span, decay, whole, [=](int64_t i, float x) {
+      const T near = narrow<T>(x);
+      const float rest = x - widen(near);
+      lost[i] = narrow<T>(rest - rest == 0 ? rest : 0.0f);  // 0 beside inf and NaN
+      return near;
+    });
   }
 }
 
 template <class T>
 inline void ema_from(const EmaSpan& span, double decay) {
-  T* teacher = static_cast<T*>(span.teacher) + span.begin;
-  const int64_t count = span.end - span.begin;
   if (span.student_type == Type::float32)
-    ema_span(teacher, static_cast<const float*>(span.student) + span.begin, count, decay);
+    ema_rounded<T, float>(span, decay);
   else if (span.student_type == Type::bfloat16)
-    ema_span(teacher, static_cast<const bfloat16*>(span.student) + span.begin, count, decay);
+    ema_rounded<T, bfloat16>(span, decay);
   else
-    ema_span(teacher, static_cast<const float16*>(span.student) + span.begin, count, decay);
+    ema_rounded<T, float16>(span, decay);
 }
 
 inline void ema(const EmaSpan& span, double decay) {

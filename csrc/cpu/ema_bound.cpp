@@ -1,0 +1,311 @@
+// Tensors that are held from one update to the next: handing a list of them over anew costs about a
+// microsecond each, looking at one that is held a few nanoseconds.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "cpu/ema_host.h"
+
+namespace fastmt {
+
+namespace {
+
+enum class Mode : int64_t { average, copy, keep, stochastic, kahan };
+
+// A tensor, and the layout that it had when it was bound. Whoever holds it keeps it alive.
+struct Held {
+  AtenTensorHandle handle;
+  void* pointer;
+  const int64_t* sizes;  // inside the tensor's own record
+  int64_t layout;        // where in Bound::layouts its sizes start, then strides
+  int32_t dtype, rank;
+};
+
+void* pointer_of(AtenTensorHandle tensor) {
+  void* pointer = nullptr;
+  return aoti_torch_get_data_ptr(tensor, &pointer) ? nullptr : pointer;
+}
+
+bool has_memory(const Held& held, const int64_t* bound, const void* at) {
+  int64_t last = 0, bytes = 0;
+  int32_t device = -1;
+  aoti_torch_get_storage_offset(held.handle, &last);
+  for (int d = 0; d < held.rank; ++d) {
+    if (bound[d] == 0) return true;
+    last += (bound[d] - 1) * bound[held.rank + d];
+  }
+  aoti_torch_get_storage_size(held.handle, &bytes);
+  aoti_torch_get_device_type(held.handle, &device);
+  const auto size = int64_t(aoti_torch_dtype_element_size(held.dtype));
+  return at && device == aoti_torch_device_type_cpu() && (last + 1) * size <= bytes;
+}
+
+// Whether a tensor whose data is at `now` has the layout that it was bound with, and its memory.
+bool holds(Held& held, const int64_t* bound, void* now, std::atomic<bool>& moved) {
+  int32_t dtype = -1;
+  int64_t rank = -1, *strides = nullptr, *sizes = nullptr;
+  aoti_torch_get_dtype(held.handle, &dtype);
+  aoti_torch_get_dim(held.handle, &rank);
+  if (dtype != held.dtype || rank != held.rank) return false;
+  aoti_torch_get_sizes(held.handle, &sizes);
+  aoti_torch_get_strides(held.handle, &strides);
+  for (int64_t d = 0; d < rank; ++d)
+    if (sizes[d] != bound[d] || strides[d] != bound[rank + d]) return false;
+  held.sizes = sizes;
+  if (now && now == held.pointer) return true;
+  if (!has_memory(held, bound, now)) return false;
+  held.pointer = now;
+  moved = true;
+  return true;
+}
+
+// A tensor's record takes three cache lines, its sizes in the middle one. The records of many
+// tensors are in no near cache when they are looked at once an update.
+void fetch_ahead(const Held& held) {
+  const char* middle = reinterpret_cast<const char*>(held.sizes);
+  __builtin_prefetch(held.handle);
+  __builtin_prefetch(middle - 64);
+  __builtin_prefetch(middle);
+  __builtin_prefetch(middle + 64);
+}
+
+bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
+              std::atomic<bool>& moved) {
+  constexpr int64_t block = 8, stretch = 16;  // blocks that a thread takes at once
+  const auto count = int64_t(tensors.size());
+  const int64_t blocks = (count + block - 1) / block;
+  std::atomic<bool> fine{true};
+  const auto check = [&](int64_t first_block, int64_t last_block) {
+    void* now[block];
+    for (int64_t k = first_block; k < last_block && fine.load(std::memory_order_relaxed); ++k) {
+      const int64_t begin = k * block, end = std::min(begin + block, count);
+      for (int64_t i = end; i < std::min(end + block, count); ++i) fetch_ahead(tensors[i]);
+      for (int64_t i = begin; i < end; ++i) now[i - begin] = pointer_of(tensors[i].handle);
+      for (int64_t i = begin; i < end; ++i)
+        if (!holds(tensors[i], layouts.data() + tensors[i].layout, now[i - begin], moved))
+          fine = false;
+    }
+  };
+  if (blocks <= 4 * stretch)
+    check(0, blocks);
+  else
+    for_each_stretch(blocks, stretch, check);
+  return fine;
+}
+
+uint32_t mixed(uint32_t x) {  // as in ema_kernel.h
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// What one teacher does with one value.
+struct Use {
+  Mode mode;
+  int64_t average, compensation;  // places in `tensors`; the latter -1 where there is none
+  size_t element_size;
+  Type type;
+};
+
+struct Bound {
+  int64_t teachers, watched;      // of each value; of the first tensors, not held
+  std::vector<Tensor> owned;      // the others
+  std::vector<Held> tensors;      // row by row: the averages, then the value
+  std::vector<int64_t> layouts;   // sizes and strides of each
+  std::vector<Use> uses;          // [row][teacher]
+  std::vector<Type> value_types;  // [row]
+  std::vector<int64_t> length, start, number;
+  std::mutex lock;
+
+  const Held& value(int64_t row) const { return tensors[row * (teachers + 1) + teachers]; }
+};
+
+std::mutex registry_lock;
+std::unordered_map<int64_t, std::shared_ptr<Bound>> registry;
+
+std::shared_ptr<Bound> find(int64_t key) {
+  const std::lock_guard<std::mutex> guard(registry_lock);
+  const auto found = registry.find(key);
+  STD_TORCH_CHECK(found != registry.end(), "no bound tensors of the key ", key);
+  return found->second;
+}
+
+Held described(const Tensor& tensor, std::vector<int64_t>& layouts) {
+  Held held{tensor.get(), nullptr, nullptr, int64_t(layouts.size()), 0, int32_t(tensor.dim())};
+  aoti_torch_get_dtype(held.handle, &held.dtype);
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  layouts.insert(layouts.end(), sizes.begin(), sizes.end());
+  layouts.insert(layouts.end(), strides.begin(), strides.end());
+  return held;
+}
+
+// Tensors of other dtypes are only copied, byte by byte.
+Type type_or_bytes(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  const bool floating = type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                        type == ScalarType::Half;
+  return floating ? type_of(tensor) : Type::uint8;
+}
+
+void update_span(const Bound& bound, int64_t row, const Use& use, double decay, uint32_t draw,
+                 int64_t first, int64_t last) {
+  if (use.mode == Mode::keep || decay < 0) return;
+  const Held &average = bound.tensors[use.average], &value = bound.value(row);
+  if (use.mode == Mode::copy && average.dtype == value.dtype) {
+    const size_t offset = first * use.element_size;
+    std::memcpy(static_cast<char*>(average.pointer) + offset,
+                static_cast<const char*>(value.pointer) + offset,
+                (last - first) * use.element_size);
+    return;
+  }
+  EmaSpan span{average.pointer, value.pointer, use.type, bound.value_types[row], first, last};
+  if (use.mode == Mode::stochastic) {
+    span.rounding = Rounding::stochastic;
+    span.key = mixed(draw ^ mixed(uint32_t(bound.number[row])));
+  } else if (use.mode == Mode::kahan) {
+    span.rounding = Rounding::kahan;
+    span.compensation = bound.tensors[use.compensation].pointer;
+  }
+  kernels().ema(span, use.mode == Mode::copy ? 0 : decay);
+}
+
+const char* storage_of(const Held& held) {
+  int64_t offset = 0;
+  aoti_torch_get_storage_offset(held.handle, &offset);
+  return static_cast<const char*>(held.pointer) -
+         offset * int64_t(aoti_torch_dtype_element_size(held.dtype));
+}
+
+// Whether no value shares memory with an average, and no average is there twice.
+bool are_apart(const Bound& bound) {
+  std::unordered_set<const void*> written, storages;
+  for (const Use& use : bound.uses) {
+    const Held& average = bound.tensors[use.average];
+    if (!written.insert(average.pointer).second) return false;
+    storages.insert(storage_of(average));
+  }
+  const auto rows = int64_t(bound.length.size());
+  for (int64_t row = 0; row < rows; ++row)
+    if (storages.count(storage_of(bound.value(row)))) return false;
+  return true;
+}
+
+// Reads all pointers anew. False where a tensor has another layout, no memory, or that of another.
+bool holds(Bound& bound) {
+  std::atomic<bool> moved{false};
+  return all_hold(bound.tensors, bound.layouts, moved) && (!moved || are_apart(bound));
+}
+
+// Gives the watched tensors their handles for the time of one call.
+class Watched {
+ public:
+  Watched(Bound& bound, const std::vector<Tensor>& tensors) : bound_(bound) {
+    STD_TORCH_CHECK(int64_t(tensors.size()) == bound.watched, "watched: expected ", bound.watched);
+    for (size_t i = 0; i < tensors.size(); ++i) bound.tensors[i].handle = tensors[i].get();
+  }
+  ~Watched() {
+    for (int64_t i = 0; i < bound_.watched; ++i) bound_.tensors[i].handle = nullptr;
+  }
+
+ private:
+  Bound& bound_;
+};
+
+std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vector<Tensor>& values,
+                            const std::vector<int64_t>& modes,
+                            const std::vector<Tensor>& compensations,
+                            const std::vector<int64_t>& numbers, bool watch_first) {
+  STD_TORCH_CHECK(!values.empty() && averages.size() % values.size() == 0 &&
+                      modes.size() == averages.size() && numbers.size() == values.size(),
+                  "averages, modes, numbers: expected as many for each value");
+  auto bound = std::make_shared<Bound>();
+  const auto teachers = int64_t(averages.size() / values.size());
+  const auto add = [&](const Tensor& tensor, bool owned) {
+    bound->tensors.push_back(described(tensor, bound->layouts));
+    if (owned) bound->owned.push_back(tensor);
+    return int64_t(bound->tensors.size()) - 1;
+  };
+  bound->teachers = teachers;
+  bound->start.push_back(0);
+  bound->number = numbers;
+  for (size_t row = 0; row < values.size(); ++row) {
+    const bool owned = row > 0 || !watch_first;
+    for (int64_t t = 0; t < teachers; ++t) {
+      const size_t at = row * teachers + t;
+      const Tensor& average = averages[at];
+      bound->uses.push_back(
+          {Mode(modes[at]), add(average, owned), -1, average.element_size(), type_or_bytes(average)});
+    }
+    add(values[row], owned);
+    bound->value_types.push_back(type_or_bytes(values[row]));
+    bound->length.push_back(values[row].numel());
+    bound->start.push_back(bound->start.back() + chunks_of(values[row].numel()));
+  }
+  size_t used = 0;
+  for (Use& use : bound->uses)
+    if (use.mode == Mode::kahan) use.compensation = add(compensations.at(used++), true);
+  STD_TORCH_CHECK(holds(*bound), "a bound tensor has no memory of its own on the CPU");
+  bound->watched = watch_first ? teachers + 1 : 0;
+  for (int64_t i = 0; i < bound->watched; ++i) bound->tensors[i].handle = nullptr;
+  return bound;
+}
+
+}  // namespace
+
+// Holds `values` and, for each of them, the same number of `averages` with their Mode, and one of
+// `compensations` for each of Mode::kahan, until ema_release; returns the key. The tensors of the
+// first value are not held if `watch_first`: they come along with each update. All tensors are
+// dense and in the memory order of their value; `numbers` distinguish the random numbers of values.
+int64_t ema_bind(const std::vector<Tensor>& averages, const std::vector<Tensor>& values,
+                 const std::vector<int64_t>& modes, const std::vector<Tensor>& compensations,
+                 const std::vector<int64_t>& numbers, bool watch_first) {
+  auto bound = bind(averages, values, modes, compensations, numbers, watch_first);
+  const std::lock_guard<std::mutex> guard(registry_lock);
+  static int64_t next = 0;
+  registry.emplace(++next, std::move(bound));
+  return next;
+}
+
+void ema_release(int64_t key) {
+  const std::lock_guard<std::mutex> guard(registry_lock);
+  registry.erase(key);
+}
+
+// One decay and one seed of random numbers a teacher; a negative decay leaves it out. False, with
+// nothing written, where a tensor has another dtype, shape or stride than it was bound with.
+bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
+                       const std::vector<double>& decays, const std::vector<int64_t>& draws) {
+  const std::shared_ptr<Bound> bound = find(key);
+  const int64_t teachers = bound->teachers;
+  STD_TORCH_CHECK(int64_t(decays.size()) == teachers && decays.size() == draws.size(),
+                  "decays, draws: expected one a teacher");
+  const std::lock_guard<std::mutex> guard(bound->lock);
+  const Watched handles(*bound, watched);
+  if (!holds(*bound)) return false;
+  for_each_chunk(bound->start.data(), int64_t(bound->length.size()), bound->length.data(), 1,
+                 [&](int64_t row, int64_t first, int64_t last) {
+    for (int64_t t = 0; t < teachers; ++t)
+      update_span(*bound, row, bound->uses[row * teachers + t], decays[t], uint32_t(draws[t]),
+                  first, last);
+  });
+  return true;
+}
+
+}  // namespace fastmt
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastmt, m) {
+  m.def(
+      "ema_bind(Tensor[] averages, Tensor[] values, int[] modes, Tensor[] compensations,"
+      " int[] numbers, bool watch_first) -> int");
+  m.def("ema_release(int key) -> ()");
+  m.def("ema_bound_update_(int key, Tensor[] watched, float[] decays, int[] draws) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastmt, CompositeExplicitAutograd, m) {
+  m.impl("ema_bind", TORCH_BOX(&fastmt::ema_bind));
+  m.impl("ema_release", TORCH_BOX(&fastmt::ema_release));
+  m.impl("ema_bound_update_", TORCH_BOX(&fastmt::ema_bound_update_));
+}

@@ -1,0 +1,113 @@
+"""Tensors that are averaged again and again: bound once, checked and launched in one call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmt import backends, reference
+
+AVERAGE, COPY, KEEP, STOCHASTIC, KAHAN = range(5)  # as in csrc/cpu/ema_bound.cpp
+_ROUNDINGS = {AVERAGE: "nearest", COPY: "nearest", STOCHASTIC: "stochastic", KAHAN: "kahan"}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels average
+
+
+class Row(NamedTuple):
+    """One value of the student, its average in each of K teachers, and what each does with it."""
+
+    number: int  # tells its random numbers from those of other rows
+    averages: tuple[Tensor, ...]
+    value: Tensor
+    modes: tuple[int, ...]
+    compensations: tuple[Tensor | None, ...]  # of KAHAN: what rounding has lost
+
+
+class Bound:
+    """Rows whose tensors the C++ side holds from one update to the next.
+
+    It holds the tensors themselves, not their addresses: it reads each pointer, shape, stride and
+    dtype anew at every call, so that no stale memory is ever read. With `watch` it holds all but
+    those of the first row, whose end can then tell that the others are to be let go.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, watch: bool = False) -> None:
+        given = zip(*((r.number, r.averages, r.value, r.modes, r.compensations) for r in rows))
+        numbers, averages, values, modes, compensations = map(list, given)
+        self._key = torch.ops.fastmt.ema_bind(
+            [average for each in averages for average in each],
+            values,
+            [mode for each in modes for mode in each],
+            [lost for each in compensations for lost in each if lost is not None],
+            numbers,
+            watch,
+        )
+        weakref.finalize(self, torch.ops.fastmt.ema_release, self._key)
+
+    def update(
+        self, watched: Sequence[Tensor], decays: Sequence[float], draws: Sequence[int]
+    ) -> bool:
+        """Average with a decay a teacher; False, with nothing done, where a layout has changed."""
+        return torch.ops.fastmt.ema_bound_update_(self._key, watched, decays, draws)
+
+
+def is_served(row: Row) -> bool:
+    """Whether the launch takes a row: it walks each tensor as one stretch of memory on the CPU."""
+    value, pairs = row.value, zip(row.averages, row.modes, strict=True)
+    return _is_plain(value) and all(_follows(average, value, mode) for average, mode in pairs)
+
+
+def _follows(average: Tensor, value: Tensor, mode: int) -> bool:
+    if not _is_plain(average):
+        return False
+    floats = average.dtype in KERNEL_DTYPES and value.dtype in KERNEL_DTYPES
+    if not floats and not (mode in (COPY, KEEP) and average.dtype == value.dtype):
+        return False
+    if average.is_contiguous() and value.is_contiguous():
+        return True
+    return average.stride() == value.stride() and _is_dense(average)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def update_eagerly(
+    row: Row, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]
+) -> None:
+    """One row by the reference, on any device and in any layout."""
+    for average, mode, lost, decay, draw in zip(
+        row.averages, row.modes, row.compensations, decays, draws, strict=True
+    ):
+        if mode != KEEP:
+            reference.ema_update_(
+                [_real(average)],
+                [_real(row.value)],
+                _copying(decay) if mode == COPY else decay,
+                rounding=_ROUNDINGS[mode],
+                draw=draw,
+                numbers=[row.number],
+                compensation=[lost],
+            )
+
+
+def _copying(decay: float | Tensor) -> float | Tensor:
+    """Decay 0, and negative where `decay` is."""
+    return decay.clamp_max(0) if isinstance(decay, Tensor) else min(decay, 0.0)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
