@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from fastmt.ema_bound import (
     is_served,
     update_eagerly,
 )
-from fastmt.matching import Pair, Structure, Unmoved, check_storage, is_unmoved, matched, reshard
+from fastmt.matching import Pair, Shards, Structure, Unmoved, check_storage, is_unmoved, matched
 
 _RULES = {"copy": COPY, "ema": AVERAGE, "keep": KEEP}
 _ROUNDINGS = {None: AVERAGE, "stochastic": STOCHASTIC, "kahan": KAHAN}
@@ -34,7 +34,7 @@ class Track(NamedTuple):
     network: nn.Module
     buffers: str  # "copy", "ema" or "keep"
     rounding: str | None  # of half-precision parameters: None, "stochastic" or "kahan"
-    compensation: Mapping[str, Tensor]  # by parameter, what "kahan" has lost
+    compensation: dict[str, Tensor]  # by parameter, what "kahan" has lost; filled as needed
 
 
 class Plan:
@@ -43,9 +43,7 @@ class Plan:
     def __init__(self, tracks: Sequence[Track], network: nn.Module) -> None:
         self.student = weakref.ref(network)
         networks = [*(track.network for track in tracks), network]
-        self._sharded = any(hasattr(m, "unshard") for n in networks for m in n.modules())
-        if self._sharded:
-            reshard(networks)
+        self._shards = Shards(networks)
         self._structure = Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
         buffers = _rows(tracks, network, nn.Module.named_buffers)
@@ -77,9 +75,12 @@ class Plan:
         self._bound = Bound(bound) if bound else None
 
     def holds(self, network: nn.Module) -> bool:
-        if self._sharded:
-            return False  # gathering and sharding replace the tensors
-        return self.student() is network and self._structure.holds() and self._unmoved.holds()
+        return (
+            self.student() is network
+            and self._shards.hold()
+            and self._structure.holds()
+            and self._unmoved.holds()
+        )
 
     def run(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> bool:
         """Average with a decay a teacher, negative to leave it out.
@@ -113,11 +114,20 @@ def _averaged(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> 
         for pair, track in zip(pairs, tracks, strict=True)
     ]
     lost = [
-        track.compensation[pair.name] if mode == KAHAN else None
+        _compensation(track, pair) if mode == KAHAN else None
         for pair, track, mode in zip(pairs, tracks, modes, strict=True)
     ]
     averages = tuple(pair.average for pair in pairs)
     return Row(number, averages, pairs[0].value, tuple(modes), tuple(lost))
+
+
+def _compensation(track: Track, pair: Pair) -> Tensor:
+    kept = track.compensation.get(pair.name)
+    if kept is None or kept.shape != pair.average.shape or kept.dtype != pair.average.dtype:
+        kept = torch.zeros_like(pair.average)
+    # In the memory order of the average, which a checkpoint need not have kept.
+    track.compensation[pair.name] = torch.empty_like(pair.average).copy_(kept)
+    return track.compensation[pair.name]
 
 
 def _followed(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> Row:

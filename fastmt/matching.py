@@ -95,10 +95,43 @@ def check_storage(pairs: Sequence[Pair]) -> None:
 
 def reshard(networks: Iterable[nn.Module]) -> None:
     """Put FSDP2's parameters back to shards: a forward may have left them gathered."""
-    for network in networks:
-        for module in network.modules():
-            if hasattr(module, "reshard") and hasattr(module, "unshard"):
-                module.reshard()
+    for module in sharded_modules(networks):
+        module.reshard()
+
+
+def sharded_modules(networks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that FSDP2 shards."""
+    modules = [module for network in networks for module in network.modules()]
+    return [m for m in modules if hasattr(m, "reshard") and hasattr(m, "unshard")]
+
+
+class Shards:
+    """The local shards of networks under FSDP2, and whether they lie in the same memory yet.
+
+    A forward gathers the parameters in place of the sharded ones; they are put back first. The
+    tensor that stands for a shard is a new one at every look.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        networks = list(networks)
+        self._modules = sharded_modules(networks)
+        self.reshard()
+        tensors = (t for n in networks for t in (*n.parameters(), *n.buffers()))
+        self._sharded = [t for t in tensors if hasattr(t, "placements")]
+        self._seen = self._places()
+
+    def reshard(self) -> None:
+        for module in self._modules:
+            module.reshard()
+
+    @torch.no_grad()
+    def _places(self) -> list[tuple[object, ...]]:
+        shards = map(local, self._sharded)
+        return [(shard.data_ptr(), shard.shape, shard.stride(), shard.dtype) for shard in shards]
+
+    def hold(self) -> bool:
+        self.reshard()
+        return self._seen == self._places()
 
 
 class Structure:

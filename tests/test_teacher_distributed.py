@@ -75,6 +75,14 @@ def two_ranks(rank: int, folder: str) -> None:
     dcp.save({"teacher": teacher.state_dict()}, checkpoint_id=f"{folder}/saved")
     if rank == 0:
         torch.save(state, f"{folder}/sharded.pt")
+
+    student = network()
+    student[0].requires_grad_(False)
+    teacher = sharded_teacher(student, 2)
+    train(student, teacher, 2, 7)
+    plan = teacher._plan
+    train(student, teacher, 3, 8)  # each forward gathers the parameters
+    torch.save((teacher._plan is plan, gathered(teacher)), f"{folder}/frozen{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -131,6 +139,19 @@ def test_sharded_averages_gather_to_those_of_one_process(folder):
     sharded = torch.load(f"{folder}/sharded.pt")
     for name, expected in teacher.state_dict().items():
         torch.testing.assert_close(sharded[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_matched_under_fully_shard_is_kept_while_the_shards_are_the_same(folder):
+    student = network()
+    student[0].requires_grad_(False)
+    teacher = EMATeacher(student, 0.9)
+    train(student, teacher, 2, 7)
+    train(student, teacher, 3, 8)
+    for rank in range(2):
+        kept, state = torch.load(f"{folder}/frozen{rank}.pt")
+        assert kept
+        for name, expected in teacher.state_dict().items():
+            torch.testing.assert_close(state[name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_saved_on_two_ranks_it_loads_on_one_and_on_four(folder):
