@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmt import backends, reference
+from fastmt import reference
 
 AVERAGE, COPY, KEEP, STOCHASTIC, KAHAN = range(5)  # as in csrc/cpu/ema_bound.cpp
 _ROUNDINGS = {AVERAGE: "nearest", COPY: "nearest", STOCHASTIC: "stochastic", KAHAN: "kahan"}
@@ -35,14 +35,12 @@ class Bound:
     """
 
     def __init__(self, rows: Sequence[Row], *, watch: bool = False) -> None:
-        given = zip(*((r.number, r.averages, r.value, r.modes, r.compensations) for r in rows))
-        numbers, averages, values, modes, compensations = map(list, given)
         self._key = torch.ops.fastmt.ema_bind(
-            [average for each in averages for average in each],
-            values,
-            [mode for each in modes for mode in each],
-            [lost for each in compensations for lost in each if lost is not None],
-            numbers,
+            [average for row in rows for average in row.averages],
+            [row.value for row in rows],
+            [mode for row in rows for mode in row.modes],
+            [lost for row in rows for lost in row.compensations if lost is not None],
+            [row.number for row in rows],
             watch,
         )
         weakref.finalize(self, torch.ops.fastmt.ema_release, self._key)

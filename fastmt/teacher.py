@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, decays
+from fastmt import arguments, decays, reference
 from fastmt.ema_plan import Plan, Track
 from fastmt.matching import matched, plain_name, reshard, unwrapped
 
-BUFFERS = ("copy", "ema", "keep")
+BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
+HALVES = (torch.bfloat16, torch.float16)
+_32_BITS = 0xFFFFFFFF
 
 
 class EMATeacher(nn.Module):
@@ -37,9 +39,13 @@ class EMATeacher(nn.Module):
         start: until that many calls the teacher is a plain copy of the student.
         half_life: instead of `decay`: after that many steps (calls of update()) a weight counts
             half; after that many images where `images_per_step` is given.
-        dtype: floating dtype of the teacher's parameters, float32 or float64. Default: the
-            student's, and float32 where the student's is half precision, in which an average with
-            decay 0.999 would not move.
+        dtype: floating dtype of the teacher's parameters. Default: the student's, and float32 where
+            the student's is half precision, in which an average with decay 0.999 would not move.
+            bfloat16 and float16 need a `rounding`, and inputs of that dtype or autocast.
+        rounding: of parameters in half precision: "stochastic" stores each up or down at random,
+            right on average; "kahan" keeps what rounding has lost in a tensor beside each
+            (`compensation`), as many bytes again.
+        seed: of stochastic rounding; the same seed and students give the same teacher.
 
     Starts in eval mode. `module` is the averaged network; forward runs it without gradient.
 
@@ -62,6 +68,8 @@ class EMATeacher(nn.Module):
         half_life: float | None = None,
         images_per_step: float | None = None,
         dtype: torch.dtype | None = None,
+        rounding: str | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if update_every < 1 or start < 0:
@@ -75,10 +83,15 @@ class EMATeacher(nn.Module):
         if not callable(warmup) and warmup is not None:
             arguments.check_choice("warmup", warmup, tuple(decays.WARMUPS))
         arguments.check_choice("buffers", buffers, BUFFERS)
+        if rounding is not None:
+            arguments.check_choice("rounding", rounding, ROUNDINGS)
         self.decay, self.warmup, self.buffer_rule = decay, warmup, buffers
         self.update_every, self.start, self.calls, self.updates = update_every, start, 0, 0
         self.module = _copied(unwrapped(student)).requires_grad_(False)
-        _widen(self.module, dtype)
+        self.rounding, self.seed = rounding, seed
+        _retype(self.module, dtype, rounding)
+        self.compensation: dict[str, Tensor] = {}
+        self._scalars: tuple[Tensor, Tensor] | None = None
         self._student = weakref.ref(unwrapped(student))
         self._plan: Plan | None = None
         self._swapped = False
@@ -101,6 +114,49 @@ class EMATeacher(nn.Module):
             finite: 0-dim bool tensor; where False (a step that was skipped) nothing changes.
         """
         update_together([self], student=student, finite=finite)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The host's half of update(): count, and put the decay of this step on the device.
+
+        For a training step that is a CUDA graph: update() that is being captured records the
+        device's half alone, which reads the decay (and the seed of stochastic rounding) there. Call
+        advance() before each replay; nothing waits for the device. Inside the graph a step that
+        `update_every` leaves out changes nothing.
+        """
+        self._put()
+        self._count()
+
+    def _put(self) -> tuple[Tensor, Tensor]:
+        """Decay and draw of the next update as 0-dim tensors on the teacher's device."""
+        if self._scalars is None:
+            device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+            self._scalars = (
+                torch.zeros((), dtype=torch.float64, device=device),
+                torch.zeros((), dtype=torch.int64, device=device),
+            )
+        decay, draw = self._scalars
+        decay.fill_(self._due_decay())
+        if self.rounding == "stochastic":
+            draw.fill_(self._draw())
+        return self._scalars
+
+    def _captured(self) -> tuple[Tensor, Tensor]:
+        if self._scalars is None:
+            raise RuntimeError(
+                "update: the first one cannot be captured; call advance() before the capture"
+            )
+        return self._scalars
+
+    def _due_decay(self) -> float:
+        """a_t of the next call of update(); negative where it does not average."""
+        return self.current_decay() if self._is_due() else -1.0
+
+    def _draw(self) -> int:
+        """The seed of the next update's random numbers."""
+        if self.rounding != "stochastic":
+            return 0
+        return reference.mixed((reference.mixed(self.seed & _32_BITS) + self.calls) & _32_BITS)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
         """Update after each `optimizer.step()`; `.remove()` of what is returned ends that.
@@ -127,7 +183,7 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
         for teacher in teachers:
-            _check_wide(teacher.module)
+            _check_wide(teacher.module, teacher.rounding)
         plan = self._plan = Plan([teacher._track() for teacher in teachers], network)
         self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
         # Its children and parameters would outlive the student in the plan.
@@ -142,15 +198,17 @@ class EMATeacher(nn.Module):
         return plan
 
     def _track(self) -> Track:
-        return Track(self.module, self.buffer_rule, None, {})
+        return Track(self.module, self.buffer_rule, self.rounding, self.compensation)
 
     def _forget(self) -> None:
         """Let go of the student's tensors."""
         self._plan, self._planned = None, []
 
-    def _apply(self, *args: object, **kwargs: object) -> EMATeacher:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         self._forget()
-        return super()._apply(*args, **kwargs)
+        self._scalars = None
+        self.compensation = {name: fn(lost) for name, lost in self.compensation.items()}
+        return super()._apply(fn, recurse)
 
     def _resolve(self, student: nn.Module | None) -> nn.Module:
         student = self._student() if student is None and self._student else student
@@ -206,6 +264,7 @@ class EMATeacher(nn.Module):
     ) -> None:
         """Entries of the plain network, wherever this module stands in a larger one."""
         self._forget()
+        self.compensation = {}
         own = {plain_name(name, module=True): name for name in self.module.state_dict()}
         count = state_dict.pop(f"{prefix}n_averaged", None)
         if count is not None:
@@ -242,17 +301,26 @@ def update_together(
         if not finite:
             return
         finite = None
-    due = [teacher._is_due() for teacher in teachers]
-    if any(due):
+    captured = _is_capturing()
+    if captured or any(teacher._is_due() for teacher in teachers):
         plan = teachers[0]._plan_for(teachers, network)
-        given = [t.current_decay() if d else -1.0 for t, d in zip(teachers, due, strict=True)]
+        if captured:
+            given = [teacher._captured() for teacher in teachers]
+        elif plan.device.type == "cpu" and finite is None:
+            given = [(teacher._due_decay(), teacher._draw()) for teacher in teachers]
+        else:
+            given = [teacher._put() for teacher in teachers]
+        decays, draws = map(list, zip(*given, strict=True))
         if finite is not None:
-            given = [torch.where(finite, decay, -1.0) for decay in given]
-        draws = [0] * len(teachers)
-        if not plan.run(given, draws):  # a tensor has another layout: match and bind anew
-            teachers[0]._plan_anew(teachers, network).run(given, draws)
-    for teacher in teachers:
+            decays = [torch.where(finite, decay, -1.0) for decay in decays]
+        if not plan.run(decays, draws):  # a tensor has another layout: match and bind anew
+            teachers[0]._plan_anew(teachers, network).run(decays, draws)
+    for teacher in () if captured else teachers:
         teacher._count()
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _copied(network: nn.Module) -> nn.Module:
@@ -265,26 +333,35 @@ def _copied(network: nn.Module) -> nn.Module:
         ) from error
 
 
-def _check_wide(network: nn.Module) -> None:
+def _check_wide(network: nn.Module, rounding: str | None) -> None:
     for name, parameter in network.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.dtype in HALVES and rounding is None:
             raise TypeError(
                 f"teacher: {name!r} is {parameter.dtype}, expected float32 or float64; in half "
                 "precision the average does not move"
             )
 
 
-def _widen(network: nn.Module, dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.float32, torch.float64):
+def _retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) -> None:
+    """Give the parameters the dtype of the teacher's."""
+    if dtype in HALVES and rounding is None:
         raise ValueError(
             f"dtype: got {dtype}, expected float32 or float64; in half precision the average does "
-            "not move, since a step of (1 - decay) is below its rounding"
+            "not move, since a step of (1 - decay) is below its rounding, unless rounding= is "
+            "'stochastic' or 'kahan'"
         )
+    if dtype not in (None, torch.float32, torch.float64, *HALVES):
+        raise ValueError(f"dtype: got {dtype}, expected float32, float64, bfloat16 or float16")
     for parameter in network.parameters():
-        half = parameter.dtype in (torch.float16, torch.bfloat16)
-        wide = dtype or (torch.float32 if half else parameter.dtype)
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(wide)
+            widened = parameter.dtype in HALVES and rounding is None
+            wanted = dtype or (torch.float32 if widened else parameter.dtype)
+            parameter.data = parameter.data.to(wanted)
+    if rounding is not None and not any(p.dtype in HALVES for p in network.parameters()):
+        raise ValueError(
+            f"rounding: got {rounding!r} for a teacher without parameters in half precision; "
+            "expected dtype=torch.bfloat16 or torch.float16 with it"
+        )
 
 
 def _all_pairs(network: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:

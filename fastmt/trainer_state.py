@@ -24,6 +24,7 @@ def collect(trainer: MeanTeacher) -> dict[str, Any]:
         "steps": trainer.steps,
         "skipped": trainer.skipped,
         "teacher_counts": [trainer.teacher.calls, trainer.teacher.updates],
+        "teacher_compensation": dict(trainer.teacher.compensation),
         "generator": trainer.generator.get_state(),
         "global_generators": [torch.get_rng_state(), *cuda],
     }
@@ -46,6 +47,8 @@ def restore(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike
     trainer.steps = state["steps"]
     trainer.skipped.copy_(state["skipped"])
     trainer.teacher.calls, trainer.teacher.updates = state["teacher_counts"]
+    lost = state.get("teacher_compensation", {})
+    trainer.teacher.compensation = {n: t.to(trainer.device) for n, t in lost.items()}
     trainer.generator.set_state(state["generator"])
     cpu, *cuda = state["global_generators"]
     torch.set_rng_state(cpu)

@@ -15,6 +15,7 @@ from tolerances import assert_gradient_close, assert_loss_close
 import fastmt
 from fastmt import backends
 from fastmt.consistency import LOSSES
+from fastmt.ema_table import table
 
 pytestmark = pytest.mark.usefixtures("kernels")
 SHAPE = (2, 19, 67, 71)
@@ -182,3 +183,16 @@ def test_the_widest_instruction_set_is_taken():
     expected = "avx512" if wide else "avx2" if {"avx2", "fma"} <= words else "baseline"
     if "FASTMT_CPU_ISA" not in os.environ:
         assert backends.instruction_set() == expected
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.0, -1.0])
+def test_a_table_of_addresses_gives_the_average_of_the_tensors_themselves(decay):
+    sizes, dtypes = [1, 40_000, 16_384, 7], [torch.float32, torch.bfloat16, torch.float16]
+    teacher = [random_logits([n], n) for n in sizes]
+    student = [random_logits([n], n + 1).to(dtypes[i % 3]) for i, n in enumerate(sizes)]
+    expected = [average.clone() for average in teacher]
+    if decay >= 0:
+        fastmt.ema_update_(expected, student, decay)
+    rows, starts = table(teacher, student)
+    torch.ops.fastmt.ema_update_(rows, starts, torch.tensor(decay, dtype=torch.float64))
+    assert_bitwise(teacher, expected)

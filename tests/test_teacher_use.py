@@ -10,8 +10,9 @@ import pytest
 import torch
 from followed import Net, advance, assert_same, follow
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmt import EMATeacher
+from fastmt import EMATeacher, backend
 
 
 @pytest.fixture
@@ -146,3 +147,44 @@ def test_parameters_that_appear_vanish_or_change_size_are_named(student):
 def test_options_out_of_range_are_named(student, options, message):
     with pytest.raises(ValueError, match=message):
         EMATeacher(student, **options)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a value is read on the host, for which a device would have to be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": 0.9},
+        {"decay": 0.8, "warmup": None, "update_every": 3, "start": 2},
+        {"decay": 0.9, "dtype": torch.bfloat16, "rounding": "stochastic"},
+        {"decay": 0.9, "dtype": torch.float16, "rounding": "kahan"},
+        {"decay": 0.9, "buffers": "ema"},
+    ],
+)
+def test_the_devices_half_of_an_update_replayed_after_advance_keeps_the_schedule(
+    student, monkeypatch, options
+):
+    expected, teacher = EMATeacher(student, **options), EMATeacher(student, **options)
+    for seed in range(8):
+        advance(student, seed)
+        with backend("eager"):
+            expected.update()
+            teacher.advance()
+            with monkeypatch.context() as patch, NoHostReads():
+                patch.setattr("fastmt.teacher._is_capturing", lambda: True)
+                teacher.update()  # what a graph would hold, and do again
+    assert_same(teacher.module, expected.module)
+    assert (teacher.calls, teacher.updates) == (expected.calls, expected.updates)
+
+
+def test_capture_without_a_decay_on_the_device_is_refused(student, monkeypatch):
+    teacher = EMATeacher(student)
+    monkeypatch.setattr("fastmt.teacher._is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="^update: the first one cannot be captured; call adv"):
+        teacher.update()
