@@ -1,7 +1,12 @@
-"""The moving average of a network's parameters against the ways PyTorch offers."""
+"""The moving average of a network's parameters against the ways PyTorch and others offer.
+
+`kernel` is the launch alone, over a table of addresses that is never checked: what EMATeacher's
+update() takes beyond it is matching, checking and the decay.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,12 +21,21 @@ from benchmarks.harness import Case, Work
 from benchmarks.shapes import (
     MANY_SMALL,
     resnet50_parameters,
+    segformer_b5_parameters,
     unet_parameters,
     vit_large_parameters,
 )
-from fastmt import reference
+from fastmt import backends, reference
+from fastmt.ema_table import table
+
+try:
+    from ema_pytorch import EMA
+except ImportError:
+    EMA = None
 
 DECAY = 0.999
+TEACHER, KERNEL = "EMATeacher", "kernel"
+Shapes = tuple[tuple[int, ...], ...]
 
 
 @torch.no_grad()
@@ -35,48 +49,68 @@ def foreach_lerp(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
     torch._foreach_lerp_(teacher, student, 1 - DECAY)
 
 
+@torch.no_grad()
+def foreach_mul_add(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
+    torch._foreach_mul_(teacher, DECAY)
+    torch._foreach_add_(teacher, student, alpha=1 - DECAY)
+
+
 def fused(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
     fastmt.ema_update_(teacher, student, DECAY)
 
 
-FUNCTIONS = {"loop": loop, "_foreach_lerp_": foreach_lerp, harness.FUSED: fused}
+FUNCTIONS = {
+    "loop": loop,
+    "_foreach_lerp_": foreach_lerp,
+    "_foreach_mul_, _foreach_add_": foreach_mul_add,
+    harness.FUSED: fused,
+}
 
 
 def cases(which: str) -> list[Case]:
     """The comparisons of the set "tiny", "quick" or "full"."""
     if which == "tiny":
         return [_case("5 tensors of 7x3", ((7, 3),) * 5)]
+    half = torch.bfloat16
     return [
         _case("U-Net, 31 M parameters in 64 tensors", unet_parameters()),
         _case("1000 tensors of 64x16", MANY_SMALL),
         _case("ResNet-50, 26 M parameters in 161 tensors", resnet50_parameters()),
+        _case("ResNet-50, 26 M parameters in 161 tensors", resnet50_parameters(), half),
+        _case("SegFormer-B5, 85 M parameters in 1065 tensors", segformer_b5_parameters()),
         *(
-            [_case("ViT-L, 304 M parameters in 296 tensors", vit_large_parameters())]
-            * (which == "full")
+            _case("ViT-L, 304 M parameters in 296 tensors", vit_large_parameters(), dtype)
+            for dtype in (torch.float32, half)
+            if which == "full"
         ),
     ]
 
 
-def _case(name: str, shapes: tuple[tuple[int, ...], ...]) -> Case:
-    return Case(f"{name}, float32", "EMA", partial(_build, shapes))
+def _case(name: str, shapes: Shapes, dtype: torch.dtype = torch.float32) -> Case:
+    suffix = "float32" if dtype == torch.float32 else "bfloat16 student of a float32 teacher"
+    return Case(f"{name}, {suffix}", "EMA", partial(_build, shapes, dtype))
 
 
-def _build(shapes: tuple[tuple[int, ...], ...], device: torch.device, compiled: bool) -> Work:
-    student = nn.ParameterList(inputs.parameters(shapes, device=device, seed=0))
+def _build(shapes: Shapes, dtype: torch.dtype, device: torch.device, compiled: bool) -> Work:
+    student = nn.ParameterList(inputs.parameters(shapes, device=device, seed=0)).to(dtype)
     start = inputs.parameters(shapes, device=device, seed=1)
     teacher = [tensor.clone() for tensor in start]
     values = [parameter.detach() for parameter in student]
-    swa = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=False)
     ours = fastmt.EMATeacher(student, DECAY, warmup=None)
     updates = {
-        name: (partial(function, teacher, values), teacher) for name, function in FUNCTIONS.items()
+        name: (partial(function, teacher, values), teacher)
+        for name, function in FUNCTIONS.items()
+        if dtype == torch.float32 or function is not foreach_lerp  # which takes one dtype
     }
-    updates["AveragedModel"] = (partial(swa.update_parameters, student), list(swa.parameters()))
-    updates["EMATeacher"] = (ours.update, list(ours.parameters()))
+    updates[TEACHER] = (ours.update, list(ours.parameters()))
+    if backends.extension_missing() is None and device.type == "cpu":
+        rows, decay = table(teacher, values), torch.tensor(DECAY, dtype=torch.float64)
+        updates[KERNEL] = (partial(torch.ops.fastmt.ema_update_, *rows, decay), teacher)
+    if dtype == torch.float32:  # the others' averages have the student's dtype
+        updates |= _others(student)
 
     @torch.no_grad()
     def reset() -> None:
-        swa.n_averaged.fill_(1)  # its first update would be a plain copy
         for _, tensors in updates.values():
             torch._foreach_copy_(tensors, start)
 
@@ -90,6 +124,40 @@ def _build(shapes: tuple[tuple[int, ...], ...], device: torch.device, compiled: 
     )
 
 
+def _others(student: nn.Module) -> dict[str, tuple[Callable[[], None], list[Tensor]]]:
+    swa = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=False)
+    swa.update_parameters(student)  # its first update is a plain copy
+    found = {"AveragedModel": (partial(swa.update_parameters, student), list(swa.parameters()))}
+    if EMA is None:
+        return found
+    ema = EMA(
+        student,
+        beta=DECAY,
+        min_value=DECAY,  # no warm-up
+        update_after_step=0,
+        update_every=1,
+        include_online_model=False,
+    )
+
+    def update(use_foreach: bool) -> None:
+        ema.use_foreach = use_foreach
+        ema.update()
+
+    for _ in range(3):  # plain copies, and a decay of 0
+        update(False)
+    averages = list(ema.ema_model.parameters())
+    found["ema-pytorch"] = (partial(update, False), averages)
+    return found | {"ema-pytorch, foreach": (partial(update, True), averages)}
+
+
+def overhead(case: dict) -> float | None:
+    """Seconds that one EMATeacher.update() took beyond the kernel in a measured case."""
+    if not {TEACHER, KERNEL} <= case["variants"].keys():
+        return None
+    rounds = (case["variants"][name]["samples_s"] for name in (TEACHER, KERNEL))
+    return statistics.median(ours - kernel for ours, kernel in zip(*rounds, strict=True))
+
+
 def _updated(update: Callable[[], None], teacher: list[Tensor]) -> list[Tensor]:
     update()
     return teacher
@@ -97,11 +165,15 @@ def _updated(update: Callable[[], None], teacher: list[Tensor]) -> list[Tensor]:
 
 def _expected(start: Sequence[Tensor], student: Sequence[Tensor]) -> list[Tensor]:
     teacher = [tensor.double() for tensor in start]
-    reference.ema_update_(teacher, [value.double() for value in student], DECAY)
+    for average, value in zip(teacher, student, strict=True):
+        reference.ema_update_([average], [value.double()], DECAY)
     return teacher
 
 
-@pytest.mark.parametrize("variant", [*FUNCTIONS, "AveragedModel", "EMATeacher"])
+VARIANTS = [*FUNCTIONS, TEACHER, KERNEL, "AveragedModel", "ema-pytorch", "ema-pytorch, foreach"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("case", cases("quick"), ids=lambda case: case.name)
 def test_ema_update(benchmark, case: Case, variant: str) -> None:
     harness.benchmark_variant(benchmark, case, variant)

@@ -71,7 +71,9 @@ def markdown(result: dict[str, object]) -> str:
     ]
     for group, cases in groupby(result["cases"], key=lambda case: case["group"]):
         lines += ["", f"## {group.capitalize() if group.islower() else group}", ""]
-        lines += _table(list(cases))
+        measured = list(cases)
+        lines += _table(measured)
+        lines += _overheads(measured)
     if "trainer" in result:
         lines += ["", "## Trainer", "", *_trainer_table(result["trainer"])]
     return "\n".join(lines) + "\n"
@@ -98,6 +100,14 @@ def _table(cases: list[dict]) -> list[str]:
             ]
         )
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _overheads(cases: list[dict]) -> list[str]:
+    beyond = {case["name"]: bench_ema.overhead(case) for case in cases}
+    lines = [f"- {name}: {_time(over)}" for name, over in beyond.items() if over is not None]
+    if not lines:
+        return []
+    return ["", "`EMATeacher.update()` beyond the kernel (matching, checks, decay):", "", *lines]
 
 
 def _trainer_table(trainer: dict) -> list[str]:
