@@ -21,7 +21,7 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
 
 

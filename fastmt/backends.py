@@ -10,14 +10,16 @@ import contextlib
 import functools
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastmt import library
 
 BACKENDS = ("auto", "eager", "triton", "cpp")
 MAX_CLASSES = 4096
@@ -43,8 +45,15 @@ class _Answer(BaseException):
         self.choice = choice
 
 
-_request: ContextVar[_Request | None] = ContextVar("fastmt_backend", default=None)
-_explaining: ContextVar[bool] = ContextVar("fastmt_explaining", default=False)
+class _State(threading.local):
+    """What this thread asks for: plain attributes, by which a compiled graph can be guarded."""
+
+    def __init__(self) -> None:
+        self.request: _Request | None = None
+        self.explaining = False
+
+
+_state = _State()
 _warned: set[str] = set()
 
 
@@ -60,11 +69,12 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     Raises:
         ValueError: unknown name.
     """
-    token = _request.set(_Request(_checked(name), strict))
+    before = _state.request
+    _state.request = _Request(_checked(name), strict)
     try:
         yield
     finally:
-        _request.reset(token)
+        _state.request = before
 
 
 def _checked(name: str) -> str:
@@ -81,11 +91,11 @@ def choose(operation: str, tensors: Sequence[Tensor], *, obstacle: str | None = 
         tensors: the logits (or parameters) that the kernels would read.
         obstacle: what in the other arguments no kernel supports yet, if anything.
     """
-    name, strict = _request.get() or _Request(
+    name, strict = _state.request or _Request(
         _checked(os.environ.get("FASTMT_BACKEND", "auto")), False
     )
     choice = _resolve(operation, name, tensors, obstacle)
-    if _explaining.get():
+    if _state.explaining:
         raise _Answer(choice)
     if choice.backend == "eager" and name != "eager":
         _report(operation, name, strict, choice.reason)
@@ -104,8 +114,6 @@ def _resolve(operation: str, name: str, tensors: Sequence[Tensor], obstacle: str
 
 
 def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing, and traces the reference"
     if missing := extension_missing():
         return missing
     for tensor in tensors:
@@ -133,18 +141,24 @@ def _report(operation: str, name: str, strict: bool, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-@functools.cache
+@library.constant_while_tracing
 def extension_missing() -> str | None:
     """Load the C++ kernels once; None when they are there, else the reason why not."""
-    library = _PACKAGE / "_C.abi3.so"
-    if not library.exists():
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    kernels = _PACKAGE / "_C.abi3.so"
+    if not kernels.exists():
         return f"the C++ kernels are not built: {build_info().get('reason', 'no build record')}"
     from fastmt import kept_memory  # noqa: F401  the kernels call an operation that it registers
 
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(kernels))
     except (OSError, RuntimeError) as error:
         return f"the C++ kernels do not load: {str(error).splitlines()[0]}"
+    library.register_fakes()
     return None
 
 
@@ -154,9 +168,14 @@ def build_info() -> dict[str, object]:
     return json.loads(record.read_text()) if record.exists() else {}
 
 
-@functools.cache
+@library.constant_while_tracing
 def instruction_set() -> str:
     """The instruction set that the C++ kernels run with on this machine."""
+    return _instruction_set()
+
+
+@functools.cache
+def _instruction_set() -> str:
     if missing := extension_missing():
         return missing
     return torch.ops.fastmt.instruction_set()
@@ -176,11 +195,12 @@ def explain(function: Callable, *args: object, **kwargs: object) -> Choice:
         Whatever the call itself would raise for its arguments; TypeError if `function` is not an
         operation of fastmt.
     """
-    token = _explaining.set(True)
+    before = _state.explaining
+    _state.explaining = True
     try:
         function(*args, **kwargs)
     except _Answer as answer:
         return answer.choice
     finally:
-        _explaining.reset(token)
+        _state.explaining = before
     raise TypeError(f"function: {function!r} is not an operation of fastmt")

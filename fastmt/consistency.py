@@ -107,7 +107,6 @@ def consistency_loss(
         NORMALIZATIONS.index(normalize),
     ]
     inside = upsampled_inside([student, *members], size)
-    limits = torch.as_tensor(threshold, dtype=torch.float32).detach().reshape(-1).contiguous()
     maps = [
         None if pixel_weight is None else pixel_weight.float().reshape(out),
         valid,
@@ -116,7 +115,7 @@ def consistency_loss(
     value, selected, mean_score = _ConsistencyLoss.apply(
         student,
         members,
-        limits,
+        _limits(threshold, student.device),
         maps,
         options,
         (1 / temperature, inside, align_corners),
@@ -176,6 +175,14 @@ def _check_options(
     arguments.check_positive("temperature", temperature)
 
 
+def _limits(threshold: float | Tensor, device: torch.device) -> Tensor:
+    """The thresholds (1,) or (C,) in float32 on `device`, brought there without waiting for it."""
+    if not isinstance(threshold, Tensor):
+        return torch.full((1,), threshold, dtype=torch.float32, device=device)
+    limits = threshold.detach().to(device, torch.float32, non_blocking=True)
+    return limits.reshape(-1).contiguous()
+
+
 class _ConsistencyLoss(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
@@ -188,10 +195,8 @@ class _ConsistencyLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(selected, mean_score)
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            # The teacher's logits may be inference tensors, which save_for_backward refuses.
-            ctx.save_for_backward(student)
-            ctx.gradient, ctx.scale = gradient, scale
-            ctx.again = lambda z: torch.ops.fastmt.consistency_loss(z, *call[1:], True)[-1]
+            operation, rest = torch.ops.fastmt.consistency_loss, call[1:]
+            gradients.keep(ctx, student, gradient, scale, lambda z: operation(z, *rest, True)[-1])
         return value, selected, mean_score
 
     @staticmethod

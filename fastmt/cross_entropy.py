@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -95,6 +97,17 @@ def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
         arguments.output_shape([("logits", logits)], tuple(labels.shape[1:]))
 
 
+def _refuse(wrong: Tensor, wrong_label: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise where the kernel has met labels out of range; on a GPU only if FASTMT_CHECK=1 asks."""
+    if wrong.device.type != "cpu" and os.environ.get("FASTMT_CHECK") != "1":
+        return
+    if torch.compiler.is_compiling():  # the graph itself raises, without a value to name
+        message = f"labels: got a label outside 0..{classes - 1} that is not {ignore_index}"
+        torch._assert_async(wrong == 0, message)
+    elif wrong:
+        raise ValueError(arguments.label_message(int(wrong_label), classes, ignore_index))
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
@@ -104,14 +117,11 @@ class _CrossEntropy(torch.autograd.Function):
         value, scale, gradient, wrong, wrong_label = torch.ops.fastmt.cross_entropy(
             logits, *call, wants_gradient
         )
-        if wrong:
-            message = arguments.label_message(wrong_label, logits.shape[1], options[0])
-            raise ValueError(message)
+        _refuse(wrong, wrong_label, logits.shape[1], options[0])
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            ctx.save_for_backward(logits)
-            ctx.gradient, ctx.scale = gradient, scale
-            ctx.again = lambda z: torch.ops.fastmt.cross_entropy(z, *call, True)[2]
+            operation = torch.ops.fastmt.cross_entropy
+            gradients.keep(ctx, logits, gradient, scale, lambda z: operation(z, *call, True)[2])
         return value
 
     @staticmethod

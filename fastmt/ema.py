@@ -51,6 +51,9 @@ def ema_update_(
     elif not 0 <= decay <= 1:
         raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1]")
     teacher, student = list(teacher), list(student)
+    if torch.compiler.is_compiling():
+        _update_traced(teacher, student, torch.as_tensor(decay, dtype=torch.float64))
+        return
     choice = backends.choose("ema_update_", _representatives(teacher))
     if choice.backend == "eager":
         pairs = [(teacher[i], student[i]) for i in _checked(teacher, student)]
@@ -61,6 +64,12 @@ def ema_update_(
     bound = binding is not None and binding.has(teacher, student)
     if not (bound and binding.update(teacher, student, float(decay))):
         _bind(teacher, student).update(teacher, student, float(decay))
+
+
+@torch.library.custom_op("fastmt::ema_update_traced_", mutates_args=("teacher",))
+def _update_traced(teacher: list[Tensor], student: list[Tensor], decay: Tensor) -> None:
+    """The launch as a node of a compiled graph, which has no addresses while it is traced."""
+    ema_update_(teacher, student, decay)
 
 
 def _representatives(tensors: list[Tensor]) -> list[Tensor]:

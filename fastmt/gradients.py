@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
-    """The gradient of the logits that the forward pass left on `ctx`, scaled to the loss's own.
+def keep(
+    ctx: Any, logits: Tensor, gradient: Tensor, scale: Tensor, again: Callable[[Tensor], Tensor]
+) -> None:
+    """Leave on `ctx` what `hand_over` needs.
 
-    ctx: holds `gradient` and `scale` of the forward pass, the logits as its one saved tensor, and
-    `again(logits)`, which computes the gradient anew: the first backward pass gives the gradient
+    again: computes the gradient of the logits anew. The first backward pass gives the gradient
     away, so one that is repeated (retain_graph) needs another.
     """
+    ctx.traced = torch.compiler.is_compiling()
+    if ctx.traced:  # what a graph saves is never written to, so it serves any number of times
+        ctx.save_for_backward(gradient, scale)
+        return
+    # The teacher's logits may be inference tensors, which save_for_backward refuses.
+    ctx.save_for_backward(logits)
+    ctx.gradient, ctx.scale, ctx.again = gradient, scale, again
+
+
+def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
+    """The gradient of the logits that the forward pass left on `ctx`, scaled to the loss's own."""
     if grad_value is None:
         return None
+    if ctx.traced:
+        gradient, scale = ctx.saved_tensors
+        return (gradient.float() * (scale * grad_value)).to(gradient.dtype)
     (logits,) = ctx.saved_tensors
     with torch.no_grad():
         gradient, ctx.gradient = ctx.gradient, None

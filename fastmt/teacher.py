@@ -291,6 +291,11 @@ def update_together(
         teachers: at least one; each goes by its own decay, counters and buffer rule.
         student, finite: as of EMATeacher.update.
     """
+    if torch.compiler.is_compiling():
+        aside = torch.compiler.disable(
+            update_together, reason="a teacher counts its updates and binds tensors by address"
+        )
+        return aside(teachers, student=student, finite=finite)
     teachers = list(teachers)
     if not teachers:
         raise ValueError("teachers: got none, expected at least one")

@@ -126,7 +126,7 @@ def test_missing_kernels_are_stated_with_what_the_build_said(call, monkeypatch):
 
 def test_a_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
-    look = backends.extension_missing.__wrapped__
+    look = backends._load.__wrapped__
     assert look() == "the C++ kernels are not built: no build record"
     (tmp_path / "_build_info.json").write_text('{"reason": "FASTMT_BUILD_CPP=0"}')
     assert look() == "the C++ kernels are not built: FASTMT_BUILD_CPP=0"
@@ -178,16 +178,3 @@ def test_module_twins_are_explained_too():
     ):
         with fastmt.backend("eager"):
             assert fastmt.explain(module, *arguments).backend == "eager"
-
-
-def test_torch_compile_traces_the_reference_to_the_same_loss_and_gradient():
-    def objective(student, teacher):
-        loss = fastmt.consistency_loss(student, teacher, threshold=0.5)
-        return loss + fastmt.cross_entropy(student, LABELS)
-
-    student = STUDENT.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(objective(student, TEACHER), student)
-    traced = torch.compile(objective, backend="eager")(student, TEACHER)
-    (gradient,) = torch.autograd.grad(traced, student)
-    torch.testing.assert_close(traced, objective(student, TEACHER), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)

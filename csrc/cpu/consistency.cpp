@@ -120,9 +120,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
                              : normalize == Normalize::selected ? double(total.selected)
                                                                 : factor * total.weight;
   const double loss = factor == 0 ? 0 : ratio(factor * total.loss, denominator);
-  return {scalar_tensor(threshold, loss), scalar_tensor(threshold, fraction),
-          scalar_tensor(threshold, ratio(total.score, double(total.valid))),
-          scalar_tensor(threshold, scale.outside(ratio(factor, denominator))),
+  return {scalar_tensor(loss), scalar_tensor(fraction),
+          scalar_tensor(ratio(total.score, double(total.valid))),
+          scalar_tensor(scale.outside(ratio(factor, denominator))),
           gradient ? *gradient : torch::stable::new_empty(student, {0})};
 }
 

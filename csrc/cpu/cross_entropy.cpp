@@ -74,7 +74,7 @@ bool same_size(const Tensor& logits, const Tensor& labels) {
 }  // namespace
 
 // (loss, scale, gradient, wrong labels, the first of them): d loss / d logits is scale * gradient.
-std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t> cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, const std::vector<int64_t>& options,
     double label_smoothing, bool align_corners, bool wants_gradient) {
@@ -102,10 +102,10 @@ std::tuple<Tensor, Tensor, Tensor, int64_t, int64_t> cross_entropy(
                              : normalize == Normalize::valid ? double(total.valid)
                                                              : total.weight;
   const double share = denominator == 0 ? 0 : 1 / denominator;
-  return {scalar_tensor(logits, denominator == 0 ? 0 : total.loss * share),
-          scalar_tensor(logits, scale.outside(share)),
-          gradient ? *gradient : torch::stable::new_empty(logits, {0}), total.wrong,
-          total.wrong_label};
+  return {scalar_tensor(denominator == 0 ? 0 : total.loss * share),
+          scalar_tensor(scale.outside(share)),
+          gradient ? *gradient : torch::stable::new_empty(logits, {0}),
+          scalar_tensor(total.wrong), scalar_tensor(total.wrong_label)};
 }
 
 }  // namespace fastmt

@@ -114,10 +114,23 @@ GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixel
   return {float(1 / std::max(in_cell, 1.0)), false};
 }
 
-Tensor scalar_tensor(const Tensor& like, double value) {
-  Tensor scalar = torch::stable::new_empty(like, {}, ScalarType::Float);
-  *static_cast<float*>(scalar.data_ptr()) = float(value);
+namespace {
+
+template <class T>
+Tensor scalar_of(int32_t dtype, T value) {
+  AtenTensorHandle handle;  // past the dispatcher, whose search by name takes longer than all else
+  STD_TORCH_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, dtype, aoti_torch_device_type_cpu(),
+                                           0, &handle) == AOTI_TORCH_SUCCESS,
+                  "no memory for a scalar");
+  const Tensor scalar(handle);
+  *static_cast<T*>(scalar.data_ptr()) = value;
   return scalar;
 }
+
+}  // namespace
+
+Tensor scalar_tensor(double value) { return scalar_of(aoti_torch_dtype_float32(), float(value)); }
+
+Tensor scalar_tensor(int64_t value) { return scalar_of(aoti_torch_dtype_int64(), value); }
 
 }  // namespace fastmt

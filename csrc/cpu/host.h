@@ -63,6 +63,7 @@ struct GradientScale {
 // only the pixels of one low-resolution cell are divided out, so that their sum stays in range.
 GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels);
 
-Tensor scalar_tensor(const Tensor& like, double value);
+Tensor scalar_tensor(double value);   // float32
+Tensor scalar_tensor(int64_t value);  // int64
 
 }  // namespace fastmt

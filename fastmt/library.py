@@ -1,0 +1,88 @@
+"""The operations as torch.library sees them: what each returns, without computing it.
+
+With these a graph that torch.compile or torch.export traces holds the kernels as opaque nodes.
+Outside of a trace nothing here runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_T = TypeVar("_T")
+_LIBRARY = torch.library.Library("fastmt", "FRAGMENT")
+
+
+def constant_while_tracing(function: Callable[[], _T]) -> Callable[[], _T]:
+    """torch.compiler.assume_constant_result, which would import all of dynamo with fastmt."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def register_fakes() -> None:
+    """Tell torch.library what the operations of the loaded library return."""
+    for fake in (softmax_confidence, consistency_loss, cross_entropy, ema_update_, scale_):
+        torch.library.register_fake(f"fastmt::{fake.__name__}", fake, lib=_LIBRARY)
+
+
+def softmax_confidence(
+    logits: list[Tensor],
+    kind: int,
+    inverse_temperature: float,
+    size: Sequence[int] | None,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    first = logits[0]
+    out = (first.shape[0], *(first.shape[2:] if size is None else size))
+    score = first.new_empty(out, dtype=torch.float32)
+    return score, first.new_empty(out, dtype=torch.int64)
+
+
+def consistency_loss(
+    student: Tensor,
+    teacher: list[Tensor],
+    threshold: Tensor,
+    pixel_weight: Tensor | None,
+    valid: Tensor | None,
+    options: Sequence[int],
+    inverse_temperature: float,
+    size: Sequence[int] | None,
+    align_corners: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, ...]:
+    loss, selected, mean_score, scale = (_scalar(student) for _ in range(4))
+    return loss, selected, mean_score, scale, _gradient(student, wants_gradient)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: Sequence[int],
+    label_smoothing: float,
+    align_corners: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, ...]:
+    loss, scale = _scalar(logits), _scalar(logits)
+    wrong, wrong_label = (_scalar(logits, torch.int64) for _ in range(2))
+    return loss, scale, _gradient(logits, wants_gradient), wrong, wrong_label
+
+
+def ema_update_(table: Tensor, starts: Tensor, decay: Tensor) -> None:
+    pass
+
+
+def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
+    pass
+
+
+def _scalar(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return like.new_empty((), dtype=dtype)
+
+
+def _gradient(logits: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(logits) if wanted else logits.new_empty(0)
