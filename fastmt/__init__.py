@@ -5,6 +5,7 @@ from fastmt.backends import backend, explain
 from fastmt.confidence import softmax_confidence
 from fastmt.consistency import ConsistencyLoss, consistency_loss
 from fastmt.cross_entropy import CrossEntropy, cross_entropy
+from fastmt.doctor import doctor
 from fastmt.ema import ema_update_
 from fastmt.reference import Confidence, ConsistencyStats
 from fastmt.segment import segment
@@ -25,6 +26,7 @@ __all__ = [
     "consistency_loss",
     "cross_entropy",
     "decays",
+    "doctor",
     "ema_update_",
     "explain",
     "perturb",

@@ -1,4 +1,4 @@
-"""The commands: `fastmt adapt` and `fastmt segment`."""
+"""The commands: `fastmt adapt`, `fastmt segment` and `fastmt doctor`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from fastmt.adapt import Interrupted
 from fastmt.adapt_command import add_adapt
 from fastmt.checkpoint import CheckpointError
 from fastmt.data import DataError
+from fastmt.doctor import add_doctor
 from fastmt.segment_command import add_segment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 after an error told in one line on stderr, 130 on Ctrl-C."""
+    """Run a command; 0 on success, 2 after an error told in one line on stderr, 130 on Ctrl-C.
+
+    1 says that the doctor found something wrong.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser().parse_args(words)
@@ -27,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
-            args.run(args, shlex.join(["python", "-m", "fastmt", *words]))
+            status = args.run(args, shlex.join(["python", "-m", "fastmt", *words]))
     except Interrupted as stop:
         _say(f"{name}: {stop}; go on with --resume")
         return 130
     except KeyboardInterrupt:
         go_on = "; go on with --resume" if args.command == "adapt" else ""
-        _say(f"{name}: interrupted; what is finished is in {args.out}{go_on}")
+        kept = f"; what is finished is in {args.out}" if args.out else ""
+        _say(f"{name}: interrupted{kept}{go_on}")
         return 130
     except (DataError, CheckpointError, ImportError) as error:
         _say(f"{name}: error: {error}")
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.strerror or error
         _say(f"{name}: error: {place}: {reason}; choose a writable --out with free space")
         return 2
-    return 0
+    return status or 0
 
 
 def _say(message: str) -> None:
@@ -75,4 +80,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_CommandParser)
     add_adapt(commands)
     add_segment(commands)
+    add_doctor(commands)
     return parser

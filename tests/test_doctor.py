@@ -1,0 +1,103 @@
+"""The doctor: what it finds where all is well, and where something is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import warnings
+
+import pytest
+import torch
+
+import fastmt
+from fastmt import backends, cli, selftest
+
+CPU = torch.device("cpu")
+built = pytest.mark.skipif(
+    backends.extension_missing() is not None, reason="the C++ kernels are not built"
+)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("dtype", selftest.TOLERANCE)
+@pytest.mark.parametrize("operation", selftest.PLAIN)
+def test_every_operation_passes_its_self_test(operation, dtype):
+    trial = selftest.PLAIN[operation](CPU, dtype, selftest.Sizes())
+    assert trial.error() <= selftest.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("operation", selftest.PLAIN)
+def test_a_self_test_notices_a_wrong_result(operation):
+    trial = selftest.PLAIN[operation](CPU, torch.float32, selftest.Sizes())
+    right = trial.expected()
+    for i, tensor in enumerate(right):
+        wrong = [t.clone() for t in right]
+        wrong[i].view(-1)[-1] += 1 if not tensor.is_floating_point() else 1e-3 * tensor.abs().max()
+        altered = dataclasses.replace(trial, expected=lambda wrong=wrong: wrong)
+        assert altered.error() > selftest.TOLERANCE[torch.float32], i
+    short = dataclasses.replace(trial, expected=lambda: [t.reshape(-1)[:-1] for t in right])
+    assert not short.error() <= selftest.TOLERANCE[torch.float32]
+
+
+@built
+def test_the_report_tells_versions_devices_and_what_serves_each_operation_and_why():
+    report = fastmt.doctor(timing=False)
+    assert report.ok
+    found = [f for f in report.findings if f.device == "cpu"]
+    assert [f.operation for f in found] == list(selftest.PLAIN)
+    assert {f.backend for f in found} == {"cpp"}
+    assert {f.reason for f in found} == {
+        f"C++ kernels ({backends.instruction_set()}) serve this call"
+    }
+    text = repr(report)
+    for word in (fastmt.__version__, torch.__version__, "triton", "compiler", *selftest.PLAIN):
+        assert word in text
+    assert report.findings[0].reason in text
+    assert "FAILED" not in text
+
+
+@built
+def test_kernels_are_timed_against_eager(monkeypatch):
+    module = importlib.import_module("fastmt.doctor")
+    monkeypatch.setattr(module, "TIMED", selftest.Sizes(1, 3, (4, 4), (8, 8)))
+    for finding in fastmt.doctor().findings:
+        assert finding.fused_s > 0
+        assert finding.eager_s > 0
+
+
+def test_without_kernels_the_reference_is_tested_and_the_reason_told(monkeypatch):
+    reason = "the C++ kernels are not built: no compiler"
+    monkeypatch.setattr(backends, "extension_missing", lambda: reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a report says it; a warning besides would be noise
+        report = fastmt.doctor()
+    found = [f for f in report.findings if f.device == "cpu"]
+    assert report.ok
+    assert {(f.backend, f.reason, f.fused_s) for f in found} == {("eager", reason, None)}
+    assert reason in repr(report)
+
+
+def test_a_failing_self_test_is_told_and_sets_the_exit_status(monkeypatch, capsys):
+    assert cli.main(["doctor", "--no-timing"]) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    monkeypatch.setitem(selftest.TOLERANCE, torch.bfloat16, 0.0)
+    assert cli.main(["doctor", "--no-timing"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: consistency_loss on cpu" in out
+    assert "bfloat16: error above 0" in out
+
+
+def test_an_operation_that_raises_is_a_finding_and_not_the_end(monkeypatch):
+    def broken(*arguments):
+        trial = selftest.consistency(*arguments)
+
+        def raises():
+            raise RuntimeError("no such\nkernel")
+
+        return dataclasses.replace(trial, expected=raises)
+
+    monkeypatch.setitem(selftest.PLAIN, "consistency_loss", broken)
+    report = fastmt.doctor(timing=False)
+    assert [f.operation for f in report.findings if f.failure] == ["consistency_loss"]
+    assert report.findings[0].failure == "RuntimeError: no such"
+    assert not report.ok
