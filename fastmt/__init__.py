@@ -2,6 +2,7 @@
 
 from fastmt import decays, perturb, posthoc, schedules, style
 from fastmt.backends import backend, explain
+from fastmt.captured import CapturedStep
 from fastmt.confidence import softmax_confidence
 from fastmt.consistency import ConsistencyLoss, consistency_loss
 from fastmt.cross_entropy import CrossEntropy, cross_entropy
@@ -15,6 +16,7 @@ from fastmt.trainer import MeanTeacher, StepReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedStep",
     "Confidence",
     "ConsistencyLoss",
     "ConsistencyStats",

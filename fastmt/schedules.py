@@ -12,12 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
+from torch import Tensor
+
 Schedule = Callable[[int], float]
 
 __all__ = [
     "Constant",
     "CosineRampDown",
     "LinearRampUp",
+    "OnDevice",
     "Schedule",
     "SigmoidRampUp",
     "UncertaintyThreshold",
@@ -114,6 +118,28 @@ class UncertaintyThreshold:
 
     def __call__(self, step: int) -> float:
         return (1.0 - self.base) * (1.0 - _sigmoid_ramp(_progress(step, self.length)))
+
+
+class OnDevice:
+    """Scheduled numbers in tensors of a device, one a name: filled, never read back.
+
+    A CUDA graph that was captured with them goes on by the schedule, as its replays read what the
+    tensors hold by then; to fill one does not wait for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tensors: dict[str, Tensor] = {}
+
+    def fill(self, name: str, value: float | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor of `name`, the same one each time, holding `value`: 0-dim, or of its shape."""
+        shape = value.shape if isinstance(value, Tensor) else ()
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.shape != shape:
+            tensor = self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        if isinstance(value, Tensor):
+            return tensor.copy_(value, non_blocking=True)
+        return tensor.fill_(value)
 
 
 def as_schedule(value: float | Schedule) -> Schedule:

@@ -106,14 +106,23 @@ class EMATeacher(nn.Module):
             schedule = decays.WARMUPS.get(self.warmup, decays.Constant)(self.decay)
         return schedule(self.updates)
 
-    def update(self, *, student: nn.Module | None = None, finite: Tensor | None = None) -> None:
+    def update(
+        self,
+        *,
+        student: nn.Module | None = None,
+        finite: Tensor | None = None,
+        decay: Tensor | None = None,
+    ) -> None:
         """Average the student in.
 
         Args:
             student: default: the one this teacher was made from.
             finite: 0-dim bool tensor; where False (a step that was skipped) nothing changes.
+            decay: 0-dim float64 tensor on the teacher's device that holds a_t, read there alone,
+                negative to leave the update out; default: current_decay().
         """
-        update_together([self], student=student, finite=finite)
+        decays = None if decay is None else [decay]
+        update_together([self], student=student, finite=finite, decays=decays)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -124,10 +133,10 @@ class EMATeacher(nn.Module):
         advance() before each replay; nothing waits for the device. Inside the graph a step that
         `update_every` leaves out changes nothing.
         """
-        self._put()
-        self._count()
+        self.put_decay()
+        self.count()
 
-    def _put(self) -> tuple[Tensor, Tensor]:
+    def put_decay(self) -> tuple[Tensor, Tensor]:
         """Decay and draw of the next update as 0-dim tensors on the teacher's device."""
         if self._scalars is None:
             device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
@@ -284,44 +293,49 @@ def update_together(
     *,
     student: nn.Module | None = None,
     finite: Tensor | None = None,
+    decays: Sequence[Tensor] | None = None,
 ) -> None:
     """One update() of several teachers of one student, in one launch that reads it once.
 
     Args:
         teachers: at least one; each goes by its own decay, counters and buffer rule.
         student, finite: as of EMATeacher.update.
+        decays: one a teacher, as of EMATeacher.update.
     """
     if torch.compiler.is_compiling():
         aside = torch.compiler.disable(
             update_together, reason="a teacher counts its updates and binds tensors by address"
         )
-        return aside(teachers, student=student, finite=finite)
+        return aside(teachers, student=student, finite=finite, decays=decays)
     teachers = list(teachers)
     if not teachers:
         raise ValueError("teachers: got none, expected at least one")
     if any(teacher._swapped for teacher in teachers):
         raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
     network = teachers[0]._resolve(student)
-    if finite is not None and finite.device.type == "cpu":
+    if finite is not None and finite.device.type == "cpu" and decays is None:
         if not finite:
             return
         finite = None
-    captured = _is_capturing()
-    if captured or any(teacher._is_due() for teacher in teachers):
+    recorded = decays is None and _is_capturing()  # advance() counts, at each replay
+    if recorded or any(teacher._is_due() for teacher in teachers):
         plan = teachers[0]._plan_for(teachers, network)
-        if captured:
+        if decays is not None:
+            draws = [t._captured()[1] if _is_capturing() else t._draw() for t in teachers]
+            given = list(zip(decays, draws, strict=True))
+        elif recorded:
             given = [teacher._captured() for teacher in teachers]
         elif plan.device.type == "cpu" and finite is None:
             given = [(teacher._due_decay(), teacher._draw()) for teacher in teachers]
         else:
-            given = [teacher._put() for teacher in teachers]
-        decays, draws = map(list, zip(*given, strict=True))
+            given = [teacher.put_decay() for teacher in teachers]
+        now, draws = map(list, zip(*given, strict=True))
         if finite is not None:
-            decays = [torch.where(finite, decay, -1.0) for decay in decays]
-        if not plan.run(decays, draws):  # a tensor has another layout: match and bind anew
-            teachers[0]._plan_anew(teachers, network).run(decays, draws)
-    for teacher in () if captured else teachers:
-        teacher._count()
+            now = [torch.where(finite, decay, -1.0) for decay in now]
+        if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
+            teachers[0]._plan_anew(teachers, network).run(now, draws)
+    for teacher in () if recorded else teachers:
+        teacher.count()
 
 
 def _is_capturing() -> bool:

@@ -5,48 +5,23 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmt import checkpoint, inputs, trainer_state
+from fastmt import checkpoint, inputs, skipping, trainer_state
 from fastmt.consistency import ConsistencyLoss
 from fastmt.cross_entropy import CrossEntropy
 from fastmt.perturb import class_mix, gaussian_noise, mix, photometric_jitter
-from fastmt.schedules import Schedule, as_schedule
+from fastmt.schedules import OnDevice, Schedule, as_schedule
+from fastmt.steps import Scheduled, StepReport
 from fastmt.style import Style, as_style
 from fastmt.teacher import EMATeacher
 
 __all__ = ["MeanTeacher", "StepReport"]
 
 _MAX_CLASSES = 4096  # bounds the table of present classes; the loss knows the real number
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did: tensors stay on the device until `item` or `as_dict` reads them."""
-
-    loss: Tensor  # supervised + weight * consistency
-    supervised: Tensor
-    consistency: Tensor
-    selected: Tensor  # fraction of the target's pixels that taught
-    mean_score: Tensor  # mean confidence of the teacher
-    skipped: Tensor  # updates left out so far, for a loss or gradient that was not finite
-    weight: float
-    threshold: float | Tensor | None
-    step: int
-
-    def item(self, name: str) -> float:
-        """One figure as a number; waits for the device."""
-        return float(getattr(self, name))
-
-    def as_dict(self) -> dict[str, float]:
-        """All single figures as numbers, without a threshold per class; waits for the device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        single = {n: v for n, v in values.items() if getattr(v, "ndim", 0) == 0 and v is not None}
-        return {name: float(value) for name, value in single.items()}
 
 
 class MeanTeacher:
@@ -75,6 +50,9 @@ class MeanTeacher:
         amp: None, torch.bfloat16 or torch.float16 (with loss scaling).
         accumulate: equal parts in which a batch passes through the networks to save memory.
         seed: of noise, jitter and mixing; the global generators are never drawn from.
+        capturable: keep threshold, weight and decay in tensors that are filled and never read, and
+            leave out a step that is not finite without waiting for the device, for which the
+            optimiser has to be a fused one; so that CapturedStep can record the step.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -103,8 +81,11 @@ class MeanTeacher:
         amp: torch.dtype | None = None,
         accumulate: int = 1,
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         inputs.check_options(amp, class_mixing, accumulate)
+        if capturable:
+            skipping.check_capturable(optimizer, class_mixing)
         self.student, self.optimizer, self.scheduler = student, optimizer, scheduler
         self.teacher = EMATeacher(student, decay) if teacher is None else teacher
         self.consistency = ConsistencyLoss() if consistency is None else consistency
@@ -123,6 +104,7 @@ class MeanTeacher:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.scaler = torch.amp.GradScaler(self.device.type) if amp == torch.float16 else None
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.capturable, self._tensors = capturable, OnDevice(self.device)
 
     def step(
         self, source_images: Tensor, source_labels: Tensor, target_images: Tensor
@@ -137,8 +119,24 @@ class MeanTeacher:
         A loss or gradient that is not finite leaves student, buffers, optimiser state and teacher
         as they were and counts as skipped; step, schedules and random numbers move on.
         """
-        self._check(source_images, source_labels, target_images)
-        weight = self.weight(self.steps)
+        self.check(source_images, source_labels, target_images)
+        means = self.compute(self.prepare(), source_images, source_labels, target_images)
+        return self.finish(means)
+
+    def prepare(self) -> Scheduled:
+        """Weight, threshold and decay of the next step, filled into their tensors if capturable."""
+        now = self._numbers()
+        if not self.capturable:
+            return now
+        return Scheduled(
+            self._tensors.fill("weight", now.weight),
+            None if now.threshold is None else self._tensors.fill("threshold", now.threshold),
+            self.teacher.put_decay()[0],
+        )
+
+    def compute(self, now: Scheduled, *batch: Tensor) -> Tensor:
+        """The device's part of a step; the means of loss, its two terms and the statistics."""
+        source_images, source_labels, target_images = batch
         styled = self._jittered(self.style(source_images, target_images))
         view_1 = self._noisy(self._jittered(target_images))
         view_2 = self._noisy(target_images)
@@ -160,18 +158,26 @@ class MeanTeacher:
             if paste is not None:
                 known = labels.masked_fill(~paste, self.ignore_index)
                 supervised = supervised + self.supervised(target_logits, known)
-            consistency, stats = self._consistency(target_logits, teacher_logits, first, paste)
-            loss = supervised + weight * consistency
+            moving = {} if now.threshold is None else {"threshold": now.threshold}
+            valid = None if paste is None else ~paste
+            consistency, stats = self._consistency(
+                target_logits, teacher_logits, first, valid=valid, **moving
+            )
+            loss = supervised + now.weight * consistency
             self._backward(loss / self.accumulate)
             terms.append(torch.stack([t.detach() for t in (loss, supervised, consistency, *stats)]))
 
         means = torch.stack(terms).mean(0)
-        self._update(means[0], buffers)
-        return self._report(means, weight)
+        self._update(means[0], buffers, now.decay)
+        return means
+
+    def finish(self, means: Tensor) -> StepReport:
+        """The host's part of a step that has been trained: count it and report it."""
+        return self._report(means, *self._numbers()[:2])
 
     def supervised_step(self, source_images: Tensor, source_labels: Tensor) -> StepReport:
         """One update on labelled images alone, with jitter only: the source-only baseline."""
-        self._check(source_images, source_labels)
+        self.check(source_images, source_labels)
         images = self._jittered(source_images)
         buffers = self._copy_buffers()
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,9 +187,10 @@ class MeanTeacher:
             self._backward(loss / self.accumulate)
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
-        self._update(loss, buffers)
+        self._update(loss, buffers, self.prepare().decay)
         zero = torch.zeros_like(loss)
-        return self._report(torch.stack([loss, loss, zero, zero, zero]), 0.0)
+        means = torch.stack([loss, loss, zero, zero, zero])
+        return self._report(means, 0.0, self._numbers().threshold)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
         """Write all that `resume` needs, and `extra`, whole or with CheckpointError not at all."""
@@ -230,18 +237,17 @@ class MeanTeacher:
         return inputs.logits_of(output, images, name)
 
     def _consistency(
-        self, student: Tensor, teacher: Tensor, images: Tensor, pasted: Tensor | None
+        self, student: Tensor, teacher: Tensor, images: Tensor, **call: Any
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Consistency loss at the images' resolution, up-sampled inside the loss."""
-        call = {} if self.threshold is None else {"threshold": self.threshold(self.steps)}
-        valid = None if pasted is None else ~pasted
-        size = images.shape[2:]
-        return self.consistency(student, teacher, size=size, valid=valid, return_stats=True, **call)
+        return self.consistency(student, teacher, size=images.shape[2:], return_stats=True, **call)
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def _update(self, loss: Tensor, buffers: list[tuple[Tensor, Tensor]]) -> None:
+    def _update(
+        self, loss: Tensor, buffers: list[tuple[Tensor, Tensor]], decay: Tensor | None
+    ) -> None:
         """Step the optimiser and the teacher where loss and gradients are finite, else undo."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -250,41 +256,33 @@ class MeanTeacher:
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         finite = loss.isfinite() & norm.isfinite()
-        self._step_optimizer(finite)
+        skipping.step_where(finite, self.optimizer, wait=not self.capturable)
         for buffer, old in buffers:
             buffer.copy_(torch.where(finite, buffer, old))
-        self.teacher.update(finite=finite)
+        self.teacher.update(finite=finite, decay=decay)
         if self.scaler is not None:
             self.scaler.update()
-        if self.scheduler is not None:
-            self.scheduler.step()
         self.skipped += ~finite
-        self.steps += 1
-
-    def _step_optimizer(self, finite: Tensor) -> None:
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        if fused and finite.device.type != "cpu":
-            # The attributes by which GradScaler tells a fused optimiser to leave out a step.
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()
-            try:
-                self.optimizer.step()
-            finally:
-                del self.optimizer.grad_scale, self.optimizer.found_inf
-        elif finite:
-            self.optimizer.step()
 
     def _copy_buffers(self) -> list[tuple[Tensor, Tensor]]:
         modules = (self.student, self.teacher)
         return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
 
-    def _report(self, means: Tensor, weight: float) -> StepReport:
-        step = self.steps - 1
-        threshold = getattr(self.consistency, "options", {}).get("threshold")
-        if self.threshold is not None:
-            threshold = self.threshold(step)
-        return StepReport(*means.unbind(), self.skipped.clone(), weight, threshold, step)
+    def _numbers(self) -> Scheduled:
+        threshold = None if self.threshold is None else self.threshold(self.steps)
+        return Scheduled(self.weight(self.steps), threshold, None)
 
-    def _check(self, source: Tensor, labels: Tensor, target: Tensor | None = None) -> None:
+    def _report(self, means: Tensor, weight: float, threshold: float | Tensor | None) -> StepReport:
+        if threshold is None:
+            threshold = getattr(self.consistency, "options", {}).get("threshold")
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.steps += 1
+        skipped = self.skipped.clone()
+        return StepReport(*means.unbind(), skipped, weight, threshold, self.steps - 1)
+
+    def check(self, source: Tensor, labels: Tensor, target: Tensor | None = None) -> None:
+        """TypeError or ValueError for a batch that does not fit, by the name of the argument."""
         named = {"source_images": source} | ({} if target is None else {"target_images": target})
         for name, images in named.items():
             inputs.check_images(name, images, self.device, source, self.accumulate)

@@ -1,0 +1,115 @@
+"""A training step as one CUDA graph: launched at once instead of kernel by kernel."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastmt.steps import Scheduled, StepReport
+from fastmt.trainer import MeanTeacher
+
+
+class CapturedStep:
+    """`trainer.step` from a CUDA graph: the same steps without the time to launch each kernel.
+
+    Every call is one step of training, also the first ones, which run as usual to warm up, and the
+    one that is captured. Threshold, weight and decay go on by their schedules, the learning rate by
+    its scheduler if it is a tensor.
+
+    Args:
+        trainer: made with capturable=True, its student on a GPU.
+        warmup: steps before the capture, at least 1.
+
+    Batches keep their shapes and dtypes from the capture on, and what Python decides inside of the
+    networks stays as it was decided then.
+
+    Raises:
+        ValueError: a trainer that cannot be captured, a batch that does not fit.
+    """
+
+    _device_type = "cuda"
+
+    def __init__(self, trainer: MeanTeacher, *, warmup: int = 3) -> None:
+        _check(trainer, warmup, self._device_type)
+        self.trainer, self.warmup = trainer, warmup
+        self._replay: Callable[[], object] | None = None
+        self._batch: tuple[Tensor, ...] = ()
+        self._now: Scheduled | None = None
+        self._means: Tensor | None = None
+
+    def __call__(
+        self, source_images: Tensor, source_labels: Tensor, target_images: Tensor
+    ) -> StepReport:
+        """One step, as MeanTeacher.step."""
+        batch, trainer = (source_images, source_labels, target_images), self.trainer
+        if self.warmup > 0:
+            self.warmup -= 1
+            return self._warm_up(batch)
+        trainer.check(*batch)
+        teacher, now = trainer.teacher, trainer.prepare()
+        counted = teacher.calls, teacher.updates
+        if self._replay is None:
+            self._batch, self._now = tuple(tensor.clone() for tensor in batch), now
+            self._replay = self._record()
+        else:
+            self._fill(batch, now)
+        self._replay()
+        # The capture has counted an update that it did not make; a replay makes one uncounted.
+        teacher.calls, teacher.updates = counted
+        teacher.count()
+        return trainer.finish(self._means.clone())
+
+    def _compute(self) -> None:
+        self._means = self.trainer.compute(self._now, *self._batch)
+
+    def _warm_up(self, batch: tuple[Tensor, ...]) -> StepReport:
+        """On a stream of its own, as nothing that is captured may depend on the default one."""
+        current = torch.cuda.current_stream(self.trainer.device)
+        stream = torch.cuda.Stream(self.trainer.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            report = self.trainer.step(*batch)
+        current.wait_stream(stream)
+        return report
+
+    def _record(self) -> Callable[[], object]:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.trainer.generator)
+        with torch.cuda.graph(graph):
+            self._compute()
+        return graph.replay
+
+    def _fill(self, batch: tuple[Tensor, ...], now: Scheduled) -> None:
+        if not all(map(operator.is_, now, self._now)):
+            raise ValueError("threshold: its schedule gives another shape than in the capture")
+        names = ("source_images", "source_labels", "target_images")
+        for name, own, given in zip(names, self._batch, batch, strict=True):
+            if own.shape != given.shape or own.dtype != given.dtype:
+                raise ValueError(
+                    f"{name}: got {given.dtype} {tuple(given.shape)}, expected {own.dtype} "
+                    f"{tuple(own.shape)} as in the step that was captured"
+                )
+            own.copy_(given, non_blocking=True)
+
+
+def _check(trainer: MeanTeacher, warmup: int, device_type: str) -> None:
+    if not trainer.capturable:
+        raise ValueError("trainer: got one with capturable=False, expected capturable=True")
+    if trainer.device.type != device_type:
+        raise ValueError(f"trainer: its student is on {trainer.device}, expected a GPU")
+    if warmup < 1:
+        raise ValueError(f"warmup: got {warmup}, expected at least 1, to allocate what stays")
+    if trainer.teacher.update_every != 1:
+        raise ValueError(
+            f"trainer: its teacher has update_every={trainer.teacher.update_every}, expected 1, as "
+            "every replay averages"
+        )
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    if trainer.scheduler is not None and not all(isinstance(rate, Tensor) for rate in rates):
+        raise ValueError(
+            "trainer: its scheduler moves a learning rate that is a float, which a graph would not "
+            "follow; give the optimiser lr=torch.tensor(...)"
+        )
