@@ -18,7 +18,7 @@ from fastmt import reference
 
 
 def eager(logits: Tensor) -> tuple[Tensor, Tensor]:
-    score, label = logits.softmax(1).max(1)
+    score, label = logits.softmax(1, dtype=torch.float32).max(1)
     return score, label
 
 
@@ -37,23 +37,23 @@ def cases(which: str) -> list[Case]:
 def _build(shape: Shape, stride: int, device: torch.device, compiled: bool) -> Work:
     low, size = shape.lowered(stride), shape.spatial if stride > 1 else None
     logits = inputs.logits(low, device=device, seed=0, in_steps=stride > 1)
-    slow = partial(_upsampled, size) if size else eager
+    slow = partial(at_size, size) if size else eager
     fused = partial(fastmt.softmax_confidence, size=size)
     functions = {"eager": slow, **harness.compiled(slow, compiled), harness.FUSED: fused}
     return Work(
         variants={name: partial(function, logits) for name, function in functions.items()},
-        expected=partial(_expected, logits, size),
+        expected=partial(expected_of, logits, size),
         tolerance=harness.TOLERANCE[logits.dtype],
         bytes=models.softmax_confidence([logits], size),
         choice=fastmt.explain(fastmt.softmax_confidence, logits, size=size),
     )
 
 
-def _upsampled(size: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
+def at_size(size: Sequence[int], logits: Tensor) -> tuple[Tensor, Tensor]:
     return eager(F.interpolate(logits, size, mode="bilinear"))
 
 
-def _expected(logits: Tensor, size: Sequence[int] | None) -> list[Tensor]:
+def expected_of(logits: Tensor, size: Sequence[int] | None) -> list[Tensor]:
     """Score and label of the reference in float64, one image at a time to save memory."""
     images = [reference.softmax_confidence(image.double(), size=size) for image in logits.split(1)]
     return [torch.cat(parts) for parts in zip(*images, strict=True)]

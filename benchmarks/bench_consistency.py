@@ -107,13 +107,13 @@ def _build(
     options = {"loss": loss, "threshold": threshold, "size": size}
     eager = partial(EAGER[loss], threshold=threshold)
     if size:
-        eager = partial(_upsampled, eager, size)
+        eager = partial(at_size, eager, size)
     fused = partial(fastmt.consistency_loss, **options)
     functions = {"eager": eager, **harness.compiled(eager, compiled), harness.FUSED: fused}
     _, stats = fastmt.consistency_loss(student.detach(), teacher, return_stats=True, **options)
     return Work(
-        variants={n: partial(_gradient, f, student, teacher) for n, f in functions.items()},
-        expected=partial(_expected, student, teacher, options),
+        variants={n: partial(with_gradient, f, student, teacher) for n, f in functions.items()},
+        expected=partial(expected_of, student, teacher, options),
         tolerance=harness.TOLERANCE[dtype],
         bytes=models.consistency_loss(student, [teacher]),
         choice=fastmt.explain(fastmt.consistency_loss, student, teacher, **options),
@@ -122,18 +122,18 @@ def _build(
     )
 
 
-def _upsampled(function: Callable, size: Sequence[int], student: Tensor, teacher: Tensor) -> Tensor:
+def at_size(function: Callable, size: Sequence[int], student: Tensor, teacher: Tensor) -> Tensor:
     large = [F.interpolate(x, size, mode="bilinear") for x in (student, teacher)]
     return function(*large)
 
 
-def _gradient(function: Callable, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def with_gradient(function: Callable, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     loss = function(student, teacher)
     loss.backward()
     return loss.detach(), student.grad
 
 
-def _expected(student: Tensor, teacher: Tensor, options: dict[str, object]) -> list[Tensor]:
+def expected_of(student: Tensor, teacher: Tensor, options: dict[str, object]) -> list[Tensor]:
     """Loss and gradient of the reference in float64, one image at a time to save memory."""
     total, gradients = 0.0, []
     for image, target in zip(student.detach().split(1), teacher.split(1), strict=True):

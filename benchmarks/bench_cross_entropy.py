@@ -44,8 +44,8 @@ def _build(shape: Shape, stride: int, device: torch.device, compiled: bool) -> W
         harness.FUSED: fastmt.cross_entropy,
     }
     return Work(
-        variants={n: partial(_gradient, f, logits, labels) for n, f in functions.items()},
-        expected=partial(_expected, logits, labels),
+        variants={n: partial(with_gradient, f, logits, labels) for n, f in functions.items()},
+        expected=partial(expected_of, logits, labels),
         tolerance=harness.TOLERANCE[logits.dtype],
         bytes=models.cross_entropy(logits, labels),
         choice=fastmt.explain(fastmt.cross_entropy, logits, labels),
@@ -53,13 +53,13 @@ def _build(shape: Shape, stride: int, device: torch.device, compiled: bool) -> W
     )
 
 
-def _gradient(function: Callable, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def with_gradient(function: Callable, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss = function(logits, labels)
     loss.backward()
     return loss.detach(), logits.grad
 
 
-def _expected(logits: Tensor, labels: Tensor) -> list[Tensor]:
+def expected_of(logits: Tensor, labels: Tensor) -> list[Tensor]:
     """Loss and gradient of the reference in float64, one image at a time to save memory."""
     valid = (labels != 255).sum()
     total, gradients = 0.0, []

@@ -32,15 +32,18 @@ def logits(
     `in_steps` makes them multiples of 1/8, the classes 2^-16 apart: between pixels, at strides up
     to 8, no two classes come nearer than that, so that every implementation finds the same label.
     """
-    generator = torch.Generator().manual_seed(seed)
-    values = (4 * torch.randn(shape.dims, generator=generator)).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    values = (4 * torch.randn(shape.dims, generator=generator, device=device)).to(dtype)
     if in_steps:
-        offsets = torch.arange(shape.classes).view(-1, *[1] * len(shape.spatial)) * 2.0**-16
-        return ((8 * values).round() / 8 + offsets).to(device, memory_format=LAYOUTS[layout])
+        offsets = (
+            torch.arange(shape.classes, device=device).view(-1, *[1] * len(shape.spatial))
+            * 2.0**-16
+        )
+        return ((8 * values).round() / 8 + offsets).to(memory_format=LAYOUTS[layout])
     _lift(values, _leads_narrowly(values))
     if threshold is not None:
         _lift(values, (values.float().softmax(1).amax(1) - threshold).abs() < _MARGIN)
-    return values.to(device, memory_format=LAYOUTS[layout])
+    return values.to(memory_format=LAYOUTS[layout])
 
 
 def clear_threshold(teacher: Tensor, size: Sequence[int], *, near: float) -> float:

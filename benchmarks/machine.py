@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
@@ -61,6 +62,21 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     return max(_status_bytes("VmHWM") - before, 0)
 
 
+def launches(call: Callable[[], object]) -> int | None:
+    """Kernels that one run of `call` starts on a GPU, after one that warms up.
+
+    None where the profiler is not allowed to see any.
+    """
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device) or None
+
+
 def _status_bytes(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())[1]) * 1024
 
@@ -82,8 +98,27 @@ def record(device: torch.device) -> dict[str, object]:
             "fastmt": fastmt.__version__,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "triton": _version_of("triton"),
             "python": platform.python_version(),
         },
+    }
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpu(device: torch.device) -> dict[str, object]:
+    """What bounds a kernel on this GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": f"{properties.major}.{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cache_bytes": getattr(properties, "L2_cache_size", None),
     }
 
 

@@ -1,0 +1,170 @@
+"""Check and time everything on a GPU, in at most eight minutes: JSON, a table and a plot.
+
+python -m benchmarks.gpu --out DIR [--only TEXT] [--no-compile] [--minutes 8]
+
+Nothing is timed where a check fails. What is left out, a backend or a case, has its reason in the
+results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu_cases, gpu_checks, gpu_report, harness, machine
+from benchmarks.gpu_cases import GpuWork
+from benchmarks.harness import COPY, Case
+
+ROUNDS = 15
+_FOR_COMPILE = 90  # seconds that a case with torch.compile may need
+
+
+class Clock:
+    """The time that is left of a number of minutes."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self._end = minutes, time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+def verify(checks: dict[str, Callable], device: torch.device) -> dict[str, str | None]:
+    """Run every check; None, or in one line what is wrong."""
+    results: dict[str, str | None] = {}
+    for name, check in checks.items():
+        try:
+            check(device)
+            results[name] = None
+        except Exception as error:
+            told = str(error).strip().splitlines() or [""]
+            results[name] = f"{type(error).__name__}: {told[0]}"
+            print(f"FAILED {name}: {results[name]}", file=sys.stderr, flush=True)
+    return results
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    *,
+    with_compile: bool = True,
+    rounds: int = ROUNDS,
+    sample_seconds: float = 0.02,
+    copy_bytes: int = machine.COPY_BYTES,
+) -> dict[str, object]:
+    """Check one case, then time its variants in turns, a large copy among them."""
+    if case.compiled and with_compile:
+        torch.compiler.reset()
+    work = case.build(device, case.compiled and with_compile)
+    errors = harness.check(work)
+    memory = {name: machine.peak_extra_bytes(work.runner(name), device) for name in work.variants}
+    copy, copied = machine.copy(device, copy_bytes)
+    runs = {**{name: work.runner(name) for name in work.variants}, COPY: copy}
+    seconds = harness.interleave(runs, device, rounds=rounds, sample_seconds=sample_seconds)
+    copies = statistics.median(seconds.pop(COPY))
+    return {
+        "name": case.name,
+        "group": case.group,
+        "auto": work.choice.backend,
+        "reasons": {name: choice.reason for name, choice in work.choices.items()},
+        "left_out": work.left_out,
+        "bytes": work.bytes,
+        "copy_gb_per_s": copied / copies / 1e9,
+        "variants": {
+            name: {
+                "median_s": statistics.median(samples),
+                "gb_per_s": work.bytes / statistics.median(samples) / 1e9,
+                "of_copy": work.bytes / statistics.median(samples) / (copied / copies),
+                "launches": _launches(work, name, device),
+                "peak_extra_bytes": memory[name],
+                "error": errors[name],
+                "samples_s": samples,
+            }
+            for name, samples in seconds.items()
+        },
+    }
+
+
+def _launches(work: GpuWork, name: str, device: torch.device) -> int | None:
+    return machine.launches(work.runner(name)) if device.type == "cuda" else None
+
+
+def run(
+    device: torch.device, clock: Clock, *, only: str, with_compile: bool, save: Callable
+) -> dict[str, object]:
+    """Checks, then cases; `save(result)` after each step, so that nothing is lost."""
+    result: dict[str, object] = {**machine.record(device), "gpu": machine.gpu(device)}
+    result |= {"rounds": ROUNDS, "minutes": clock.minutes, "cases": [], "left_out": {}}
+    print("checks", file=sys.stderr, flush=True)
+    result["checks"] = verify(gpu_checks.checks(device), device)
+    save(result)
+    if any(result["checks"].values()):
+        return result
+    for case in gpu_cases.cases():
+        if only not in case.name:
+            continue
+        if clock.left() < 0:
+            result["left_out"][case.name] = f"the {clock.minutes:g} minutes are over"
+            continue
+        print(f"{case.name}, {clock.left():.0f} s left", file=sys.stderr, flush=True)
+        compiles = with_compile and clock.left() > _FOR_COMPILE
+        try:
+            result["cases"].append(measure(case, device, with_compile=compiles))
+        except (harness.WrongResult, RuntimeError) as error:
+            result["left_out"][case.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        save(result)
+        torch.cuda.empty_cache()
+    return result
+
+
+def exit_status(result: dict[str, object]) -> int:
+    """1 where a check failed or a result was wrong."""
+    wrong = (reason.startswith("WrongResult") for reason in result["left_out"].values())
+    return int(any(result["checks"].values()) or any(wrong))
+
+
+def no_gpu() -> str | None:
+    """Why nothing can be measured, in one line."""
+    if torch.cuda.is_available():
+        return None
+    built = torch.version.cuda or torch.version.hip
+    why = "no device is visible" if built else "this torch is built without CUDA"
+    return f"benchmarks.gpu: error: no GPU: {why} (torch {torch.__version__})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--minutes", type=float, default=8, help="when to stop")
+    options = parser.parse_args(arguments)
+    if reason := no_gpu():
+        print(reason, file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def save(result: dict[str, object]) -> None:
+        (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    result = run(
+        torch.device("cuda", torch.cuda.current_device()),
+        Clock(options.minutes),
+        only=options.only,
+        with_compile=not options.no_compile,
+        save=save,
+    )
+    gpu_report.write(result, options.out)
+    print(gpu_report.markdown(result))
+    return exit_status(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""What must hold on a GPU before anything is timed there; tests/gpu runs the same.
+
+A check raises AssertionError, or whatever goes wrong on the way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fastmt
+from benchmarks import inputs, machine
+from benchmarks.shapes import Shape
+from fastmt import backends, decays, schedules, selftest
+from fastmt.confidence import KINDS
+from fastmt.consistency import LOSSES, NORMALIZATIONS, WEIGHTS
+from fastmt.networks import UNet
+
+Check = Callable[[torch.device], None]
+SIZES = selftest.Sizes()
+_CLASSES, _SIDE = 5, 32
+
+
+def checks(device: torch.device) -> dict[str, Check]:
+    """Every check by its name; those of an operation once for each backend that serves it."""
+    found: dict[str, Check] = {}
+    for name, (build, dtypes) in trials().items():
+        for backend in serving(build, device):
+            for dtype in dtypes:
+                text = str(dtype).removeprefix("torch.")
+                found[f"{name}, {text}, {backend}"] = partial(is_right, build, dtype, backend)
+    return found | {function.__name__: function for function in BEHAVIOUR}
+
+
+def trials() -> dict[str, tuple[selftest.Build, tuple[torch.dtype, ...]]]:
+    """Builders of trials by name: the plain ones in every dtype, each option in one."""
+    every, one = tuple(selftest.TOLERANCE), (torch.float32,)
+    found = {name: (build, every) for name, build in selftest.PLAIN.items()}
+    variants = [
+        *((selftest.consistency, {"loss": loss}) for loss in LOSSES[1:]),
+        *((selftest.consistency, {"confidence": kind}) for kind in KINDS[1:]),
+        *(
+            (selftest.consistency, {"weight": w, "normalize": "valid", "maps": True})
+            for w in WEIGHTS
+        ),
+        *((selftest.consistency, {"normalize": n, "by_class": True}) for n in NORMALIZATIONS[1:]),
+        (selftest.consistency, {"members": 3, "loss": "kl", "class_reduction": "mean"}),
+        (selftest.consistency, {"temperature": 0.5, "strict": True, "align_corners": True}),
+        (selftest.labelled, {"maps": True, "normalize": "weight"}),
+        (selftest.labelled, {"label_smoothing": 0.1, "normalize": "all"}),
+        (selftest.labelled, {"label_dtype": torch.uint8, "align_corners": True}),
+        *((selftest.confidence, {"kind": kind}) for kind in KINDS[1:]),
+        (selftest.confidence, {"temperature": 2.0, "align_corners": True}),
+    ]
+    for trial, options in variants:
+        said = ", ".join(f"{name}={value}" for name, value in options.items())
+        for form, upsampled in (("dense", False), ("up-sampled", True)):
+            build = partial(trial, upsampled=upsampled, **options)
+            found[f"{trial.__name__}, {form}, {said}"] = build, one
+    return found
+
+
+def serving(build: selftest.Build, device: torch.device) -> list[str]:
+    """The backends whose kernels serve a trial; "auto" where none does, to test the fallback."""
+    found = []
+    trial = build(device, torch.float32, SIZES)
+    for name in backends.BACKENDS:
+        if name not in ("auto", "eager"):
+            with fastmt.backend(name):
+                found += [name] if trial.choice().backend == name else []
+    return found or ["auto"]
+
+
+def is_right(build: selftest.Build, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """The result and the gradient are those of the reference in float64, and repeat to the bit."""
+    with fastmt.backend(backend):
+        error = build(device, dtype, SIZES).error()
+        assert error <= selftest.TOLERANCE[dtype], f"error {error:.3g} of the largest value"
+        first, second = (build(device, dtype, SIZES).run() for _ in range(2))
+        assert all(map(torch.equal, first, second)), "two runs differ"
+
+
+def a_step_never_waits_for_the_device(device: torch.device) -> None:
+    trainer = make_trainer(device, jitter={}, class_mixing=1.0)
+    given = batch(device, seed=0)
+    for _ in range(2):  # the first looks at the range of the images; both make what stays
+        trainer.step(*given)
+    with waiting_is_an_error(device):
+        trainer.step(*given)
+
+
+def a_loss_never_waits_for_the_device(device: torch.device) -> None:
+    for build in selftest.PLAIN.values():
+        trial = build(device, torch.float32, SIZES)
+        trial.run()
+        with waiting_is_an_error(device):
+            trial.run()
+
+
+def a_replayed_step_is_the_step(device: torch.device) -> None:
+    for amp in (None, torch.bfloat16):
+        _replayed_like_launched(device, amp)
+
+
+def _replayed_like_launched(device: torch.device, amp: torch.dtype | None) -> None:
+    trainers = [make_trainer(device, amp=amp) for _ in range(2)]
+    captured = fastmt.CapturedStep(trainers[0])
+    with deterministic_convolutions():
+        for seed in range(7):
+            given = batch(device, seed)
+            replayed, launched = captured(*given), trainers[1].step(*given)
+            for name in ("loss", "consistency", "selected", "skipped"):
+                pair = (getattr(replayed, name), getattr(launched, name))
+                torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5, msg=f"step {seed}: {name}")
+            assert replayed.weight == launched.weight
+            assert replayed.threshold == launched.threshold
+    assert trainers[0].teacher.updates == trainers[1].teacher.updates == 7
+    for part in ("student", "teacher"):
+        networks = (getattr(trainer, part) for trainer in trainers)
+        for own, other in zip(*(network.parameters() for network in networks), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4, msg=part)
+
+
+def a_captured_loss_follows_threshold_weight_and_decay(device: torch.device) -> None:
+    shape = Shape(2, _CLASSES, (_SIDE, _SIDE))
+    student = inputs.logits(shape, device=device, seed=0).requires_grad_()
+    teacher = inputs.logits(shape, device=device, seed=1)
+    average, value = torch.zeros(1000, device=device), torch.ones(1000, device=device)
+    threshold, weight = (torch.zeros((), device=device) for _ in range(2))
+    decay = torch.zeros((), dtype=torch.float64, device=device)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        loss = weight * fastmt.consistency_loss(student, teacher, threshold=threshold)
+        fastmt.ema_update_([average], [value], decay)
+        return loss, torch.autograd.grad(loss, student)[0]
+
+    _on_a_side_stream(compute, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute()
+    for step in range(3):
+        for scalar, number in ((threshold, 0.3 + 0.2 * step), (weight, step), (decay, 0.5)):
+            scalar.fill_(number)
+        average.zero_()
+        graph.replay()
+        replayed = [t.clone() for t in (*results, average)]
+        average.zero_()
+        expected = [*compute(), average]
+        assert all(map(torch.equal, replayed, expected)), f"replay {step}"
+
+
+def labels_out_of_range_are_named_when_checked_and_harmless_otherwise(device: torch.device) -> None:
+    shape = Shape(2, _CLASSES, (_SIDE, _SIDE))
+    logits = inputs.logits(shape, device=device, seed=0).requires_grad_()
+    labels = inputs.labels(shape, device=device, seed=0)
+    labels[1, 2, 3] = 77
+    before = os.environ.pop("FASTMT_CHECK", None)
+    try:
+        fastmt.cross_entropy(logits, labels).backward()
+        torch.cuda.synchronize(device)
+        os.environ["FASTMT_CHECK"] = "1"
+        fastmt.cross_entropy(logits, torch.where(labels == 77, 255, labels))
+        try:
+            fastmt.cross_entropy(logits, labels)
+        except ValueError as error:
+            assert "got label 77, expected 0..4" in str(error), error
+        else:
+            raise AssertionError("FASTMT_CHECK=1 did not find label 77")
+    finally:
+        os.environ.pop("FASTMT_CHECK", None)
+        if before is not None:
+            os.environ["FASTMT_CHECK"] = before
+
+
+def kernels_are_deterministic(device: torch.device) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for build in selftest.PLAIN.values():
+            for backend in serving(build, device):
+                if backend != "auto":  # eager's up-sampling is not deterministic
+                    with fastmt.backend(backend):
+                        build(device, torch.float32, SIZES).run()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def an_average_of_many_tensors_is_one_launch(device: torch.device) -> None:
+    teacher = [torch.zeros(n, device=device) for n in range(1, 200)]
+    student = [torch.ones(n, device=device) for n in range(1, 200)]
+    decay = torch.full((), 0.5, dtype=torch.float64, device=device)
+    build = selftest.PLAIN["ema_update_"]
+    for backend in serving(build, device):
+        if backend != "auto":
+            with fastmt.backend(backend):
+                count = machine.launches(lambda: fastmt.ema_update_(teacher, student, decay))
+            assert count in (1, None), f"{backend}: {count} launches"
+
+
+BEHAVIOUR: tuple[Check, ...] = (
+    a_step_never_waits_for_the_device,
+    a_loss_never_waits_for_the_device,
+    a_replayed_step_is_the_step,
+    a_captured_loss_follows_threshold_weight_and_decay,
+    labels_out_of_range_are_named_when_checked_and_harmless_otherwise,
+    kernels_are_deterministic,
+    an_average_of_many_tensors_is_one_launch,
+)
+
+
+def make_trainer(device: torch.device, **options: object) -> fastmt.MeanTeacher:
+    """A small capturable trainer in which threshold, weight, decay and learning rate all move."""
+    torch.manual_seed(0)
+    student = UNet(_CLASSES, width=4).to(device)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=torch.tensor(1e-3, device=device), fused=True, capturable=True
+    )
+    return fastmt.MeanTeacher(
+        student,
+        optimizer,
+        teacher=fastmt.EMATeacher(student, decays.Cosine(0.5, 5)),
+        consistency=fastmt.ConsistencyLoss(confidence="entropy"),
+        weight=schedules.LinearRampUp(3.0, 4),
+        threshold=schedules.UncertaintyThreshold(6),
+        scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+        capturable=True,
+        **options,
+    )
+
+
+def batch(device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Source images, labels and target images."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand((2, 2, 3, _SIDE, _SIDE), generator=generator).to(device)
+    labels = inputs.labels(Shape(2, _CLASSES, (_SIDE, _SIDE)), device=device, seed=seed)
+    return images[0], labels, images[1]
+
+
+@contextmanager
+def waiting_is_an_error(device: torch.device) -> Iterator[None]:
+    """A host that waits for the device raises in this context."""
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+def _on_a_side_stream(compute: Callable[[], object], device: torch.device) -> None:
+    """Warm up as a capture has to be."""
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            compute()
+    current.wait_stream(stream)

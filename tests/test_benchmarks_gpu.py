@@ -1,0 +1,233 @@
+"""The GPU benchmark as far as it goes without one: checks, refusals, byte models, table, plot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_captured import Replayed
+
+import fastmt
+from benchmarks import gpu, gpu_cases, gpu_checks, gpu_report, harness, machine
+from fastmt import backends, selftest
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+needs_kernels = pytest.mark.skipif(
+    backends.extension_missing() is not None, reason="compares the kernels"
+)
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """The parts of a run that ask a GPU, answered for a CPU; and no case or check of its own."""
+    monkeypatch.setattr(machine, "gpu", lambda device: {"capability": "9.0"})
+    monkeypatch.setattr(gpu_checks, "checks", lambda device: {"one": lambda device: None})
+    monkeypatch.setattr(gpu_cases, "cases", list)
+
+
+def run(**options):
+    options = {"only": "", "with_compile": False, "save": lambda result: None, **options}
+    return gpu.run(CPU, options.pop("clock", gpu.Clock(8)), **options)
+
+
+@pytest.mark.parametrize("name", gpu_checks.trials())
+def test_every_trial_of_the_gpu_checks_holds_on_a_cpu(name):
+    build, dtypes = gpu_checks.trials()[name]
+    for dtype in dtypes:
+        for backend in gpu_checks.serving(build, CPU):
+            gpu_checks.is_right(build, dtype, backend, CPU)
+
+
+@needs_kernels
+def test_a_check_of_an_operation_fails_where_the_result_is_wrong(monkeypatch):
+    monkeypatch.setitem(selftest.TOLERANCE, torch.float32, 1e-12)
+    with pytest.raises(AssertionError, match="error .* of the largest value"):
+        gpu_checks.is_right(selftest.consistency, torch.float32, "cpp", CPU)
+    monkeypatch.setitem(selftest.TOLERANCE, torch.float32, 1e-5)
+    runs = iter(range(10))
+    noisy = fastmt.cross_entropy
+
+    def drifts(logits, labels, **options):
+        return noisy(logits * (1 + 1e-7 * next(runs)), labels, **options)
+
+    monkeypatch.setattr(selftest, "cross_entropy", drifts)
+    with pytest.raises(AssertionError, match="two runs differ"):
+        gpu_checks.is_right(selftest.labelled, torch.float32, "cpp", CPU)
+
+
+def test_the_checks_hold_every_operation_and_the_behaviour_of_a_gpu():
+    names = list(gpu_checks.checks(CPU))
+    for operation in selftest.PLAIN:
+        assert sum(name.startswith(f"{operation}, ") for name in names) >= 3
+    assert {check.__name__ for check in gpu_checks.BEHAVIOUR} <= set(names)
+
+
+def test_a_failing_check_is_told_in_a_line_and_the_others_still_run(capsys):
+    def fails(device):
+        raise RuntimeError("lost\nin detail")
+
+    results = gpu.verify({"first": fails, "second": lambda device: None}, CPU)
+    assert results == {"first": "RuntimeError: lost", "second": None}
+    assert capsys.readouterr().err == "FAILED first: RuntimeError: lost\n"
+
+
+def test_nothing_is_timed_on_red_checks(no_gpu_needed, monkeypatch):
+    def fails(device):
+        raise AssertionError("wrong")
+
+    def never(*_, **__):
+        raise KeyError("timed on red checks")
+
+    monkeypatch.setattr(gpu_checks, "checks", lambda device: {"one": fails})
+    monkeypatch.setattr(gpu_cases, "cases", never)
+    result = run()
+    assert result["checks"] == {"one": "AssertionError: wrong"}
+    assert gpu.exit_status(result) == 1
+    text = gpu_report.markdown(result)
+    assert "0 of 1 checks passed" in text
+    assert "FAILED one: AssertionError: wrong" in text
+    assert "Nothing was timed." in text
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", gpu_cases.cases("tiny"), ids=lambda case: case.name)
+def test_every_case_measures_each_backend_that_serves_it(case):
+    measured = gpu.measure(
+        case, CPU, with_compile=False, rounds=2, sample_seconds=0, copy_bytes=1 << 16
+    )
+    assert measured["variants"].keys() == {"eager", "cpp"}
+    assert measured["auto"] == "cpp"
+    assert "triton" in measured["left_out"]
+    for variant in measured["variants"].values():
+        assert variant["gb_per_s"] == pytest.approx(measured["bytes"] / variant["median_s"] / 1e9)
+        share = variant["gb_per_s"] / measured["copy_gb_per_s"]
+        assert variant["of_copy"] == pytest.approx(share)
+        assert variant["error"] <= 1.6e-2
+    json.dumps(measured)
+
+
+def test_the_bytes_of_each_case_are_those_that_have_to_move():
+    pixels, low = 2 * 16 * 24, 2 * 5 * (16 // 8) * (24 // 8)
+    of_case = {
+        "consistency 2x5x16x24 bfloat16": 3 * 2 * 5 * pixels,
+        "consistency 2x5x16x24 float32": 3 * 4 * 5 * pixels,
+        "confidence 2x5x16x24 bfloat16": (2 * 5 + 12) * pixels,
+        "confidence 2x5x16x24 float32": (4 * 5 + 12) * pixels,
+        "consistency 2x5x16x24 float32 from 1/8": 3 * 4 * low,
+        "confidence 2x5x16x24 float32 from 1/8": 4 * low + 12 * pixels,
+        "cross-entropy 2x5x16x24 float32 from 1/4": 2 * 4 * (4 * low) + 8 * pixels,
+        "cross-entropy 2x5x16x24 float32": (2 * 4 * 5 + 8) * pixels,
+        "EMA of 0 M in 5 tensors, float32 student": 12 * 5 * 21,
+        "EMA of 0 M in 5 tensors, bfloat16 student": 10 * 5 * 21,
+    }
+    cases = gpu_cases.cases("tiny")
+    assert {case.name for case in cases} == of_case.keys()
+    for case in cases:
+        assert case.build(CPU, False).bytes == of_case[case.name], case.name
+
+
+def test_the_real_cases_have_the_sizes_of_their_names():
+    names = [case.name for case in gpu_cases.cases()]
+    assert len(names) == len(set(names)) == 12
+    assert "consistency 8x19x1024x1024 float32 from 1/8" in names
+    assert "EMA of 304 M in 296 tensors, float32 student" in names
+
+
+def test_calls_turn_through_more_memory_than_the_cache_holds():
+    assert gpu_cases.sets_for(1 << 30, 50 << 20) == 1
+    assert gpu_cases.sets_for(1 << 20, 50 << 20) == 100
+    assert gpu_cases.sets_for(1, 50 << 20) == 512
+    seen = []
+    sets = [[torch.tensor(float(i))] for i in range(3)]
+    call = gpu_cases._turning(lambda tensor: seen.append(int(tensor)), sets)
+    for _ in range(7):
+        call()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_wrong_result_is_left_out_and_sets_the_exit_status(no_gpu_needed, monkeypatch):
+    def wrong(device, compiled):
+        raise harness.WrongResult("triton: error 0.5 of the largest value; not timed")
+
+    monkeypatch.setattr(gpu_cases, "cases", lambda: [harness.Case("bad", "dense", wrong)])
+    result = run()
+    assert result["left_out"]["bad"].startswith("WrongResult: triton: error 0.5")
+    assert gpu.exit_status(result) == 1
+    assert "- bad: WrongResult: triton: error 0.5" in gpu_report.markdown(result)
+
+
+def test_cases_for_which_no_time_is_left_are_named(no_gpu_needed, monkeypatch):
+    monkeypatch.setattr(gpu_cases, "cases", lambda: [harness.Case("late", "dense", None)])
+    result = run(clock=gpu.Clock(0))
+    assert result["left_out"] == {"late": "the 0 minutes are over"}
+    assert gpu.exit_status(result) == 0
+
+
+def fake(name, group, fused, compile_s=2e-3, left_out=None):
+    def variant(seconds, launches):
+        return {
+            "median_s": seconds,
+            "gb_per_s": 1 / seconds,
+            "of_copy": 1e-3 / seconds,
+            "launches": launches,
+            "peak_extra_bytes": 5_000_000,
+            "error": 1e-7,
+            "samples_s": [seconds],
+        }
+
+    times = {"eager": 1e-2, "torch.compile": compile_s, **fused}
+    return {
+        "name": name,
+        "group": group,
+        "auto": "triton",
+        "reasons": {},
+        "left_out": left_out or {},
+        "bytes": 10**9,
+        "copy_gb_per_s": 1000.0,
+        "variants": {n: variant(s, 3) for n, s in times.items() if s is not None},
+    }
+
+
+def test_table_json_and_plot_are_made_from_results(no_gpu_needed, tmp_path):
+    result = run()
+    result["cases"] = [
+        fake("consistency", "dense", {"triton": 1e-3, "cpp": 1.25e-3}),
+        fake("confidence", "dense", {"triton": 5e-4}, None, {"cpp": "no CUDA kernel"}),
+        fake("EMA", "moving average", {"triton": 9e-7}, None),
+    ]
+    gpu_report.write(result, tmp_path)
+    text = (tmp_path / "gpu.md").read_text()
+    assert "1 of 1 checks passed." in text
+    row = "| consistency | triton * | 1.00 ms | 1000 | 100% | 10.0 x | 2.0 x | 5.0 MB | 3 |"
+    assert row in text
+    assert "| consistency | cpp | 1.25 ms | 800 | 80% | 8.0 x | 1.6 x | 5.0 MB | 3 |" in text
+    assert "| confidence | triton * | 500.0 us | 2000 | 200% | 20.0 x | - | 5.0 MB | 3 |" in text
+    assert "- cpp, confidence: no CUDA kernel" in text
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_without_a_gpu_it_ends_with_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "none")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks.gpu: error: no GPU: ")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_check_of_replays_notices_a_schedule_that_stands_still(monkeypatch):
+    monkeypatch.setattr(fastmt, "CapturedStep", Replayed)
+    gpu_checks.a_replayed_step_is_the_step(CPU)
+
+    class Frozen(Replayed):
+        """Replays with what held at the capture, as a graph with numbers in it would."""
+
+        def _fill(self, batch, now):
+            super()._fill(batch, now)
+            now.weight.fill_(0.5)
+
+    monkeypatch.setattr(fastmt, "CapturedStep", Frozen)
+    with pytest.raises(AssertionError):
+        gpu_checks.a_replayed_step_is_the_step(CPU)
