@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +111,11 @@ def _resolve(operation: str, name: str, tensors: Sequence[Tensor], obstacle: str
     if reason:
         return Choice("eager", reason)
     return Choice("cpp", f"C++ kernels ({instruction_set()}) serve this call")
+
+
+def operations(backend: str) -> Any:
+    """What holds the operations of a backend, by the names and signatures of csrc/library.cpp."""
+    return torch.ops.fastmt
 
 
 def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:

@@ -113,6 +113,7 @@ def consistency_loss(
     ]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
     value, selected, mean_score = _ConsistencyLoss.apply(
+        backends.operations(choice.backend),
         student,
         members,
         _limits(threshold, student.device),
@@ -176,32 +177,31 @@ def _check_options(
 
 
 def _limits(threshold: float | Tensor, device: torch.device) -> Tensor:
-    """The thresholds (1,) or (C,) in float32 on `device`, brought there without waiting for it."""
+    """One threshold, or one for each class, where the kernels read it."""
     if not isinstance(threshold, Tensor):
         return torch.full((1,), threshold, dtype=torch.float32, device=device)
-    limits = threshold.detach().to(device, torch.float32, non_blocking=True)
-    return limits.reshape(-1).contiguous()
+    return threshold.detach().to(device, torch.float32, non_blocking=True).reshape(-1).contiguous()
 
 
 class _ConsistencyLoss(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod
-    def forward(ctx, student, members, limits, maps, options, sampling, wants_gradient):
+    def forward(ctx, kernels, student, members, limits, maps, options, sampling, wants_gradient):
         call = (student, members, limits, *maps, options, *sampling)
-        value, selected, mean_score, scale, gradient = torch.ops.fastmt.consistency_loss(
+        value, selected, mean_score, scale, gradient = kernels.consistency_loss(
             *call, wants_gradient
         )
         ctx.mark_non_differentiable(selected, mean_score)
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            operation, rest = torch.ops.fastmt.consistency_loss, call[1:]
-            gradients.keep(ctx, student, gradient, scale, lambda z: operation(z, *rest, True)[-1])
+            gradients.keep(ctx, kernels, student, gradient, scale)
+            ctx.again = lambda z: kernels.consistency_loss(z, *call[1:], True)[-1]
         return value, selected, mean_score
 
     @staticmethod
     def backward(ctx, grad_value, *_):
-        return gradients.hand_over(ctx, grad_value), *(None,) * 6
+        return None, gradients.hand_over(ctx, grad_value), *(None,) * 6
 
 
 class ConsistencyLoss(nn.Module):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def keep(
-    ctx: Any, logits: Tensor, gradient: Tensor, scale: Tensor, again: Callable[[Tensor], Tensor]
-) -> None:
-    """Leave on `ctx` what `hand_over` needs.
+def keep(ctx: Any, kernels: Any, logits: Tensor, gradient: Tensor, scale: Tensor) -> None:
+    """Leave on `ctx` what `hand_over` needs; the caller adds `again(logits)`.
 
-    again: computes the gradient of the logits anew. The first backward pass gives the gradient
-    away, so one that is repeated (retain_graph) needs another.
+    That computes the gradient anew: the first backward pass gives the gradient away, so one that is
+    repeated (retain_graph) needs another.
     """
     ctx.traced = torch.compiler.is_compiling()
     if ctx.traced:  # what a graph saves is never written to, so it serves any number of times
@@ -23,7 +20,7 @@ def keep(
         return
     # The teacher's logits may be inference tensors, which save_for_backward refuses.
     ctx.save_for_backward(logits)
-    ctx.gradient, ctx.scale, ctx.again = gradient, scale, again
+    ctx.kernels, ctx.gradient, ctx.scale = kernels, gradient, scale
 
 
 def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
@@ -38,7 +35,7 @@ def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = ctx.again(logits)
-        torch.ops.fastmt.scale_(gradient, ctx.scale, grad_value)
+        ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     if torch.is_grad_enabled():  # create_graph=True
         return _DifferentiableOnce.apply(gradient, logits, grad_value)
     return gradient

@@ -7,13 +7,24 @@ Outside of a trace nothing here runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _T = TypeVar("_T")
 _LIBRARY = torch.library.Library("fastmt", "FRAGMENT")
+SCHEMAS = {  # of csrc/library.cpp, for kernels that are written in Python
+    "softmax_confidence": "(Tensor[] logits, int kind, float inverse_temperature, int[]? size,"
+    " bool align_corners) -> (Tensor score, Tensor label)",
+    "consistency_loss": "(Tensor student, Tensor[] teacher, Tensor threshold, Tensor? pixel_weight,"
+    " Tensor? valid, int[] options, float inverse_temperature, int[]? size, bool align_corners,"
+    " bool wants_gradient)"
+    " -> (Tensor loss, Tensor selected, Tensor mean_score, Tensor scale, Tensor gradient)",
+    "cross_entropy": "(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight,"
+    " int[] options, float label_smoothing, bool align_corners, bool wants_gradient)"
+    " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong, Tensor wrong_label)",
+}
 
 
 def constant_while_tracing(function: Callable[[], _T]) -> Callable[[], _T]:
@@ -26,6 +37,21 @@ def register_fakes() -> None:
     """Tell torch.library what the operations of the loaded library return."""
     for fake in (softmax_confidence, consistency_loss, cross_entropy, ema_update_, scale_):
         torch.library.register_fake(f"fastmt::{fake.__name__}", fake, lib=_LIBRARY)
+
+
+def define(namespace: str, kernels: Any) -> torch.library.Library:
+    """Make nodes of a graph, torch.ops.<namespace>, of kernels that are written in Python.
+
+    kernels: has functions by the names and signatures of csrc/library.cpp. What is returned has to
+    be kept: with it the nodes end.
+    """
+    nodes = torch.library.Library(namespace, "DEF")
+    for fake in (softmax_confidence, consistency_loss, cross_entropy):
+        name = fake.__name__
+        nodes.define(name + SCHEMAS[name])
+        nodes.impl(name, getattr(kernels, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=nodes)
+    return nodes
 
 
 def softmax_confidence(

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.optim import sgd
 
 import fastmt
-from fastmt import backends
+from fastmt import backends, library
 
 pytestmark = pytest.mark.skipif(
     backends.extension_missing() is not None, reason="the C++ kernels are not built"
@@ -348,3 +348,39 @@ def test_the_average_of_many_tensors_is_a_node_of_the_graph(backend):
 def test_importing_fastmt_does_not_import_the_compiler():
     command = "import sys, fastmt; assert not {'torch._dynamo', 'torch._inductor'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+@pytest.mark.parametrize("name", library.SCHEMAS)
+def test_kernels_in_python_have_the_schema_of_those_in_cpp(name):
+    schema = getattr(torch.ops.fastmt, name).default._schema
+    assert str(schema) == f"fastmt::{name}{library.SCHEMAS[name]}"
+
+
+@each_operation
+def test_kernels_in_python_become_nodes_of_a_graph(operation, monkeypatch):
+    calls = []
+
+    class Python:
+        """Kernels that are no nodes themselves, as the Triton ones."""
+
+        def __getattr__(self, name):
+            def kernel(*arguments):
+                calls.append(name)
+                return getattr(torch.ops.fastmt, name)(*arguments)
+
+            return kernel
+
+    nodes = library.define("fastmt_in_python", Python())
+    try:
+        monkeypatch.setattr(backends, "operations", lambda backend: torch.ops.fastmt_in_python)
+        z = STUDENT.clone().requires_grad_()
+        loss = compiled(operation)(z)
+        (gradient,) = torch.autograd.grad(loss, z)
+    finally:
+        nodes._destroy()
+    monkeypatch.undo()
+    expected = operation(z)
+    (eager,) = torch.autograd.grad(expected, z)
+    assert calls in (["consistency_loss"], ["cross_entropy"])
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(gradient, eager)
