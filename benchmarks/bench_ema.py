@@ -26,7 +26,7 @@ from benchmarks.shapes import (
     vit_large_parameters,
 )
 from fastmt import backends, reference
-from fastmt.ema_table import table
+from fastmt.ema_table import Table
 
 try:
     from ema_pytorch import EMA
@@ -104,8 +104,9 @@ def _build(shapes: Shapes, dtype: torch.dtype, device: torch.device, compiled: b
     }
     updates[TEACHER] = (ours.update, list(ours.parameters()))
     if backends.extension_missing() is None and device.type == "cpu":
-        rows, decay = table(teacher, values), torch.tensor(DECAY, dtype=torch.float64)
-        updates[KERNEL] = (partial(torch.ops.fastmt.ema_update_, *rows, decay), teacher)
+        table = Table(list(zip(teacher, values, strict=True)), device)
+        decay = torch.tensor(DECAY, dtype=torch.float64)
+        updates[KERNEL] = (partial(table.update, torch.ops.fastmt, decay), teacher)
     if dtype == torch.float32:  # the others' averages have the student's dtype
         updates |= _others(student)
 

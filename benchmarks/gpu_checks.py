@@ -202,6 +202,16 @@ def an_average_of_many_tensors_is_one_launch(device: torch.device) -> None:
             assert count in (1, None), f"{backend}: {count} launches"
 
 
+def a_teacher_takes_few_launches(device: torch.device) -> None:
+    student = UNet(_CLASSES, width=4).to(device)
+    teacher = fastmt.EMATeacher(student)
+    tensors = [*student.parameters(), *student.buffers()]
+    count = machine.launches(teacher.update)
+    few = count is None or count <= 16
+    if fastmt.explain(fastmt.ema_update_, tensors[:1], tensors[:1], 0.5).backend != "eager":
+        assert few, f"{count} launches for {len(tensors)} tensors"
+
+
 BEHAVIOUR: tuple[Check, ...] = (
     a_step_never_waits_for_the_device,
     a_loss_never_waits_for_the_device,
@@ -210,6 +220,7 @@ BEHAVIOUR: tuple[Check, ...] = (
     labels_out_of_range_are_named_when_checked_and_harmless_otherwise,
     kernels_are_deterministic,
     an_average_of_many_tensors_is_one_launch,
+    a_teacher_takes_few_launches,
 )
 
 

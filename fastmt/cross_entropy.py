@@ -44,7 +44,7 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; a label outside
-        0..C-1 is named.
+        0..C-1 is named, on a GPU only where FASTMT_CHECK=1 is set, since that waits for the device.
     """
     arguments.check_logits("logits", logits)
     classes, device = logits.shape[1], logits.device
@@ -59,7 +59,7 @@ def cross_entropy(
         obstacle=upsampling_obstacle([logits], size) or backends.classes_obstacle(classes),
     )
     if choice.backend == "eager":
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _checks_labels(labels.device) and not torch.compiler.is_compiling():
             arguments.check_labels(labels, classes, ignore_index)
         return reference.cross_entropy(
             logits,
@@ -98,9 +98,13 @@ def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
         arguments.output_shape([("logits", logits)], tuple(labels.shape[1:]))
 
 
+def _checks_labels(device: torch.device) -> bool:
+    return device.type == "cpu" or os.environ.get("FASTMT_CHECK") == "1"
+
+
 def _refuse(wrong: Tensor, wrong_label: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise where the kernel has met labels out of range; on a GPU only if FASTMT_CHECK=1 asks."""
-    if wrong.device.type != "cpu" and os.environ.get("FASTMT_CHECK") != "1":
+    """Raise where the kernel has met labels out of range."""
+    if not _checks_labels(wrong.device):
         return
     if torch.compiler.is_compiling():  # the graph itself raises, without a value to name
         message = f"labels: got a label outside 0..{classes - 1} that is not {ignore_index}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastmt import arguments, backends, reference
+from fastmt import arguments, backends, ema_table, reference
 from fastmt.ema_bound import (
     AVERAGE,
     COPY,
@@ -59,6 +61,9 @@ def ema_update_(
         pairs = [(teacher[i], student[i]) for i in _checked(teacher, student)]
         reference.ema_update_([t for t, _ in pairs], [s for _, s in pairs], decay)
         return
+    if ema_table.is_read_by(choice.backend, _representatives(teacher)):
+        _update_on_device(backends.operations(choice.backend), teacher, student, decay)
+        return
     increment_version(teacher)  # first: it brings the tensors' records near
     binding = _bindings.get(_key(teacher, student))
     bound = binding is not None and binding.has(teacher, student)
@@ -70,6 +75,16 @@ def ema_update_(
 def _update_traced(teacher: list[Tensor], student: list[Tensor], decay: Tensor) -> None:
     """The launch as a node of a compiled graph, which has no addresses while it is traced."""
     ema_update_(teacher, student, decay)
+
+
+def _update_on_device(
+    kernels: Any, teacher: list[Tensor], student: list[Tensor], decay: float | Tensor
+) -> None:
+    lists = ema_table.lists(teacher, student, _checked)
+    lists.table.update(kernels, ema_table.decay_on(lists.table.rows.device, decay))
+    rest = [(teacher[i], student[i]) for i in lists.rest]
+    reference.ema_update_([t for t, _ in rest], [s for _, s in rest], decay)
+    increment_version(teacher)
 
 
 def _representatives(tensors: list[Tensor]) -> list[Tensor]:

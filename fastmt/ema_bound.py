@@ -55,25 +55,30 @@ class Bound:
 def is_served(row: Row) -> bool:
     """Whether the launch takes a row: it walks each tensor as one stretch of memory on the CPU."""
     value, pairs = row.value, zip(row.averages, row.modes, strict=True)
-    return _is_plain(value) and all(_follows(average, value, mode) for average, mode in pairs)
+    return (
+        value.is_cpu
+        and is_plain(value)
+        and all(_follows(average, value, mode) for average, mode in pairs)
+    )
 
 
 def _follows(average: Tensor, value: Tensor, mode: int) -> bool:
-    if not _is_plain(average):
+    if not (average.is_cpu and is_plain(average)):
         return False
     floats = average.dtype in KERNEL_DTYPES and value.dtype in KERNEL_DTYPES
     if not floats and not (mode in (COPY, KEEP) and average.dtype == value.dtype):
         return False
     if average.is_contiguous() and value.is_contiguous():
         return True
-    return average.stride() == value.stride() and _is_dense(average)
+    return average.stride() == value.stride() and is_dense(average)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
+def is_plain(tensor: Tensor) -> bool:
+    """No subclass, whose data the kernels would not know."""
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:

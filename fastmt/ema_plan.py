@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from fastmt.ema_bound import (
     is_served,
     update_eagerly,
 )
+from fastmt.ema_table import DeviceUpdate, decay_on, is_read_by
 from fastmt.matching import Pair, Shards, Structure, Unmoved, check_storage, is_unmoved, matched
 
 _RULES = {"copy": COPY, "ema": AVERAGE, "keep": KEEP}
@@ -73,6 +74,7 @@ class Plan:
         bound = [row for row, fits in zip(self.rows, served, strict=True) if fits]
         self._rest = [row for row, fits in zip(self.rows, served, strict=True) if not fits]
         self._bound = Bound(bound) if bound else None
+        self._on_device: list[DeviceUpdate] | None = None  # one a teacher, made when first needed
 
     def holds(self, network: nn.Module) -> bool:
         return (
@@ -87,9 +89,11 @@ class Plan:
 
         False, with nothing done, where a tensor has another layout than it was matched with.
         """
+        backend = backends.choose("ema_update_", self._first).backend
+        if is_read_by(backend, self._first):
+            return self._run_on_device(backends.operations(backend), decays, draws)
         on_host = not any(isinstance(decay, Tensor) for decay in decays)
-        eager = backends.choose("ema_update_", self._first).backend == "eager"
-        rest = self._rest if on_host and not eager else self.rows
+        rest = self._rest if on_host and backend != "eager" else self.rows
         if any(average.shape != row.value.shape for row in rest for average in row.averages):
             return False
         increment_version(self._written)  # first: it brings the tensors' records near
@@ -98,6 +102,34 @@ class Plan:
         for row in rest:
             update_eagerly(row, decays, draws)
         return True
+
+    def _run_on_device(
+        self, kernels: Any, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]
+    ) -> bool:
+        if self._on_device is None:
+            teachers = range(len(decays))
+            self._on_device = [DeviceUpdate(self._rows_of(k), self.device) for k in teachers]
+        if not all(update.holds() for update in self._on_device):
+            return False
+        increment_version(self._written)
+        for update, decay, draw in zip(self._on_device, decays, draws, strict=True):
+            update.run(kernels, decay_on(self.device, decay))
+            for row in update.rest:
+                update_eagerly(row, [decay], [draw])
+        return True
+
+    def _rows_of(self, teacher: int) -> list[Row]:
+        """What one of the teachers does with each value."""
+        one = slice(teacher, teacher + 1)
+        rows = [
+            row._replace(
+                averages=row.averages[one],
+                modes=row.modes[one],
+                compensations=row.compensations[one],
+            )
+            for row in self.rows
+        ]
+        return [row for row in rows if row.modes != (KEEP,)]
 
 
 def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair, ...]]:

@@ -184,7 +184,8 @@ class EMATeacher(nn.Module):
         """Whether the next call of update() averages."""
         return self.calls < self.start or (self.calls + 1 - self.start) % self.update_every == 0
 
-    def _count(self) -> None:
+    def count(self) -> None:
+        """Count a call of update() that something else has made, such as the replay of a graph."""
         due, own = self._is_due(), self.__dict__  # nn.Module's way to set them is slow
         own["calls"] += 1
         own["updates"] += due and self.calls > self.start

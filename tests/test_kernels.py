@@ -15,7 +15,7 @@ from tolerances import assert_gradient_close, assert_loss_close
 import fastmt
 from fastmt import backends
 from fastmt.consistency import LOSSES
-from fastmt.ema_table import table
+from fastmt.ema_table import Table
 
 pytestmark = pytest.mark.usefixtures("kernels")
 SHAPE = (2, 19, 67, 71)
@@ -193,6 +193,6 @@ def test_a_table_of_addresses_gives_the_average_of_the_tensors_themselves(decay)
     expected = [average.clone() for average in teacher]
     if decay >= 0:
         fastmt.ema_update_(expected, student, decay)
-    rows, starts = table(teacher, student)
-    torch.ops.fastmt.ema_update_(rows, starts, torch.tensor(decay, dtype=torch.float64))
+    table = Table(list(zip(teacher, student, strict=True)), torch.device("cpu"))
+    table.update(torch.ops.fastmt, torch.tensor(decay, dtype=torch.float64))
     assert_bitwise(teacher, expected)

@@ -1,0 +1,154 @@
+"""The update of a teacher as on a GPU, a table and few launches, against the one by tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastmt
+from fastmt import backends, ema_plan
+from fastmt.ema_bound import AVERAGE, COPY, STOCHASTIC, Row
+from fastmt.ema_table import DeviceUpdate
+
+pytestmark = [
+    pytest.mark.skipif(
+        backends.extension_missing() is not None, reason="the C++ kernels are not built"
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """Parameters and buffers of every kind that a teacher meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1))
+        self.tied = self.body[0].weight
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.turned = nn.Parameter(torch.randn(4, 6).t())
+        self.register_buffer("in_half", torch.randn(7).bfloat16())
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("bytes", torch.arange(5, dtype=torch.uint8))
+        self.register_buffer("wide", torch.randn(3, dtype=torch.float64))
+        self.register_buffer("complex", torch.randn(3, dtype=torch.complex64))
+        self.register_buffer("empty", torch.zeros(0))
+
+
+def moved(network, seed):
+    """Every parameter and buffer becomes another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.dtype == torch.bool:
+                tensor.logical_not_()
+            elif tensor.is_floating_point() or tensor.is_complex():
+                tensor.add_(torch.randn(tensor.shape, generator=generator))
+            else:
+                tensor.add_(seed + 1)
+
+
+def assert_alike(one, other):
+    for mine, others in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+        torch.testing.assert_close(*(m for m in (mine[1], others[1])), rtol=1e-6, atol=1e-7)
+        assert mine[0] == others[0]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """From here on tensors of the CPU are updated as those of a GPU."""
+    return lambda: monkeypatch.setattr(ema_plan, "is_read_by", lambda *_: True)
+
+
+def teachers(**options):
+    torch.manual_seed(0)
+    student = Net()
+    options = {"decay": 0.9, "warmup": "tenths", **options}
+    return student, fastmt.EMATeacher(student, **options), fastmt.EMATeacher(student, **options)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
+@pytest.mark.parametrize("options", [{}, {"start": 2}, {"update_every": 2}])
+@pytest.mark.parametrize("given", ["number", "tensor"])
+def test_few_launches_do_what_one_a_tensor_does(buffers, options, given, as_on_a_gpu):
+    student, by_tensor, by_table = teachers(buffers=buffers, **options)
+    states = []
+    for seed in range(5):
+        moved(student, seed)
+        by_tensor.update()
+        states.append(copy.deepcopy(by_tensor))
+    as_on_a_gpu()
+    student = teachers()[0]
+    for seed, expected in enumerate(states):
+        moved(student, seed)
+        decay = torch.tensor(by_table.current_decay(), dtype=torch.float64)
+        by_table.update(student=student, decay=decay if given == "tensor" else None)
+        assert_alike(by_table, expected)
+
+
+def test_a_step_that_was_skipped_changes_nothing(as_on_a_gpu):
+    as_on_a_gpu()
+    student, teacher, _ = teachers()
+    for finite in (True, False, True):
+        moved(student, int(finite))
+        before, versions = copy.deepcopy(teacher), teacher.module.scalar._version
+        decay = torch.tensor(0.5, dtype=torch.float64)
+        teacher.update(finite=torch.tensor(finite), decay=decay)
+        assert teacher.module.scalar._version > versions
+        if finite:
+            assert not torch.equal(teacher.module.scalar, before.module.scalar)
+            assert torch.equal(teacher.module.bytes, student.bytes)
+        else:
+            assert_alike(teacher, before)
+
+
+def test_a_tensor_that_moved_in_memory_is_found_again(as_on_a_gpu):
+    as_on_a_gpu()
+    student, teacher, other = teachers(warmup=None)
+    fastmt.update_together([teacher, other])
+    other.module.scalar.data = other.module.scalar.data.clone()
+    student.scalar.data = torch.tensor(5.0)
+    before = [t.module.scalar.item() for t in (teacher, other)]
+    fastmt.update_together([teacher, other])
+    for average, old in zip((teacher, other), before, strict=True):
+        assert average.module.scalar.item() == pytest.approx(0.9 * old + 0.1 * 5.0)
+
+
+def row(average, value, mode=AVERAGE):
+    return Row(0, (average,), value, (mode,), (None,))
+
+
+def test_any_number_of_tensors_takes_as_many_launches():
+    class Counting:
+        calls = 0
+
+        def ema_update_(self, *arguments):
+            self.calls += 1
+            torch.ops.fastmt.ema_update_(*arguments)
+
+    kernels = Counting()
+    tensors = [(torch.zeros(n), torch.ones(n)) for n in range(1, 300)]
+    rows = [row(*pair, (COPY, AVERAGE)[n % 2]) for n, pair in enumerate(tensors)]
+    update = DeviceUpdate(rows, CPU)
+    assert not update.rest
+    update.run(kernels, torch.tensor(0.75, dtype=torch.float64))
+    assert kernels.calls == 2
+    for n, (average, _) in enumerate(tensors):
+        assert (average == (1.0, 0.25)[n % 2]).all()
+
+
+def test_what_no_kernel_serves_is_left_to_the_reference():
+    served = row(torch.zeros(3), torch.ones(3))
+    left = [
+        row(torch.zeros(3, dtype=torch.float64), torch.ones(3)),
+        row(torch.zeros(2, 3), torch.ones(3, 2).t()),
+        row(torch.tensor([True]), torch.tensor([False]), COPY),
+        row(torch.zeros(3).bfloat16(), torch.zeros(3), STOCHASTIC),
+        row(torch.zeros(3, device="meta"), torch.zeros(3, device="meta")),
+    ]
+    rest = DeviceUpdate([served, *left], CPU).rest
+    assert [id(each) for each in rest] == [id(each) for each in left]
