@@ -43,13 +43,14 @@ class Bound:
             [row.number for row in rows],
             watch,
         )
+        self._launch = torch.ops.fastmt.ema_bound_update_.default
         weakref.finalize(self, torch.ops.fastmt.ema_release, self._key)
 
     def update(
         self, watched: Sequence[Tensor], decays: Sequence[float], draws: Sequence[int]
     ) -> bool:
         """Average with a decay a teacher; False, with nothing done, where a layout has changed."""
-        return torch.ops.fastmt.ema_bound_update_(self._key, watched, decays, draws)
+        return self._launch(self._key, watched, decays, draws)
 
 
 def is_served(row: Row) -> bool:

@@ -22,6 +22,7 @@ from fastmt.ema_bound import (
     is_served,
     update_eagerly,
 )
+from fastmt.ema_staging import Staging
 from fastmt.ema_table import DeviceUpdate, decay_on, is_read_by
 from fastmt.matching import Pair, Shards, Structure, Unmoved, check_storage, is_unmoved, matched
 
@@ -60,6 +61,7 @@ class Plan:
             *(_followed(number, pairs, tracks) for number, pairs in enumerate(buffers)),
         ]
         self.rows = [row for row in self.rows if set(row.modes) != {KEEP}]
+        self.staging = self._staged() if any(map(_is_offloaded, self.rows)) else None
         self._written = [
             average
             for row in self.rows
@@ -84,11 +86,33 @@ class Plan:
             and self._unmoved.holds()
         )
 
+    def _staged(self) -> Staging:
+        """Let the rows read host copies of the student."""
+        staging = Staging([row.value for row in self.rows])
+        pairs = zip(self.rows, staging.copies, strict=True)
+        self.rows = [row._replace(value=copy) for row, copy in pairs]
+        return staging
+
     def run(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> bool:
         """Average with a decay a teacher, negative to leave it out.
 
         False, with nothing done, where a tensor has another layout than it was matched with.
+        Teachers on the CPU of a student elsewhere are averaged at the next run, or by flush().
         """
+        if self.staging is None:
+            return self._average(decays, draws)
+        self.flush()
+        fits = self.staging.fits()
+        if fits:
+            self.staging.fill(decays, draws)
+        return fits
+
+    def flush(self) -> None:
+        """Make the averages whose values are on their way to the host."""
+        if self.staging is not None and self.staging.is_full:
+            self._average(*self.staging.empty())
+
+    def _average(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> bool:
         backend = backends.choose("ema_update_", self._first).backend
         if is_read_by(backend, self._first):
             return self._run_on_device(backends.operations(backend), decays, draws)
@@ -130,6 +154,10 @@ class Plan:
             for row in self.rows
         ]
         return [row for row in rows if row.modes != (KEEP,)]
+
+
+def _is_offloaded(row: Row) -> bool:
+    return row.averages[0].device.type == "cpu" != row.value.device.type
 
 
 def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair, ...]]:

@@ -130,6 +130,8 @@ class Shards:
         return [(shard.data_ptr(), shard.shape, shard.stride(), shard.dtype) for shard in shards]
 
     def hold(self) -> bool:
+        if not self._sharded:
+            return True
         self.reshard()
         return self._seen == self._places()
 

@@ -46,6 +46,10 @@ class EMATeacher(nn.Module):
             right on average; "kahan" keeps what rounding has lost in a tensor beside each
             (`compensation`), as many bytes again.
         seed: of stochastic rounding; the same seed and students give the same teacher.
+        device: of the teacher; default: the student's. On "cpu" it takes no memory of the student's
+            GPU: update() starts a copy of the student to pinned memory and returns, and the average
+            is made at the next update() or when this module is asked for anything (but `module`
+            itself: call flush() before).
 
     Starts in eval mode. `module` is the averaged network; forward runs it without gradient.
 
@@ -70,6 +74,7 @@ class EMATeacher(nn.Module):
         dtype: torch.dtype | None = None,
         rounding: str | None = None,
         seed: int = 0,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if update_every < 1 or start < 0:
@@ -90,10 +95,13 @@ class EMATeacher(nn.Module):
         self.module = _copied(unwrapped(student)).requires_grad_(False)
         self.rounding, self.seed = rounding, seed
         _retype(self.module, dtype, rounding)
+        if device is not None:
+            self.module.to(device)
         self.compensation: dict[str, Tensor] = {}
         self._scalars: tuple[Tensor, Tensor] | None = None
         self._student = weakref.ref(unwrapped(student))
         self._plan: Plan | None = None
+        self._offloaded: Plan | None = None
         self._swapped = False
         self.eval()
 
@@ -193,9 +201,13 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
         for teacher in teachers:
+            teacher.flush()
+        for teacher in teachers:
             _check_wide(teacher.module, teacher.rounding)
         plan = self._plan = Plan([teacher._track() for teacher in teachers], network)
         self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
+        for teacher in teachers:
+            teacher._offloaded = plan if plan.staging is not None else None
         # Its children and parameters would outlive the student in the plan.
         own = weakref.ref(self)
         self._farewell = weakref.ref(network, lambda _: own() and own()._forget())
@@ -210,9 +222,15 @@ class EMATeacher(nn.Module):
     def _track(self) -> Track:
         return Track(self.module, self.buffer_rule, self.rounding, self.compensation)
 
+    def flush(self) -> None:
+        """Make the average that a teacher on the CPU still owes its last update."""
+        if self._offloaded is not None:
+            self._offloaded.flush()
+
     def _forget(self) -> None:
         """Let go of the student's tensors."""
-        self._plan, self._planned = None, []
+        self.flush()
+        self._plan, self._planned, self._offloaded = None, [], None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         self._forget()
@@ -228,12 +246,14 @@ class EMATeacher(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The averaged network's output, without gradient."""
+        self.flush()
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
         """Write the averaged parameters and buffers into `network`."""
+        self.flush()
         for target, average in _all_pairs(unwrapped(network), self.module):
             target.copy_(average)
 
@@ -256,6 +276,7 @@ class EMATeacher(nn.Module):
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """The averaged network's own state dict: it loads into the plain network."""
+        self.flush()
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(
@@ -286,7 +307,12 @@ class EMATeacher(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_student": None, "_plan": None, "_planned": [], "_farewell": None}
+        self.flush()
+        return {
+            **self.__dict__,
+            **dict.fromkeys(("_student", "_plan", "_offloaded", "_farewell")),
+            "_planned": [],
+        }
 
 
 def update_together(
@@ -321,22 +347,31 @@ def update_together(
     recorded = decays is None and _is_capturing()  # advance() counts, at each replay
     if recorded or any(teacher._is_due() for teacher in teachers):
         plan = teachers[0]._plan_for(teachers, network)
+        if plan.staging is not None and _is_capturing():
+            raise RuntimeError("update: an update of a teacher on the CPU cannot be captured")
         if decays is not None:
             draws = [t._captured()[1] if _is_capturing() else t._draw() for t in teachers]
             given = list(zip(decays, draws, strict=True))
         elif recorded:
             given = [teacher._captured() for teacher in teachers]
-        elif plan.device.type == "cpu" and finite is None:
+        elif plan.device.type == "cpu":
             given = [(teacher._due_decay(), teacher._draw()) for teacher in teachers]
         else:
             given = [teacher.put_decay() for teacher in teachers]
         now, draws = map(list, zip(*given, strict=True))
         if finite is not None:
-            now = [torch.where(finite, decay, -1.0) for decay in now]
+            now = [_where(finite, decay) for decay in now]
         if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
             teachers[0]._plan_anew(teachers, network).run(now, draws)
     for teacher in () if recorded else teachers:
         teacher.count()
+
+
+def _where(finite: Tensor, decay: float | Tensor) -> Tensor:
+    """The decay, and negative where the step was skipped, on the device of `finite`."""
+    if not isinstance(decay, Tensor):
+        decay = torch.full_like(finite, decay, dtype=torch.float64)
+    return torch.where(finite, decay, -1.0)
 
 
 def _is_capturing() -> bool:

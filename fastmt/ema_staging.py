@@ -1,0 +1,56 @@
+"""A student's tensors on their way from a GPU to a teacher on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """Host copies of tensors: started without a wait, read once they have arrived.
+
+    The copies go to pinned memory in the order of the current stream, so that they see the values
+    of now and are done before later work of that stream writes new ones. What comes from the CPU is
+    copied at once, which is how the tests run this; pinned memory and the event need a GPU.
+    """
+
+    def __init__(self, values: Sequence[Tensor]) -> None:
+        self._values = list(values)
+        self.copies = [_host_copy(value) for value in self._values]
+        self._arrived: torch.cuda.Event | None = None
+        self._decays: list[float | Tensor] = []
+        self._draws: list[int] = []
+        self.is_full = False
+
+    def fits(self) -> bool:
+        """Whether the tensors have the layout that they were first seen with."""
+        pairs = zip(self._values, self.copies, strict=True)
+        return all(v.shape == c.shape and v.dtype == c.dtype for v, c in pairs)
+
+    @torch.no_grad()
+    def fill(self, decays: Sequence[float | Tensor], draws: Sequence[int]) -> None:
+        """Start copies of the tensors and of the decays."""
+        for copy, value in zip(self.copies, self._values, strict=True):
+            copy.copy_(value, non_blocking=True)
+        self._decays = [_sent(decay) if isinstance(decay, Tensor) else decay for decay in decays]
+        self._draws, self.is_full = list(draws), True
+        if any(value.device.type == "cuda" for value in self._values):
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def empty(self) -> tuple[list[float], list[int]]:
+        """Wait until all has arrived; the decays and draws of the averages to make."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self.is_full = False
+        return list(map(float, self._decays)), self._draws
+
+
+def _host_copy(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+
+
+def _sent(scalar: Tensor) -> Tensor:
+    return _host_copy(scalar).copy_(scalar, non_blocking=True)
