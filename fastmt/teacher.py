@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fastmt import arguments, decays, reference
 from fastmt.ema_plan import Plan, Track
-from fastmt.matching import matched, plain_name, reshard, unwrapped
+from fastmt.matching import plain_name, unwrapped
+from fastmt.teacher_network import all_pairs, check_wide, copied, retype
+from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
-HALVES = (torch.bfloat16, torch.float16)
 _32_BITS = 0xFFFFFFFF
 
 
@@ -92,9 +92,9 @@ class EMATeacher(nn.Module):
             arguments.check_choice("rounding", rounding, ROUNDINGS)
         self.decay, self.warmup, self.buffer_rule = decay, warmup, buffers
         self.update_every, self.start, self.calls, self.updates = update_every, start, 0, 0
-        self.module = _copied(unwrapped(student)).requires_grad_(False)
+        self.module = copied(unwrapped(student)).requires_grad_(False)
         self.rounding, self.seed = rounding, seed
-        _retype(self.module, dtype, rounding)
+        retype(self.module, dtype, rounding)
         if device is not None:
             self.module.to(device)
         self.compensation: dict[str, Tensor] = {}
@@ -203,7 +203,7 @@ class EMATeacher(nn.Module):
         for teacher in teachers:
             teacher.flush()
         for teacher in teachers:
-            _check_wide(teacher.module, teacher.rounding)
+            check_wide(teacher.module, teacher.rounding)
         plan = self._plan = Plan([teacher._track() for teacher in teachers], network)
         self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
         for teacher in teachers:
@@ -254,7 +254,7 @@ class EMATeacher(nn.Module):
     def copy_to(self, network: nn.Module) -> None:
         """Write the averaged parameters and buffers into `network`."""
         self.flush()
-        for target, average in _all_pairs(unwrapped(network), self.module):
+        for target, average in all_pairs(unwrapped(network), self.module):
             target.copy_(average)
 
     @contextlib.contextmanager
@@ -263,7 +263,7 @@ class EMATeacher(nn.Module):
         if self._swapped:
             raise RuntimeError("swapped: the student carries the teacher's weights already")
         network = self._resolve(student)
-        own = [tensor.detach().clone() for tensor, _ in _all_pairs(network, self.module)]
+        own = [tensor.detach().clone() for tensor, _ in all_pairs(network, self.module)]
         try:
             self._swapped = True
             self.copy_to(network)
@@ -271,7 +271,7 @@ class EMATeacher(nn.Module):
         finally:
             self._swapped = False
             with torch.no_grad():
-                for (tensor, _), value in zip(_all_pairs(network, self.module), own, strict=True):
+                for (tensor, _), value in zip(all_pairs(network, self.module), own, strict=True):
                     tensor.copy_(value)
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -313,116 +313,3 @@ class EMATeacher(nn.Module):
             **dict.fromkeys(("_student", "_plan", "_offloaded", "_farewell")),
             "_planned": [],
         }
-
-
-def update_together(
-    teachers: Sequence[EMATeacher],
-    *,
-    student: nn.Module | None = None,
-    finite: Tensor | None = None,
-    decays: Sequence[Tensor] | None = None,
-) -> None:
-    """One update() of several teachers of one student, in one launch that reads it once.
-
-    Args:
-        teachers: at least one; each goes by its own decay, counters and buffer rule.
-        student, finite: as of EMATeacher.update.
-        decays: one a teacher, as of EMATeacher.update.
-    """
-    if torch.compiler.is_compiling():
-        aside = torch.compiler.disable(
-            update_together, reason="a teacher counts its updates and binds tensors by address"
-        )
-        return aside(teachers, student=student, finite=finite, decays=decays)
-    teachers = list(teachers)
-    if not teachers:
-        raise ValueError("teachers: got none, expected at least one")
-    if any(teacher._swapped for teacher in teachers):
-        raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
-    network = teachers[0]._resolve(student)
-    if finite is not None and finite.device.type == "cpu" and decays is None:
-        if not finite:
-            return
-        finite = None
-    recorded = decays is None and _is_capturing()  # advance() counts, at each replay
-    if recorded or any(teacher._is_due() for teacher in teachers):
-        plan = teachers[0]._plan_for(teachers, network)
-        if plan.staging is not None and _is_capturing():
-            raise RuntimeError("update: an update of a teacher on the CPU cannot be captured")
-        if decays is not None:
-            draws = [t._captured()[1] if _is_capturing() else t._draw() for t in teachers]
-            given = list(zip(decays, draws, strict=True))
-        elif recorded:
-            given = [teacher._captured() for teacher in teachers]
-        elif plan.device.type == "cpu":
-            given = [(teacher._due_decay(), teacher._draw()) for teacher in teachers]
-        else:
-            given = [teacher.put_decay() for teacher in teachers]
-        now, draws = map(list, zip(*given, strict=True))
-        if finite is not None:
-            now = [_where(finite, decay) for decay in now]
-        if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
-            teachers[0]._plan_anew(teachers, network).run(now, draws)
-    for teacher in () if recorded else teachers:
-        teacher.count()
-
-
-def _where(finite: Tensor, decay: float | Tensor) -> Tensor:
-    """The decay, and negative where the step was skipped, on the device of `finite`."""
-    if not isinstance(decay, Tensor):
-        decay = torch.full_like(finite, decay, dtype=torch.float64)
-    return torch.where(finite, decay, -1.0)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _copied(network: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(network)
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise TypeError(
-            f"student: {type(network).__name__} cannot be copied ({error}); with fully_shard make "
-            "the teacher first, then shard student and teacher.module alike"
-        ) from error
-
-
-def _check_wide(network: nn.Module, rounding: str | None) -> None:
-    for name, parameter in network.named_parameters():
-        if parameter.dtype in HALVES and rounding is None:
-            raise TypeError(
-                f"teacher: {name!r} is {parameter.dtype}, expected float32 or float64; in half "
-                "precision the average does not move"
-            )
-
-
-def _retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) -> None:
-    """Give the parameters the dtype of the teacher's."""
-    if dtype in HALVES and rounding is None:
-        raise ValueError(
-            f"dtype: got {dtype}, expected float32 or float64; in half precision the average does "
-            "not move, since a step of (1 - decay) is below its rounding, unless rounding= is "
-            "'stochastic' or 'kahan'"
-        )
-    if dtype not in (None, torch.float32, torch.float64, *HALVES):
-        raise ValueError(f"dtype: got {dtype}, expected float32, float64, bfloat16 or float16")
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            widened = parameter.dtype in HALVES and rounding is None
-            wanted = dtype or (torch.float32 if widened else parameter.dtype)
-            parameter.data = parameter.data.to(wanted)
-    if rounding is not None and not any(p.dtype in HALVES for p in network.parameters()):
-        raise ValueError(
-            f"rounding: got {rounding!r} for a teacher without parameters in half precision; "
-            "expected dtype=torch.bfloat16 or torch.float16 with it"
-        )
-
-
-def _all_pairs(network: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    reshard((network, other))
-    pairs = [
-        *matched(network.named_parameters(), other.named_parameters()),
-        *matched(network.named_buffers(), other.named_buffers()),
-    ]
-    return [(pair.average, pair.value) for pair in pairs]

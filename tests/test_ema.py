@@ -47,12 +47,14 @@ def test_it_is_the_weighted_mean(
 
     teacher = tensors(teacher_dtype, layouts[0], seed)
     student = tensors(student_dtype, layouts[1], seed + 50)
-    expected = [averaged(t, s, decay) for t, s in zip(teacher, student, strict=True)]
-    before = [s.clone() for s in student]
-    fastmt.ema_update_(teacher, student, torch.tensor(decay) if as_tensor else decay)
-    for i, average in enumerate(teacher):
-        assert_average_close(average, expected[i])
-        assert torch.equal(student[i], before[i])
+    for share in (decay, 0.75):  # the second time they are bound
+        expected = [averaged(t, s, share) for t, s in zip(teacher, student, strict=True)]
+        before = [s.clone() for s in student]
+        given = torch.tensor(share, dtype=torch.float64) if as_tensor else share
+        fastmt.ema_update_(teacher, student, given)
+        for i, average in enumerate(teacher):
+            assert_average_close(average, expected[i])
+            assert torch.equal(student[i], before[i])
 
 
 @pytest.mark.parametrize("size", [1, 16383, 16384, 16385, 200_001])

@@ -77,6 +77,14 @@ def two_ranks(rank: int, folder: str) -> None:
         torch.save(state, f"{folder}/sharded.pt")
 
     student = network()
+    teacher = EMATeacher(student)
+    fully_shard(student, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        teacher.update()
+    except ValueError as error:
+        torch.save(str(error), f"{folder}/placed{rank}.pt")
+
+    student = network()
     student[0].requires_grad_(False)
     teacher = sharded_teacher(student, 2)
     train(student, teacher, 2, 7)
@@ -139,6 +147,13 @@ def test_sharded_averages_gather_to_those_of_one_process(folder):
     sharded = torch.load(f"{folder}/sharded.pt")
     for name, expected in teacher.state_dict().items():
         torch.testing.assert_close(sharded[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_that_are_not_sharded_alike_are_refused_by_name(folder):
+    for rank in range(2):
+        message = torch.load(f"{folder}/placed{rank}.pt")
+        assert message.startswith("student: '0.weight' is placed as (Shard(dim=0),) on DeviceMesh")
+        assert "the teacher as None" in message and "shard both networks alike" in message
 
 
 def test_what_was_matched_under_fully_shard_is_kept_while_the_shards_are_the_same(folder):

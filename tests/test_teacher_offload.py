@@ -119,6 +119,14 @@ def test_a_resized_parameter_is_named(student, offloaded):
         teacher.update()
 
 
+def test_a_capture_is_refused(student, offloaded, monkeypatch):
+    teacher = EMATeacher(student, device="cpu")
+    teacher.advance()
+    monkeypatch.setattr("fastmt.teacher_update._is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="^update: an update of a teacher on the CPU"):
+        teacher.update()
+
+
 def test_a_teacher_on_the_cpu_of_a_cpu_student_is_averaged_at_once(student):
     teacher = EMATeacher(student, 0.9, device="cpu")
     advance(student, 0)
