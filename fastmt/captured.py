@@ -50,6 +50,7 @@ class CapturedStep:
             return self._warm_up(batch)
         trainer.check(*batch)
         teacher, now = trainer.teacher, trainer.prepare()
+        teacher.count()
         counted = teacher.calls, teacher.updates
         if self._replay is None:
             self._batch, self._now = tuple(tensor.clone() for tensor in batch), now
@@ -57,9 +58,7 @@ class CapturedStep:
         else:
             self._fill(batch, now)
         self._replay()
-        # The capture has counted an update that it did not make; a replay makes one uncounted.
-        teacher.calls, teacher.updates = counted
-        teacher.count()
+        teacher.calls, teacher.updates = counted  # what a capture has counted it has not made
         return trainer.finish(self._means.clone())
 
     def _compute(self) -> None:
