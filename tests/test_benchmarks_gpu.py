@@ -165,6 +165,21 @@ def test_cases_for_which_no_time_is_left_are_named(no_gpu_needed, monkeypatch):
     assert gpu.exit_status(result) == 0
 
 
+def test_torch_compile_is_left_out_first_when_time_runs_short(no_gpu_needed, monkeypatch):
+    names = [f"case {i}" for i in range(10)]
+    cases = [harness.Case(name, "dense", None, compiled=True) for name in names]
+    monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
+    asked = {}
+
+    def measured(case, device, *, with_compile):
+        asked[case.name] = with_compile
+        return fake(case.name, "dense", {"triton": 1e-3})
+
+    monkeypatch.setattr(gpu, "measure", measured)
+    run(clock=gpu.Clock(3), with_compile=True)  # 180 s: 90 to compile, 15 for each case to come
+    assert asked == {name: i >= 5 for i, name in enumerate(names)}
+
+
 def fake(name, group, fused, compile_s=2e-3, left_out=None):
     def variant(seconds, launches):
         return {
