@@ -31,6 +31,7 @@ struct Peak {
 template <bool WITH_SECOND, bool WITH_LABEL, class Column>
 FASTMT_INLINE Peak peak(Column x, int classes) {
   Peak top{x[0], splat(-INFINITY), isplat(0)};
+  FASTMT_UNROLL
   for (int c = 1; c < classes; ++c) {
     const floats value = x[c];
     if constexpr (WITH_LABEL) {
@@ -42,7 +43,7 @@ FASTMT_INLINE Peak peak(Column x, int classes) {
       top.first = select(better, value, top.first);
       top.label = iselect(better, isplat(c), top.label);
     } else {
-      top.first = select(value > top.first, value, top.first);
+      top.first = max(value, top.first);
     }
   }
   return top;
@@ -64,6 +65,7 @@ template <Kind KIND, class Column>
 FASTMT_INLINE Teacher teacher_pixel(Column y, int classes, float inverse_temperature) {
   const Peak top = peak<KIND == Kind::margin, true>(y, classes);
   floats sum = splat(0), moment = splat(0);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats x = (y[c] - top.first) * inverse_temperature;
     const floats e = exp(x);
@@ -91,6 +93,7 @@ FASTMT_INLINE Teacher teacher_of_powers(Powers y, int classes) {
   static_assert(KIND != Kind::entropy);
   Peak top{splat(0), splat(0), isplat(0)};
   floats sum = splat(0);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats e = y[c];
     sum += e;
@@ -107,6 +110,7 @@ FASTMT_INLINE Teacher teacher_of_powers(Powers y, int classes) {
 template <class Column>
 FASTMT_INLINE void add_member(Column y, Column q, int classes, float inverse_temperature, float share) {
   const Teacher member = teacher_pixel<Kind::max_prob>(y, classes, inverse_temperature);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) q[c] = q[c] + y[c] * member.inverse * share;
 }
 
@@ -119,6 +123,7 @@ FASTMT_INLINE Teacher ensemble_pixel(Column q, int classes) {
   if constexpr (KIND == Kind::margin) teacher.score = top.first - top.second;
   if constexpr (KIND == Kind::entropy) {
     floats entropy = splat(0);
+    FASTMT_UNROLL
     for (int c = 0; c < classes; ++c) entropy -= q[c] * log_positive(q[c]);
     teacher.score = clamp_score<KIND>(1.0f - entropy / logf(float(classes)));
   }
@@ -128,6 +133,7 @@ FASTMT_INLINE Teacher ensemble_pixel(Column q, int classes) {
 template <class Column>
 FASTMT_INLINE floats negative_entropy(Column y, floats inverse, int classes) {
   floats sum = splat(0);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) sum += y[c] * inverse * log_positive(y[c] * inverse);
   return sum;
 }
@@ -142,6 +148,7 @@ template <bool WITH_LABEL, class Column>
 FASTMT_INLINE Student student_pixel(Column z, ints label, int classes) {
   const Peak top = peak<false, false>(z, classes);
   Student student{splat(0), splat(0)};
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats x = z[c] - top.first, e = exp(x);
     if constexpr (WITH_LABEL) student.chosen = select(label == c, x, student.chosen);
@@ -155,6 +162,7 @@ FASTMT_INLINE Student student_pixel(Column z, ints label, int classes) {
 template <bool WITH_LABEL, class Powers>
 FASTMT_INLINE Student student_of_powers(Powers z, ints label, int classes) {
   Student student{splat(0), splat(1)};
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats e = z[c];
     if constexpr (WITH_LABEL) student.chosen = select(label == c, e, student.chosen);
@@ -168,14 +176,17 @@ FASTMT_INLINE Student student_of_powers(Powers z, ints label, int classes) {
 template <class Column, class Gradient>
 FASTMT_INLINE floats mse_pixel(Column z, Column y, const Student& student, floats inverse,
                         floats coefficient, Gradient gradient, int classes) {
-  const floats p_scale = 1.0f / student.sum;
+  floats p_scale = 1.0f / student.sum;
   floats value = splat(0), mean = splat(0);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale, difference = p - y[c] * inverse;
     value += difference * difference;
     mean += p * difference;
   }
   const floats factor = 2.0f * coefficient * p_scale;
+  p_scale = again(p_scale), inverse = again(inverse);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats e = z[c], difference = e * p_scale - y[c] * inverse;
     gradient[c] = factor * e * (difference - mean);
@@ -189,6 +200,7 @@ FASTMT_INLINE floats soft_ce_pixel(Column z, Column y, floats inverse, floats co
                             Gradient gradient, int classes) {
   const Peak top = peak<false, false>(z, classes);
   floats sum = splat(0), expected = splat(0);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats x = z[c] - top.first;
     expected += times(y[c] * inverse, x);
@@ -196,6 +208,7 @@ FASTMT_INLINE floats soft_ce_pixel(Column z, Column y, floats inverse, floats co
     sum += z[c];
   }
   const floats p_scale = 1.0f / sum;
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c)
     gradient[c] = coefficient * (z[c] * p_scale - y[c] * inverse);
   const floats value = log(sum) - expected;
@@ -207,6 +220,7 @@ template <class Column, class Gradient>
 FASTMT_INLINE floats ce_pixel(Column z, const Student& student, ints label, floats coefficient,
                        Gradient gradient, int classes) {
   const floats p_scale = coefficient / student.sum;
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;
     gradient[c] = select(label == c, p - coefficient, p);
@@ -222,6 +236,7 @@ FASTMT_INLINE floats weighted_ce_pixel(Column z, ints label, const float* class_
                                 int classes) {
   const Peak top = peak<false, false>(z, classes);
   floats sum = splat(0), expected = splat(0), own = splat(class_weight ? 0.0f : 1.0f);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const float w = class_weight ? class_weight[c] : 1.0f;
     const floats target = select(label == c, splat(w * (1 - smoothing)), splat(0)) +
@@ -234,6 +249,7 @@ FASTMT_INLINE floats weighted_ce_pixel(Column z, ints label, const float* class_
   }
   const floats mass = own * (1 - smoothing) + mean_weight * smoothing;
   const floats p_scale = mass / sum;
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const float w = class_weight ? class_weight[c] : 1.0f;
     const floats target = select(label == c, splat(w * (1 - smoothing)), splat(0)) +
@@ -253,11 +269,13 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
     return splat(0);
   }
   const Peak top = peak<true, true>(z, classes);
+  const ints label = again(top.label);
   // An infinite logit makes everything NaN, as it does in softmax.
   const floats gap = top.second - top.first + (top.first - top.first);
   floats rest = splat(0), expected = splat(0), q_top = splat(0);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
-    const ints is_top = top.label == c;
+    const ints is_top = label == c;
     const floats q = y[c] * inverse;
     expected += times(q, z[c] - top.first);
     q_top = select(is_top, q, q_top);
@@ -267,9 +285,11 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
   const floats sum = 1.0f + rest * exp(gap), log_sum = log(sum);
   const floats p_top = 1.0f / sum, p_scale = exp(gap) * p_top;
   floats value = log_sum - expected - times(1.0f - q_top, gap + log(rest) - log_sum);
+  inverse = again(inverse);
   floats odds = splat(0);  // sum over the other classes of -q + (1-q) p / (1-p)
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
-    const ints is_top = top.label == c;
+    const ints is_top = label == c;
     const floats p = z[c] * p_scale, q = y[c] * inverse;
     const floats a = select(is_top, splat(0), (1.0f - q) * p / (1.0f - p) - q);
     value -= select(is_top, splat(0), (1.0f - q) * log_one_minus(p));
@@ -277,10 +297,11 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
     y[c] = a;
   }
   const floats share = (1.0f - q_top) * p_top / rest;
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;
     const floats other = y[c] - p * odds + q_top * p - z[c] * share;
-    gradient[c] = coefficient * select(top.label == c, p_top - q_top - p_top * odds, other);
+    gradient[c] = coefficient * select(label == c, p_top - q_top - p_top * odds, other);
   }
   return value;
 }
@@ -292,6 +313,7 @@ FASTMT_INLINE floats js_pixel(Column z, Column y, floats inverse, floats coeffic
   const Student student = student_pixel<false>(z, isplat(0), classes);
   const floats p_scale = 1.0f / student.sum;
   floats value = splat(0), mean = splat(0);
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale, q = y[c] * inverse, total = p + q;
     const floats twice = 2.0f / select(total < TINY, splat(TINY), total);
@@ -301,6 +323,7 @@ FASTMT_INLINE floats js_pixel(Column z, Column y, floats inverse, floats coeffic
     z[c] = p;
     y[c] = g;
   }
+  FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) gradient[c] = coefficient * z[c] * (y[c] - mean);
   return value;
 }

@@ -12,6 +12,7 @@
 
 // Vectors stay in registers only where no call stands between; GCC's own limits are too small.
 #define FASTMT_INLINE inline __attribute__((always_inline))
+#define FASTMT_UNROLL
 
 namespace FASTMT_ISA {
 
@@ -106,6 +107,10 @@ FASTMT_INLINE ints iselect(ints mask, ints a, ints b) {
 }
 FASTMT_INLINE floats max(floats a, floats b) { return select(a > b, a, b); }  // b where either is NaN
 FASTMT_INLINE floats min(floats a, floats b) { return select(a < b, a, b); }
+
+// On a GPU, where registers are short, what is computed from it anew is not kept from before.
+FASTMT_INLINE floats again(floats x) { return x; }
+FASTMT_INLINE ints again(ints x) { return x; }
 
 FASTMT_INLINE bool any(ints mask) {
   const vector_i either = mask.lo | mask.hi;

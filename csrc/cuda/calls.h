@@ -1,0 +1,145 @@
+// What the host tells the CUDA kernels of a call.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/calls.h"
+
+#if defined(__CUDACC__)
+#define FASTMT_BOTH __host__ __device__ inline
+#else
+#define FASTMT_BOTH inline
+#endif
+
+namespace fastmt::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+constexpr int MAX_TEACHERS = 16;
+constexpr int QUANTITIES = 5;  // that a call sums over its pixels, at most
+constexpr int MAX_ROWS = 32;  // output rows that one block walks
+
+// floor(n / d), by a reciprocal and one correction: a division of 64-bit integers is a function call on
+// a GPU, and calls make registers spill.
+FASTMT_BOTH int64_t floor_divide(int64_t n, int64_t d, double reciprocal) {
+  int64_t quotient = int64_t(double(n) * reciprocal);
+  quotient -= quotient * d > n;
+  quotient += (quotient + 1) * d <= n;
+  return quotient;
+}
+
+// One axis of a linear interpolation, as F.interpolate defines it, in integers: output position o lies
+// at (scale * o + offset) / divisor, clamped to the input positions 0 .. size - 1. Exact for any size.
+struct Axis {
+  int64_t scale, offset, divisor;
+  double per_scale, per_divisor;  // their reciprocals
+  int32_t size, out;
+
+  FASTMT_BOTH int32_t highest() const { return size > 1 ? size - 2 : 0; }
+
+  // The first output position whose lower neighbour is `index` or lies behind it.
+  FASTMT_BOTH int32_t first(int64_t index) const {
+    if (index <= 0) return 0;
+    if (index > highest()) return out;
+    const int64_t behind = index * divisor - offset + scale - 1;
+    if (behind < scale) return 0;
+    const int64_t position = floor_divide(behind, scale, per_scale);
+    return position > out ? out : int32_t(position);
+  }
+};
+
+// Low-resolution logits (N, C, height, width), or their gradient; strides in elements.
+struct Grid {
+  void* data;
+  int64_t image, channel, row, column;
+  Axis rows, columns;
+  Type type;
+
+  // From one output row to the next.
+  FASTMT_BOTH float step() const { return float(double(rows.scale) * rows.per_divisor); }
+};
+
+// A map (N, height, width) at the resolution of the output; may have no data.
+struct Map {
+  const void* data;
+  int64_t image, row, column;
+  Type type;
+};
+
+// How a call is shared out. A block owns `tile` output columns and at most MAX_ROWS output rows, all
+// between the same two low-resolution rows; these rows are a band. It leaves the gradient of the
+// `reach` low-resolution columns of its tile in partial[block][reach][upper, lower row][classes].
+struct Cells {
+  int64_t images;
+  int32_t classes, grids, tile, tiles, bands, segments, reach;
+  Grid first;       // what gets the gradient
+  float* partial;   // null where no gradient is wanted
+  float* sums;      // [quantity][block]
+
+  FASTMT_BOTH int64_t blocks() const { return images * bands * segments * tiles; }
+};
+
+struct ConsistencyCells {
+  Cells cells;
+  Grid teacher[MAX_TEACHERS];
+  Map pixel_weight, valid;
+  int32_t members, loss, kind, weight;
+  bool class_mean, strict, threshold_by_label;
+  float inverse_temperature, gradient_scale;
+  float limit;             // where `threshold` is null
+  const float* threshold;  // one, or one for each class
+};
+
+struct CrossEntropyCells {
+  Cells cells;
+  Map labels, pixel_weight;
+  const float* class_weight;  // may be null
+  int64_t ignore_index;
+  float label_smoothing, gradient_scale;
+  int64_t* wrong_label;  // [block]
+};
+
+// What turns the sums of a call into its results; `outside` is 0 where the gradient is complete.
+struct Finish {
+  int32_t normalize;
+  bool ratio;
+  int64_t pixels;
+  double inside;
+  bool complete;
+  float *loss, *scale;
+  float *selected, *mean_score;   // of consistency
+  int64_t *wrong, *wrong_label;   // of cross-entropy
+};
+
+constexpr int64_t EMA_CHUNK = 16 * 1024;  // elements between two entries of `starts`
+
+// Rows (teacher, student, elements, teacher's type, student's type); bytes and 64-bit integers are
+// copied, so that any integer tensor can be handed over as bytes. `starts` counts the chunks before
+// each row.
+struct EmaCall {
+  const int64_t *table, *starts;
+  int64_t rows;
+  const double* decay;
+  double value;  // where `decay` is null
+};
+
+struct ScaleCall {
+  void* data;
+  Type type;
+  int64_t count;
+  const float *scale, *factor;
+};
+
+void launch_consistency(const ConsistencyCells&, const Grid& gradient, const Finish&, Stream);
+void launch_cross_entropy(const CrossEntropyCells&, const Grid& gradient, const Finish&, Stream);
+void launch_ema(const EmaCall&, Stream);
+void launch_scale(const ScaleCall&, Stream);
+
+// Class counts with kernels of their own; others take the loop, with `columns` of them a thread held
+// in shared memory.
+constexpr bool is_fixed(int classes) { return classes == 19 || classes == 21; }
+
+// Fills in how a call is shared out among blocks.
+void plan(Cells& cells, int columns);
+
+}  // namespace fastmt::cuda

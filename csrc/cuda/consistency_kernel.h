@@ -1,0 +1,211 @@
+// consistency_loss on cells, with the gradient. Mirrors reference.consistency_loss and
+// csrc/cpu/consistency_kernel.h.
+#pragma once
+
+#include "cuda/cells.h"
+#include "cuda/gradient.h"
+
+namespace fastmt::cuda {
+
+enum class Weight { mask, confidence, ratio, none };
+
+struct Sums {
+  enum { loss, weight, score, selected, valid };
+};
+
+// Whether the thread's pixel in row i counts; asked for long before it is needed.
+FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, int i) {
+  const Map& valid = call.valid;
+  return place.inside &&
+         (!valid.data || integer_at(valid, place.image, place.first_row + i, place.column));
+}
+
+// The weight of a pixel. "ratio" is 1 here: its factor is only known when every pixel has been counted.
+FASTMT_INLINE float weigh(const ConsistencyCells& call, const Block& block, int i,
+                          const Teacher& teacher, bool valid) {
+  if (!valid) return 0;
+  const Weight kind = Weight(call.weight);
+  const float limit = call.threshold ? call.threshold[call.threshold_by_label ? teacher.label : 0]
+                                     : call.limit;
+  const bool passing = call.strict ? teacher.score > limit : teacher.score >= limit;
+  float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
+  if (kind == Weight::confidence && passing) weight = teacher.score;
+  if (call.pixel_weight.data && weight != 0.0f) {
+    const Place& place = block.place;
+    weight *= float_at(call.pixel_weight, place.image, place.first_row + i, place.column);
+  }
+  block.tally.add(Sums::valid, 1);
+  block.tally.add(Sums::selected, passing);
+  block.tally.add(Sums::score, teacher.score);
+  block.tally.add(Sums::weight, weight);
+  return weight;
+}
+
+// The weight of a pixel with the share of one class in it.
+FASTMT_INLINE float scaled_weight(const ConsistencyCells& call, float weight) {
+  const bool mean = call.class_mean && Loss(call.loss) != Loss::ce;
+  return weight * (mean ? 1.0f / float(call.cells.classes) : 1.0f);
+}
+
+FASTMT_INLINE Block block_of(const ConsistencyCells& call, int rows, float* shared) {
+  const Block block(call.cells, Shared(call.cells, rows), shared);
+  for (int m = 0; m < call.members; ++m) block.tile.put(m + 1, call.teacher[m], block.place);
+  __syncthreads();
+  return block;
+}
+
+template <Loss LOSS>
+struct constant {
+  static constexpr Loss value = LOSS;
+};
+
+template <int C>
+FASTMT_INLINE Teacher believe(const ConsistencyCells& call, Powers<C>& teacher) {
+  const Column y = teacher.at();
+  if (Kind(call.kind) == Kind::margin) return teacher_of_powers<Kind::margin, true>(y, C);
+  return call.threshold_by_label || Loss(call.loss) == Loss::ce
+             ? teacher_of_powers<Kind::max_prob, true>(y, C)
+             : teacher_of_powers<Kind::max_prob, false>(y, C);
+}
+
+// "mse" and "ce" of one teacher scored by "max_prob" or "margin". Registers of a thread: power and
+// ratio of two networks and two sums of the gradient, 6 C; what is left bounds the blocks that fit.
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
+    cells_consistency_powers_kernel(const __grid_constant__ ConsistencyCells call) {
+  extern __shared__ float shared[];
+  const Block block = block_of(call, 2 * C, shared);
+  const Place& place = block.place;
+  const Tile& tile = block.tile;
+  const Grid& grid = call.cells.first;
+  const auto student_column = [&] { return tile.column_at(0); };
+  const auto teacher_column = [&] { return tile.column_at(1); };
+  Powers<C> student, teacher;
+  Corners<C> corners{};
+  for (int i = 0; i < place.rows; ++i) {
+    const bool valid = is_valid(call, place, i);
+    teacher.go_to(call.teacher[0], place.image, teacher_column, tile.row_at(1, i),
+                  call.inverse_temperature);
+    const Teacher belief = believe(call, teacher);
+    const float weight = weigh(call, block, i, belief, valid);
+    if (!any(weight != 0.0f)) {
+      student.skip();
+      continue;
+    }
+    const Row row = tile.row_at(0, i);
+    student.go_to(grid, place.image, student_column, row, 1.0f);
+    if (weight == 0.0f) continue;
+    const float scaled = scaled_weight(call, weight);
+    const auto value = [&](auto which) {
+      constexpr Loss LOSS = which.value;
+      const Across across(grid, place.image, student_column());
+      const Student state = student_of<LOSS == Loss::ce>(student, grid, across, row.at, belief.label);
+      return loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
+                                  scaled * call.gradient_scale, corners.at(row.at.t), C);
+    };
+    block.tally.add(Sums::loss, scaled * (Loss(call.loss) == Loss::mse
+                                              ? value(constant<Loss::mse>())
+                                              : value(constant<Loss::ce>())));
+  }
+  if (call.cells.partial) put_corners(block, corners);
+  block.tally.put(call.cells);
+}
+
+// The teachers of the pixel in row i: their probabilities are y * inverse; `scratch` is used up.
+FASTMT_INLINE Teacher look(const ConsistencyCells& call, const Block& block, int i, Column y,
+                           Column scratch, int classes) {
+  const float scale = call.inverse_temperature;
+  const Kind kind = Kind(call.kind);
+  const auto logits = [&](int m, Column to) {
+    const Grid& grid = call.teacher[m];
+    const Across across(grid, block.place.image, block.tile.column_at(m + 1));
+    interpolate(grid, across, block.tile.row_at(m + 1, i).at, classes, to);
+  };
+  if (call.members == 1) {
+    logits(0, y);
+    if (kind == Kind::max_prob) return teacher_pixel<Kind::max_prob>(y, classes, scale);
+    if (kind == Kind::entropy) return teacher_pixel<Kind::entropy>(y, classes, scale);
+    return teacher_pixel<Kind::margin>(y, classes, scale);
+  }
+  FASTMT_UNROLL
+  for (int c = 0; c < classes; ++c) y[c] = 0;
+  for (int m = 0; m < call.members; ++m) {
+    logits(m, scratch);
+    add_member(scratch, y, classes, scale, 1.0f / float(call.members));
+  }
+  if (kind == Kind::max_prob) return ensemble_pixel<Kind::max_prob>(y, classes);
+  if (kind == Kind::entropy) return ensemble_pixel<Kind::entropy>(y, classes);
+  return ensemble_pixel<Kind::margin>(y, classes);
+}
+
+// "bce" has logarithms of every class under way at once, too many for registers.
+template <bool WITH_BCE, class Gradient>
+FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher& belief,
+                                   float coefficient, Gradient gradient, int classes) {
+  const auto of = [&](auto which) {
+    return consistency_pixel<which.value>(z, y, belief, coefficient, gradient, classes);
+  };
+  switch (loss) {
+    case Loss::mse: return of(constant<Loss::mse>());
+    case Loss::kl: return of(constant<Loss::kl>());
+    case Loss::soft_ce: return of(constant<Loss::soft_ce>());
+    case Loss::ce: return of(constant<Loss::ce>());
+    case Loss::js: return of(constant<Loss::js>());
+    default:
+      if constexpr (WITH_BCE) return of(constant<Loss::bce>());
+      return 0;
+  }
+}
+
+// The pixel in row i from its logits; its weight.
+template <bool WITH_BCE, class Gradient>
+FASTMT_INLINE float visit(const ConsistencyCells& call, const Block& block, int i, Column z, Column y,
+                          Gradient gradient, int classes) {
+  const bool valid = is_valid(call, block.place, i);
+  const Teacher belief = look(call, block, i, y, z, classes);
+  const float weight = weigh(call, block, i, belief, valid);
+  if (weight == 0.0f) return weight;
+  const Across across(call.cells.first, block.place.image, block.tile.column_at(0));
+  interpolate(call.cells.first, across, block.tile.row_at(0, i).at, classes, z);
+  const float scaled = scaled_weight(call, weight), coefficient = scaled * call.gradient_scale;
+  const float value =
+      loss_of_logits<WITH_BCE>(Loss(call.loss), z, y, belief, coefficient, gradient, classes);
+  block.tally.add(Sums::loss, scaled * value);
+  return weight;
+}
+
+// Any loss but "bce", any score and number of teachers, from logits that the first-level cache hands out again in
+// every row.
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, 2)
+    cells_consistency_logits_kernel(const __grid_constant__ ConsistencyCells call) {
+  extern __shared__ float shared[];
+  const Block block = block_of(call, 2 * C, shared);
+  const SharedCorners<C> corners(block);
+  float z[C], y[C];
+  for (int i = 0; i < block.place.rows; ++i) {
+    const auto gradient = corners.at(block.tile.row_at(0, i).at.t);
+    visit<false>(call, block, i, Column{z, 1}, Column{y, 1}, gradient, C);
+  }
+  if (call.cells.partial) put_corners<C>(block);
+  block.tally.put(call.cells);
+}
+
+// Any number of classes: the columns of the tile lie in shared memory, [classes][tile], and the
+// gradient is taken out of them row by row.
+__global__ void __launch_bounds__(256, 1)
+    cells_consistency_loop_kernel(const __grid_constant__ ConsistencyCells call) {
+  extern __shared__ float shared[];
+  const int classes = call.cells.classes;
+  const Block block = block_of(call, 2 * classes, shared);
+  const Column z{block.rows + threadIdx.x, block.pitch};
+  const Column y{z.at + int64_t(classes) * block.pitch, block.pitch};
+  if (call.cells.partial) clear_rows(block);
+  for (int i = 0; i < block.place.rows; ++i) {
+    block.weights[threadIdx.x] = visit<true>(call, block, i, z, y, z, classes);
+    if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at.t);
+  }
+  block.tally.put(call.cells);
+}
+
+}  // namespace fastmt::cuda

@@ -1,0 +1,158 @@
+// cross_entropy on cells, with the gradient. Mirrors reference.cross_entropy and
+// csrc/cpu/cross_entropy_kernel.h.
+#pragma once
+
+#include "cuda/cells.h"
+#include "cuda/gradient.h"
+
+namespace fastmt::cuda {
+
+struct LabelSums {
+  enum { loss, weight, valid, wrong };
+};
+
+FASTMT_INLINE bool is_wrong(const CrossEntropyCells& call, int64_t label) {
+  return label != call.ignore_index && (label < 0 || label >= call.cells.classes);
+}
+
+// The label and weight of a pixel. What is ignored, beyond the tile or out of range has no weight; the
+// last is counted.
+struct Labelled {
+  int32_t label;
+  float weight;
+
+  FASTMT_INLINE Labelled(const CrossEntropyCells& call, const Block& block, int i)
+      : label(0), weight(0) {
+    const Place& place = block.place;
+    const int32_t row = place.first_row + i;
+    const int64_t given = integer_at(call.labels, place.image, row, place.column);
+    if (!place.inside || given == call.ignore_index) return;
+    if (is_wrong(call, given)) {
+      block.tally.add(LabelSums::wrong, 1);
+      return;
+    }
+    label = int32_t(given);
+    weight = call.pixel_weight.data ? float_at(call.pixel_weight, place.image, row, place.column) : 1;
+    block.tally.add(LabelSums::valid, 1);
+    const float share = call.class_weight ? call.class_weight[label] : 1;
+    if (weight != 0.0f) block.tally.add(LabelSums::weight, weight * share);
+  }
+};
+
+// Names the largest label out of range, where the block has counted any.
+FASTMT_INLINE void put_wrong_label(const CrossEntropyCells& call, const Block& block) {
+  const Place& place = block.place;
+  if (threadIdx.x != 0 || block.tally.own[LabelSums::wrong * block.tally.tile] == 0) return;
+  int64_t largest = INT64_MIN;
+  for (int32_t row = place.first_row; row < place.first_row + place.rows; ++row)
+    for (int32_t column = place.first_column; column < place.last_column; ++column) {
+      const int64_t given = integer_at(call.labels, place.image, row, column);
+      if (is_wrong(call, given) && given > largest) largest = given;
+    }
+  call.wrong_label[blockIdx.x] = largest;
+}
+
+// Without class weights and smoothing the loss needs no logit but the label's.
+FASTMT_BOTH bool is_plain(const CrossEntropyCells& call) {
+  return !call.class_weight && call.label_smoothing == 0;
+}
+
+FASTMT_INLINE float mean_class_weight(const CrossEntropyCells& call) {
+  if (!call.class_weight || call.label_smoothing == 0) return 1;
+  float sum = 0;
+#pragma unroll 1
+  for (int c = 0; c < call.cells.classes; ++c) sum += call.class_weight[c];
+  return sum / float(call.cells.classes);
+}
+
+template <class Gradient>
+FASTMT_INLINE float label_loss(const CrossEntropyCells& call, Column z, int32_t label, float scaled,
+                               float mean_weight, Gradient gradient, int classes) {
+  if (!is_plain(call))
+    return weighted_ce_pixel(z, label, call.class_weight, mean_weight, call.label_smoothing, scaled,
+                             gradient, classes);
+  const Student student = student_pixel<true>(z, label, classes);
+  return ce_pixel(z, student, label, scaled, gradient, classes);
+}
+
+// Without class weights and smoothing. Registers of a thread: power, ratio and two sums of the
+// gradient, 4 C.
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, 3)
+    cells_cross_entropy_powers_kernel(const __grid_constant__ CrossEntropyCells call) {
+  extern __shared__ float shared[];
+  const Grid& grid = call.cells.first;
+  const Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  __syncthreads();
+  const auto column_at = [&] { return block.tile.column_at(0); };
+  Powers<C> student;
+  Corners<C> corners{};
+  for (int i = 0; i < block.place.rows; ++i) {
+    const Labelled pixel(call, block, i);
+    if (!any(pixel.weight != 0.0f)) {
+      student.skip();
+      continue;
+    }
+    const Row row = block.tile.row_at(0, i);
+    student.go_to(grid, block.place.image, column_at, row, 1.0f);
+    if (pixel.weight == 0.0f) continue;
+    const Across across(grid, block.place.image, column_at());
+    const Student state = student_of<true>(student, grid, across, row.at, pixel.label);
+    const float value = ce_pixel(student.at(), state, pixel.label,
+                                 pixel.weight * call.gradient_scale, corners.at(row.at.t), C);
+    block.tally.add(LabelSums::loss, pixel.weight * value);
+  }
+  if (call.cells.partial) put_corners(block, corners);
+  block.tally.put(call.cells);
+  put_wrong_label(call, block);
+}
+
+template <class Gradient>
+FASTMT_INLINE float visit(const CrossEntropyCells& call, const Block& block, int i, Column z,
+                          float mean_weight, Gradient gradient, int classes) {
+  const Labelled pixel(call, block, i);
+  if (pixel.weight == 0.0f) return pixel.weight;
+  const Grid& grid = call.cells.first;
+  const Across across(grid, block.place.image, block.tile.column_at(0));
+  interpolate(grid, across, block.tile.row_at(0, i).at, classes, z);
+  const float scaled = pixel.weight * call.gradient_scale;
+  const float value = label_loss(call, z, pixel.label, scaled, mean_weight, gradient, classes);
+  block.tally.add(LabelSums::loss, pixel.weight * value);
+  return pixel.weight;
+}
+
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, 3)
+    cells_cross_entropy_logits_kernel(const __grid_constant__ CrossEntropyCells call) {
+  extern __shared__ float shared[];
+  const Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  __syncthreads();
+  const float mean_weight = mean_class_weight(call);
+  const SharedCorners<C> corners(block);
+  float z[C];
+  for (int i = 0; i < block.place.rows; ++i)
+    visit(call, block, i, Column{z, 1}, mean_weight, corners.at(block.tile.row_at(0, i).at.t), C);
+  if (call.cells.partial) put_corners<C>(block);
+  block.tally.put(call.cells);
+  put_wrong_label(call, block);
+}
+
+// Any number of classes, their columns in shared memory.
+__global__ void __launch_bounds__(256, 1)
+    cells_cross_entropy_loop_kernel(const __grid_constant__ CrossEntropyCells call) {
+  extern __shared__ float shared[];
+  const int classes = call.cells.classes;
+  const Block block(call.cells, Shared(call.cells, classes), shared);
+  const Column z{block.rows + threadIdx.x, block.pitch};
+  __syncthreads();
+  const float mean_weight = mean_class_weight(call);
+  if (call.cells.partial) clear_rows(block);
+  for (int i = 0; i < block.place.rows; ++i) {
+    block.weights[threadIdx.x] = visit(call, block, i, z, mean_weight, z, classes);
+    if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at.t);
+  }
+  block.tally.put(call.cells);
+  put_wrong_label(call, block);
+}
+
+}  // namespace fastmt::cuda

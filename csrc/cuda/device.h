@@ -1,0 +1,104 @@
+// The CUDA that the kernels are written in: qualifiers, launches, half precision, packs of 16 bytes.
+// A compiler that is not nvcc takes the same names from tests/cuda_on_host, which runs them in loops.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#else
+#include "cuda_on_host.h"
+#endif
+
+#include <cstdint>
+
+#include "cuda/calls.h"
+
+#define FASTMT_INLINE __device__ __forceinline__
+
+namespace fastmt::cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+FASTMT_INLINE float widen(float x) { return x; }
+FASTMT_INLINE float widen(bfloat16 x) { return __bfloat162float(x); }
+FASTMT_INLINE float widen(float16 x) { return __half2float(x); }
+
+template <class T>
+FASTMT_INLINE T narrow(float x);
+template <>
+FASTMT_INLINE float narrow<float>(float x) {
+  return x;
+}
+template <>
+FASTMT_INLINE bfloat16 narrow<bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+FASTMT_INLINE float16 narrow<float16>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class T>
+struct constant_type {
+  using type = T;
+};
+
+// f(constant_type<T>) for the floating type of a call; every thread of a launch takes the same branch.
+template <class F>
+FASTMT_INLINE void with_type(Type type, F f) {
+  if (type == Type::float32)
+    f(constant_type<float>());
+  else if (type == Type::bfloat16)
+    f(constant_type<bfloat16>());
+  else
+    f(constant_type<float16>());
+}
+
+#if defined(__CUDACC__)
+FASTMT_INLINE float exp2_unit(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+FASTMT_INLINE float opaque(float x) {
+  asm("" : "+f"(x));
+  return x;
+}
+FASTMT_INLINE int32_t opaque(int32_t x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+inline void check(cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("fastmt: CUDA says ") + cudaGetErrorString(status));
+}
+
+template <class Argument>
+void launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t bytes, Stream stream,
+            const Argument& argument) {
+  if (bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  kernel<<<dim3(unsigned(blocks)), threads, bytes, static_cast<cudaStream_t>(stream)>>>(argument);
+  check(cudaGetLastError());
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+inline int64_t shared_memory_of_block() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+inline int processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+#endif
+
+}  // namespace fastmt::cuda

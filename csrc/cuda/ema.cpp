@@ -1,0 +1,30 @@
+#include "cuda/host.h"
+
+namespace fastmt::cuda {
+
+// `table` (rows, 5) and `starts` (rows + 1) as in EmaCall, on the device; `decay` 0-dim float64, there
+// or on the CPU.
+void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decay) {
+  if (table.size(0) == 0) return;
+  const OnDevice device(table);
+  EmaCall call{};
+  call.table = data_of<const int64_t>(table);
+  call.starts = data_of<const int64_t>(starts);
+  call.rows = table.size(0);
+  if (decay.is_cpu())
+    call.value = *data_of<const double>(decay);
+  else
+    call.decay = data_of<const double>(decay);
+  launch_ema(call, device.stream);
+}
+
+// data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32 on its device.
+void scale_(Tensor data, const Tensor& scale, const Tensor& factor) {
+  if (data.numel() == 0) return;
+  const OnDevice device(data);
+  launch_scale({data.data_ptr(), type_of(data), data.numel(), data_of<const float>(scale),
+                data_of<const float>(factor)},
+               device.stream);
+}
+
+}  // namespace fastmt::cuda

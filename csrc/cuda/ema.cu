@@ -1,0 +1,20 @@
+#include "cuda/ema_kernel.h"
+
+namespace fastmt::cuda {
+
+namespace {
+
+constexpr int BLOCKS_OF_PROCESSOR = 4;
+
+}  // namespace
+
+void launch_ema(const EmaCall& call, Stream stream) {
+  launch(ema_kernel, processors() * BLOCKS_OF_PROCESSOR, EMA_THREADS, 0, stream, call);
+}
+
+void launch_scale(const ScaleCall& call, Stream stream) {
+  const int64_t pieces = (call.count + PIECE - 1) / PIECE, most = processors() * BLOCKS_OF_PROCESSOR;
+  launch(scale_kernel, pieces < most ? pieces : most, EMA_THREADS, 0, stream, call);
+}
+
+}  // namespace fastmt::cuda

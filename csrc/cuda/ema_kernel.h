@@ -1,0 +1,142 @@
+// ema_update_ and scale_ over tables of tensors. Mirrors reference.ema_update_ and csrc/cpu/ema_kernel.h.
+#pragma once
+
+#include "cuda/lanes.h"
+
+namespace fastmt::cuda {
+
+constexpr int EMA_THREADS = 256;
+constexpr int PIECE = 4096;  // elements that a block takes at once: four packs of 16 bytes a thread
+constexpr int PIECES = EMA_CHUNK / PIECE;
+
+template <class T, int V>
+struct alignas(V * sizeof(T)) Pack {
+  T at[V];
+};
+
+// Values in one pack: 16 bytes of the wider type.
+template <class T, class S>
+constexpr int PACK = 16 / int(sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S));
+
+// The first element that lies at a multiple of V of them.
+template <int V, class T>
+FASTMT_INLINE int misaligned(const T* at) {
+  return int((V - reinterpret_cast<uintptr_t>(at) / sizeof(T) % V) % V);
+}
+
+// to[i] = f(to[i], from[i]) for up to PIECE elements. All loads come before the first store; only
+// where the two tensors are misaligned against each other they go element by element.
+template <class T, class S, class F>
+FASTMT_INLINE void update_piece(T* to, const S* from, int count, F f) {
+  constexpr int V = PACK<T, S>, N = PIECE / (EMA_THREADS * V);
+  const int own = threadIdx.x, head = misaligned<V>(to);
+  const bool packs = head == misaligned<V>(from) && count >= head + V;
+  const int begin = packs ? head : count, end = packs ? count - (count - head) % V : count;
+  Pack<T, V> a[N];
+  Pack<S, V> b[N];
+  FASTMT_UNROLL
+  for (int n = 0; n < N; ++n) {
+    const int at = begin + (n * EMA_THREADS + own) * V;
+    if (at >= end) continue;
+    a[n] = *reinterpret_cast<const Pack<T, V>*>(to + at);
+    b[n] = *reinterpret_cast<const Pack<S, V>*>(from + at);
+  }
+  FASTMT_UNROLL
+  for (int n = 0; n < N; ++n) {
+    const int at = begin + (n * EMA_THREADS + own) * V;
+    if (at >= end) continue;
+    FASTMT_UNROLL
+    for (int v = 0; v < V; ++v) a[n].at[v] = f(a[n].at[v], b[n].at[v]);
+    *reinterpret_cast<Pack<T, V>*>(to + at) = a[n];
+  }
+  const int single = begin + count - end;
+  for (int i = own; i < single; i += EMA_THREADS) {
+    const int at = i < begin ? i : end + (i - begin);
+    to[at] = f(to[at], from[at]);
+  }
+}
+
+struct Decay {
+  bool copies, near_student;
+  float step;
+
+  // As torch.lerp: from the nearer end, so that decay 1 keeps exactly; 0 copies, whatever was there.
+  FASTMT_INLINE explicit Decay(double decay)
+      : copies(decay == 0), near_student(decay < 0.5),
+        step(float(near_student ? decay : 1 - decay)) {}
+
+  FASTMT_INLINE float mean(float average, float value) const {
+    const float from = near_student ? value : average, to = near_student ? average : value;
+    return copies ? value : from + step * (to - from);
+  }
+};
+
+// Elements [begin, begin + count) of one tensor pair of the table.
+struct Span {
+  void* teacher;
+  const void* student;
+  int64_t begin;
+  int count;
+
+  template <class T, class S, class F>
+  FASTMT_INLINE void update(F f) const {
+    update_piece(static_cast<T*>(teacher) + begin, static_cast<const S*>(student) + begin, count, f);
+  }
+};
+
+FASTMT_INLINE void update_span(const Span& span, Type teacher, Type student, const Decay& decay) {
+  if (teacher == Type::uint8) return span.update<uint8_t, uint8_t>([](uint8_t, uint8_t x) { return x; });
+  if (teacher == Type::int64) return span.update<int64_t, int64_t>([](int64_t, int64_t x) { return x; });
+  with_type(teacher, [&](auto t) {
+    using T = typename decltype(t)::type;
+    with_type(student, [&](auto s) {
+      using S = typename decltype(s)::type;
+      span.update<T, S>([&](T a, S b) { return narrow<T>(decay.mean(widen(a), widen(b))); });
+    });
+  });
+}
+
+// The row of the table that a chunk belongs to: the last one that starts no later.
+FASTMT_INLINE int64_t row_of(const int64_t* starts, int64_t rows, int64_t chunk) {
+  int64_t low = 0, high = rows;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (starts[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// How many pieces there are only the device knows, so the blocks take turns.
+__global__ void __launch_bounds__(EMA_THREADS, 4) ema_kernel(const __grid_constant__ EmaCall call) {
+  const int64_t pieces = call.starts[call.rows] * PIECES;
+  const Decay decay(call.decay ? *call.decay : call.value);
+  for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const int64_t chunk = piece / PIECES, row = row_of(call.starts, call.rows, chunk);
+    const int64_t* entry = call.table + row * 5;
+    const int64_t begin = (chunk - call.starts[row]) * EMA_CHUNK + piece % PIECES * PIECE;
+    const int64_t rest = entry[2] - begin;
+    if (rest <= 0) continue;
+    const Span span{reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]), begin,
+                    int(rest < PIECE ? rest : PIECE)};
+    update_span(span, Type(entry[3]), Type(entry[4]), decay);
+  }
+}
+
+// data *= scale * factor; 0 clears, whatever was there.
+__global__ void __launch_bounds__(EMA_THREADS, 4) scale_kernel(const __grid_constant__ ScaleCall call) {
+  const float factor = *call.scale * *call.factor;
+  if (factor == 1) return;
+  for (int64_t piece = blockIdx.x; piece * PIECE < call.count; piece += gridDim.x) {
+    const int64_t rest = call.count - piece * PIECE;
+    const Span span{call.data, call.data, piece * PIECE, int(rest < PIECE ? rest : PIECE)};
+    with_type(call.type, [&](auto type) {
+      using T = typename decltype(type)::type;
+      span.update<T, T>([=](T x, T) { return narrow<T>(factor == 0 ? 0.0f : widen(x) * factor); });
+    });
+  }
+}
+
+}  // namespace fastmt::cuda

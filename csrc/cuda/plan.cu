@@ -1,0 +1,44 @@
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/cells.h"
+#include "cuda/gradient.h"
+
+namespace fastmt::cuda {
+
+namespace {
+
+constexpr int WARP = 32;
+
+// Threads of a block are output columns of a row.
+void set_tile(Cells& cells, int32_t tile) {
+  const Axis& columns = cells.first.columns;
+  cells.tile = tile;
+  cells.tiles = (columns.out + tile - 1) / tile;
+  const int64_t crossed = (tile - 1) * columns.scale / columns.divisor;
+  cells.reach = int32_t(std::min<int64_t>(crossed + 3, columns.size));
+}
+
+int32_t largest_band(const Axis& rows, int32_t bands) {
+  const int64_t inner = rows.scale > 0 ? rows.divisor / rows.scale + 1 : 0;
+  const int32_t outer = std::max(rows.first(1), rows.out - rows.first(bands - 1));
+  return int32_t(std::max<int64_t>(inner, outer));
+}
+
+}  // namespace
+
+void plan(Cells& cells, int columns) {
+  const Axis& rows = cells.first.rows;
+  cells.bands = std::max(rows.size - 1, 1);
+  cells.segments = (largest_band(rows, cells.bands) + MAX_ROWS - 1) / MAX_ROWS;
+  const int32_t width = (cells.first.columns.out + WARP - 1) / WARP * WARP;
+  if (is_fixed(cells.classes)) return set_tile(cells, std::min(width, FIXED_TILE));
+  set_tile(cells, std::min(width, 8 * WARP));
+  const int64_t limit = shared_memory_of_block();
+  while (shared_bytes(cells, columns * cells.classes) > limit) {
+    if (cells.tile == 1) throw std::runtime_error("fastmt: a row of the logits is too long");
+    set_tile(cells, cells.tile > WARP ? cells.tile - WARP : cells.tile / 2);
+  }
+}
+
+}  // namespace fastmt::cuda

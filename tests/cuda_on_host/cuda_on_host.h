@@ -1,0 +1,150 @@
+// CUDA as a loop, so that a host compiler can run the kernels of csrc/cuda: block after block, and in a
+// block thread after thread, each on a stack of its own up to the next __syncthreads. It goes once up
+// and once down the threads, by turns: what a missing barrier would let race comes out otherwise.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+inline dim3 blockIdx, threadIdx, blockDim, gridDim;
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
+
+namespace cuda_on_host {
+
+template <class To, class From>
+To bit_cast(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(128 * 1024);
+  bool done;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline int running;
+inline void (*body)(const void*);
+inline const void* body_argument;
+
+inline void enter() {
+  body(body_argument);
+  fibers[running].done = true;
+  swapcontext(&fibers[running].context, &scheduler);
+}
+
+// The threads of one block, from barrier to barrier; all of them must meet each.
+inline void run_block(int threads, bool upwards) {
+  if (int(fibers.size()) < threads) fibers.resize(threads);
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (int done = 0; done == 0; upwards = !upwards) {
+    for (int i = 0; i < threads; ++i) {
+      running = upwards ? i : threads - 1 - i;
+      threadIdx.x = unsigned(running);
+      swapcontext(&scheduler, &fibers[running].context);
+      done += fibers[running].done;
+    }
+    if (done != 0 && done != threads) throw std::runtime_error("threads that miss a barrier");
+  }
+}
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() {
+  using namespace cuda_on_host;
+  swapcontext(&fibers[running].context, &scheduler);
+}
+// A warp of one thread: what its neighbours vote for may only decide what is worked out, never a result.
+inline bool __any_sync(unsigned, bool here) { return here; }
+
+inline float __bfloat162float(__nv_bfloat16 x) {
+  return cuda_on_host::bit_cast<float>(uint32_t(x.bits) << 16);
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t bits = cuda_on_host::bit_cast<uint32_t>(x);
+  return {uint16_t(x != x ? 0x7fc0u : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float __half2float(__half x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                          : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                          : std::ldexp(float(fraction + 1024), exponent - 25);
+  return x.bits >> 15 ? -magnitude : magnitude;
+}
+inline __half __float2half_rn(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (x != x) return {0x7e00};
+  const float magnitude = std::fabs(x);
+  if (magnitude >= 65520.0f) return {uint16_t(sign | 0x7c00)};
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);
+  const int unit = exponent < -13 ? -24 : exponent - 11;  // the value of the last bit is 2^unit
+  const uint32_t steps = uint32_t(std::nearbyint(std::ldexp(magnitude, -unit)));
+  return {uint16_t(sign | (exponent < -13 ? steps : uint32_t(exponent + 13) * 1024 + steps))};
+}
+
+namespace fastmt::cuda {
+
+alignas(64) inline float shared[58 * 1024];  // as much as the largest GPU gives a block
+
+using Stream = void*;
+
+inline float exp2_unit(float x) { return std::exp2(x); }
+inline float opaque(float x) { return x; }
+inline int32_t opaque(int32_t x) { return x; }
+inline int64_t shared_memory_of_block() { return sizeof shared; }
+inline int processors() { return 2; }
+
+template <class Argument>
+void launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t bytes, Stream,
+            const Argument& argument) {
+  static void (*current)(Argument);
+  current = kernel;
+  if (bytes > int64_t(sizeof shared)) throw std::runtime_error("more shared memory than there is");
+  cuda_on_host::body = [](const void* given) { current(*static_cast<const Argument*>(given)); };
+  cuda_on_host::body_argument = &argument;
+  blockDim.x = unsigned(threads);
+  gridDim.x = unsigned(blocks);
+  for (int64_t block = 0; block < blocks; ++block) {
+    blockIdx.x = unsigned(block);
+    std::memset(static_cast<void*>(shared), 0xff, sizeof shared);  // NaN
+    cuda_on_host::run_block(threads, block % 2 == 0);
+  }
+}
+
+}  // namespace fastmt::cuda
