@@ -269,13 +269,12 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
     return splat(0);
   }
   const Peak top = peak<true, true>(z, classes);
-  const ints label = again(top.label);
   // An infinite logit makes everything NaN, as it does in softmax.
   const floats gap = top.second - top.first + (top.first - top.first);
   floats rest = splat(0), expected = splat(0), q_top = splat(0);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
-    const ints is_top = label == c;
+    const ints is_top = top.label == c;
     const floats q = y[c] * inverse;
     expected += times(q, z[c] - top.first);
     q_top = select(is_top, q, q_top);
@@ -285,11 +284,10 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
   const floats sum = 1.0f + rest * exp(gap), log_sum = log(sum);
   const floats p_top = 1.0f / sum, p_scale = exp(gap) * p_top;
   floats value = log_sum - expected - times(1.0f - q_top, gap + log(rest) - log_sum);
-  inverse = again(inverse);
   floats odds = splat(0);  // sum over the other classes of -q + (1-q) p / (1-p)
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
-    const ints is_top = label == c;
+    const ints is_top = top.label == c;
     const floats p = z[c] * p_scale, q = y[c] * inverse;
     const floats a = select(is_top, splat(0), (1.0f - q) * p / (1.0f - p) - q);
     value -= select(is_top, splat(0), (1.0f - q) * log_one_minus(p));
@@ -301,7 +299,7 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;
     const floats other = y[c] - p * odds + q_top * p - z[c] * share;
-    gradient[c] = coefficient * select(label == c, p_top - q_top - p_top * odds, other);
+    gradient[c] = coefficient * select(top.label == c, p_top - q_top - p_top * odds, other);
   }
   return value;
 }

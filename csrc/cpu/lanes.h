@@ -110,7 +110,6 @@ FASTMT_INLINE floats min(floats a, floats b) { return select(a < b, a, b); }
 
 // On a GPU, where registers are short, what is computed from it anew is not kept from before.
 FASTMT_INLINE floats again(floats x) { return x; }
-FASTMT_INLINE ints again(ints x) { return x; }
 
 FASTMT_INLINE bool any(ints mask) {
   const vector_i either = mask.lo | mask.hi;

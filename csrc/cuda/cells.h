@@ -108,14 +108,15 @@ struct Tile {
   }
 };
 
-// The corners of a thread's column in one grid: left and right offsets in an image, and between them t.
+// The corners of a thread's column in one grid: the offset of the left one, from there to the right one,
+// and the share t of that.
 struct Across {
-  int64_t left, right;
+  int64_t left, over;
   float t;
 
   FASTMT_INLINE Across(const Grid& grid, int64_t image, At at) {
     left = image * grid.image + at.index * grid.column;
-    right = left + (at.index + 1 < grid.columns.size ? grid.column : 0);
+    over = at.index + 1 < grid.columns.size ? grid.column : 0;
     t = at.t;
   }
 };
@@ -131,14 +132,15 @@ struct Column {
 template <class F>
 FASTMT_INLINE void each_corner(const Grid& grid, const Across& across, int32_t index, int classes,
                                F f) {
-  const int64_t down = index + 1 < grid.rows.size ? grid.row : 0, up = index * grid.row;
+  const int64_t down = index + 1 < grid.rows.size ? grid.row : 0;
   with_type(grid.type, [&](auto type) {
-    const auto* left = static_cast<const typename decltype(type)::type*>(grid.data) + up + across.left;
-    const auto* right = left + (across.right - across.left);
+    using T = typename decltype(type)::type;
+    const T* left = static_cast<const T*>(grid.data) + index * grid.row + across.left;
     FASTMT_UNROLL
-    for (int c = 0; c < classes; ++c, left += grid.channel, right += grid.channel) {
-      const float top = widen(*left), bottom = widen(left[down]);
-      f(c, top + across.t * (widen(*right) - top), bottom + across.t * (widen(right[down]) - bottom));
+    for (int c = 0; c < classes; ++c, left += grid.channel) {
+      const T *right = left + across.over, *below = left + down, *opposite = below + across.over;
+      const float top = widen(*left), bottom = widen(*below);
+      f(c, top + across.t * (widen(*right) - top), bottom + across.t * (widen(*opposite) - bottom));
     }
   });
 }
@@ -156,7 +158,7 @@ FASTMT_INLINE float logit_at(const Grid& grid, const Across& across, At row, int
   with_type(grid.type, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto* left = static_cast<const T*>(grid.data) + up + across.left + c * grid.channel;
-    const auto* right = left + (across.right - across.left);
+    const auto* right = left + across.over;
     const float top = widen(*left), bottom = widen(left[down]);
     const float upper = top + across.t * (widen(*right) - top);
     logit = upper + row.t * (bottom + across.t * (widen(right[down]) - bottom) - upper);

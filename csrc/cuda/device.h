@@ -70,10 +70,6 @@ FASTMT_INLINE float opaque(float x) {
   asm("" : "+f"(x));
   return x;
 }
-FASTMT_INLINE int32_t opaque(int32_t x) {
-  asm("" : "+r"(x));
-  return x;
-}
 
 inline void check(cudaError_t status) {
   if (status != cudaSuccess)

@@ -24,33 +24,39 @@ FASTMT_INLINE int misaligned(const T* at) {
   return int((V - reinterpret_cast<uintptr_t>(at) / sizeof(T) % V) % V);
 }
 
-// to[i] = f(to[i], from[i]) for up to PIECE elements. All loads come before the first store; only
-// where the two tensors are misaligned against each other they go element by element.
+// to[at ...] = f(to[at ...], from[at ...]) for N packs a thread. All loads come before the first store.
+template <int N, int V, class T, class S, class F>
+FASTMT_INLINE void update_packs(T* to, const S* from, F f) {
+  Pack<T, V> a[N];
+  Pack<S, V> b[N];
+  FASTMT_UNROLL
+  for (int n = 0; n < N; ++n) {
+    a[n] = *reinterpret_cast<const Pack<T, V>*>(to + n * EMA_THREADS * V);
+    b[n] = *reinterpret_cast<const Pack<S, V>*>(from + n * EMA_THREADS * V);
+  }
+  FASTMT_UNROLL
+  for (int n = 0; n < N; ++n) {
+    FASTMT_UNROLL
+    for (int v = 0; v < V; ++v) a[n].at[v] = f(a[n].at[v], b[n].at[v]);
+    *reinterpret_cast<Pack<T, V>*>(to + n * EMA_THREADS * V) = a[n];
+  }
+}
+
+// The same for up to PIECE elements: whole ones at once, packs where both tensors are equally aligned,
+// and element by element what is left over.
 template <class T, class S, class F>
 FASTMT_INLINE void update_piece(T* to, const S* from, int count, F f) {
   constexpr int V = PACK<T, S>, N = PIECE / (EMA_THREADS * V);
   const int own = threadIdx.x, head = misaligned<V>(to);
   const bool packs = head == misaligned<V>(from) && count >= head + V;
+  if (packs && head == 0 && count == PIECE)
+    return update_packs<N, V>(to + own * V, from + own * V, f);
   const int begin = packs ? head : count, end = packs ? count - (count - head) % V : count;
-  Pack<T, V> a[N];
-  Pack<S, V> b[N];
-  FASTMT_UNROLL
-  for (int n = 0; n < N; ++n) {
-    const int at = begin + (n * EMA_THREADS + own) * V;
-    if (at >= end) continue;
-    a[n] = *reinterpret_cast<const Pack<T, V>*>(to + at);
-    b[n] = *reinterpret_cast<const Pack<S, V>*>(from + at);
-  }
-  FASTMT_UNROLL
-  for (int n = 0; n < N; ++n) {
-    const int at = begin + (n * EMA_THREADS + own) * V;
-    if (at >= end) continue;
-    FASTMT_UNROLL
-    for (int v = 0; v < V; ++v) a[n].at[v] = f(a[n].at[v], b[n].at[v]);
-    *reinterpret_cast<Pack<T, V>*>(to + at) = a[n];
-  }
-  const int single = begin + count - end;
-  for (int i = own; i < single; i += EMA_THREADS) {
+#pragma unroll 1
+  for (int at = begin + own * V; at < end; at += EMA_THREADS * V)
+    update_packs<1, V>(to + at, from + at, f);
+#pragma unroll 1
+  for (int i = own; i < begin + count - end; i += EMA_THREADS) {
     const int at = i < begin ? i : end + (i - begin);
     to[at] = f(to[at], from[at]);
   }
@@ -91,7 +97,7 @@ FASTMT_INLINE void update_span(const Span& span, Type teacher, Type student, con
     using T = typename decltype(t)::type;
     with_type(student, [&](auto s) {
       using S = typename decltype(s)::type;
-      span.update<T, S>([&](T a, S b) { return narrow<T>(decay.mean(widen(a), widen(b))); });
+      span.update<T, S>([=](T a, S b) { return narrow<T>(decay.mean(widen(a), widen(b))); });
     });
   });
 }

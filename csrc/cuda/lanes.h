@@ -28,7 +28,6 @@ FASTMT_INLINE floats min(floats a, floats b) { return fminf(a, b); }
 // The same number, of which the compiler does not know it: what it computes from that anew takes no
 // registers in between.
 FASTMT_INLINE floats again(floats x) { return opaque(x); }
-FASTMT_INLINE ints again(ints x) { return opaque(x); }
 
 FASTMT_INLINE bool any(bool here) { return __any_sync(0xffffffffu, here); }  // of the warp
 

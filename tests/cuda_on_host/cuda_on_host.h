@@ -1,6 +1,7 @@
 // CUDA as a loop, so that a host compiler can run the kernels of csrc/cuda: block after block, and in a
-// block thread after thread, each on a stack of its own up to the next __syncthreads. It goes once up
-// and once down the threads, by turns: what a missing barrier would let race comes out otherwise.
+// block thread after thread, each on a stack of its own up to the next __syncthreads. It goes up the
+// threads and down them by turns, the other way round at every other call of an operation of two
+// launches: what a missing barrier lets race comes out otherwise there.
 #pragma once
 
 #include <ucontext.h>
@@ -50,7 +51,7 @@ struct Fiber {
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
-inline int running;
+inline int running, launches;
 inline void (*body)(const void*);
 inline const void* body_argument;
 
@@ -113,9 +114,10 @@ inline __half __float2half_rn(float x) {
   if (magnitude >= 65520.0f) return {uint16_t(sign | 0x7c00)};
   int exponent = 0;
   std::frexp(magnitude, &exponent);
-  const int unit = exponent < -13 ? -24 : exponent - 11;  // the value of the last bit is 2^unit
+  const bool subnormal = magnitude < 0x1p-14f;
+  const int unit = subnormal ? -24 : exponent - 11;  // the value of the last bit is 2^unit
   const uint32_t steps = uint32_t(std::nearbyint(std::ldexp(magnitude, -unit)));
-  return {uint16_t(sign | (exponent < -13 ? steps : uint32_t(exponent + 13) * 1024 + steps))};
+  return {uint16_t(sign | (subnormal ? steps : uint32_t(exponent + 13) * 1024 + steps))};
 }
 
 namespace fastmt::cuda {
@@ -126,7 +128,6 @@ using Stream = void*;
 
 inline float exp2_unit(float x) { return std::exp2(x); }
 inline float opaque(float x) { return x; }
-inline int32_t opaque(int32_t x) { return x; }
 inline int64_t shared_memory_of_block() { return sizeof shared; }
 inline int processors() { return 2; }
 
@@ -140,10 +141,11 @@ void launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t bytes
   cuda_on_host::body_argument = &argument;
   blockDim.x = unsigned(threads);
   gridDim.x = unsigned(blocks);
+  const bool upwards = cuda_on_host::launches++ / 2 % 2 == 0;
   for (int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = unsigned(block);
     std::memset(static_cast<void*>(shared), 0xff, sizeof shared);  // NaN
-    cuda_on_host::run_block(threads, block % 2 == 0);
+    cuda_on_host::run_block(threads, upwards);
   }
 }
 
