@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .PHONY: demo test bench lint build clean
 
@@ -41,7 +41,7 @@ $(BIN)/ruff: | $(BIN)/python
 
 # The kernels come in the next step, where torch's headers are installed and the compiler is heard.
 $(VENV)/packages.stamp: pyproject.toml constraints.txt setup.py | $(BIN)/python
-	FASTMT_BUILD_CPP=0 $(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	FASTMT_BUILD_CPP=0 FASTMT_BUILD_CUDA=0 $(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 $(VENV)/kernels.stamp: $(VENV)/packages.stamp $(CSRC)

@@ -1,8 +1,9 @@
-"""Builds the C++ kernels where it can; everything else about the package stands in pyproject.toml.
+"""Builds the C++ and CUDA kernels where it can; all else of the package stands in pyproject.toml.
 
-The library is no Python module and sees PyTorch only through its stable ABI, so one binary serves
-every Python and every torch from TORCH_TARGET on. A machine that cannot build it gets the package
-without it. FASTMT_BUILD_CPP=0 leaves the kernels out, =1 makes their absence an error.
+The libraries are no Python modules and see PyTorch only through its stable ABI, so one binary
+serves every Python and every torch from TORCH_TARGET on. A machine that cannot build one gets the
+package without it. FASTMT_BUILD_CPP=0 or FASTMT_BUILD_CUDA=0 leaves kernels out, =1 makes their
+absence an error. TORCH_CUDA_ARCH_LIST names the GPUs to compile for; none has to be here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -28,8 +30,11 @@ from setuptools.command.build_ext import build_ext
 TORCH_TARGET = (2, 10)
 SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
-LIBRARY, RECORD = "_C.abi3.so", "_build_info.json"
+CUDA_SOURCES = [*sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")), "csrc/cpu/host.cpp"]
+LIBRARY, CUDA_LIBRARY, RECORD = "_C.abi3.so", "_CUDA.abi3.so", "_build_info.json"
 COST = "eager PyTorch runs on CPU instead, roughly an order of magnitude slower on the losses"
+CUDA_COST = "on a GPU only Triton's kernels run"
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 COMPILE_FLAGS = [
     "-std=c++20",
@@ -50,15 +55,27 @@ if sys.platform == "linux":
     LINK_FLAGS += ["-Wl,-z,defs", "-Wl,--strip-debug"]
 
 
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "--prec-div=false",  # within 2 ulp; what must be exact is not divided
+    "-Xptxas=-v",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Icsrc",
+]
+# Only a CUDA build of torch defines all symbols, and its libtorch.so leads to them.
+NVCC_LINK_FLAGS = ["-shared", "-Xlinker=--no-as-needed,--strip-debug", *LINK_FLAGS[1:4]]
+
+
 class LeftOutError(Exception):
-    """The C++ kernels cannot be built; the message is one line."""
+    """The kernels cannot be built; the message is one line."""
 
 
-def request() -> str:
-    """What FASTMT_BUILD_CPP asks for: "0", "1" or "auto"."""
-    value = os.environ.get("FASTMT_BUILD_CPP") or "auto"
+def request(variable: str = "FASTMT_BUILD_CPP") -> str:
+    """What an environment variable asks for: "0", "1" or "auto"."""
+    value = os.environ.get(variable) or "auto"
     if value not in ("0", "1", "auto"):
-        raise SystemExit(f"FASTMT_BUILD_CPP: got {value!r}, expected 0, 1 or unset")
+        raise SystemExit(f"{variable}: got {value!r}, expected 0, 1 or unset")
     return value
 
 
@@ -99,40 +116,110 @@ def target_text() -> str:
     return ".".join(map(str, TORCH_TARGET))
 
 
+def find_nvcc() -> str:
+    """The CUDA compiler: that of CUDA_HOME, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise LeftOutError(f"no nvcc in {home}/bin" if home else "no nvcc on PATH")
+    return nvcc
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST; of the default list those that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    known = {int(number) for number in re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))}
+    flags = []
+    for name in re.split(r"[;\s]+", (asked or CUDA_ARCHITECTURES).strip()):
+        if not (found := re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)):
+            raise LeftOutError(f"TORCH_CUDA_ARCH_LIST: got {name!r}, expected e.g. 8.0;9.0+PTX")
+        number = found[1] + found[2]
+        if not asked and int(number) not in known:
+            continue
+        code = f"sm_{number}{found[3]}" + (f",compute_{number}" if found[4] else "")
+        flags.append(f"-gencode=arch=compute_{number}{found[3]},code=[{code}]")
+    return flags
+
+
 def build_library(target: Path) -> str:
-    """Compile and link the library `target`; returns the compiler's name and version."""
+    """Compile and link the C++ library `target`; returns the compiler's name and version."""
     if request() == "0":
         raise LeftOutError("the build ran with FASTMT_BUILD_CPP=0")
     compiler, torch = find_compiler(), find_torch()
-    flags = [*COMPILE_FLAGS, f"-isystem{torch}/include", *shlex.split(os.getenv("CXXFLAGS", ""))]
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
-        objects = [f"{scratch}/{index}.o" for index in range(len(SOURCES))]
-        commands = [
-            [*compiler, *flags, "-c", source, "-o", made]
-            for source, made in zip(SOURCES, objects, strict=True)
-        ]
-        list(pool.map(run, commands))
-        # Linked beside the target and renamed: a process that has the old library open keeps it.
-        linked = target.with_name(target.name + ".new")
-        run([*compiler, *objects, f"-L{torch}/lib", *LINK_FLAGS, "-o", str(linked)])
-        linked.replace(target)
+    link = [*compiler, f"-L{torch}/lib", *LINK_FLAGS]
+    build(dict.fromkeys(SOURCES, (*compiler, *cpp_flags(torch))), link, target)
     return run([*compiler, "--version"]).splitlines()[0]
 
 
+def build_cuda_library(target: Path) -> dict[str, object]:
+    """Compile and link the CUDA library `target`; returns its compiler and what its kernels use."""
+    if request("FASTMT_BUILD_CUDA") == "0":
+        raise LeftOutError("the build ran with FASTMT_BUILD_CUDA=0")
+    nvcc, compiler, torch = find_nvcc(), find_compiler(), find_torch()
+    commands = {"cpp": [*compiler, *cpp_flags(torch)]}
+    commands["cu"] = [nvcc, f"-ccbin={compiler[0]}", *NVCC_FLAGS, *architecture_flags(nvcc)]
+    link = [nvcc, f"-ccbin={compiler[0]}", f"-L{torch}/lib", *NVCC_LINK_FLAGS]
+    sources = {source: commands[source.rpartition(".")[2]] for source in CUDA_SOURCES}
+    kernels = resources_of(build(sources, link, target))
+    for kernel in kernels:
+        if kernel["spilled"]:
+            print(f"fastmt: a CUDA kernel spills registers: {kernel}", file=sys.stderr)
+    return {"compiler": run([nvcc, "--version"]).splitlines()[-1], "kernels": kernels}
+
+
+def cpp_flags(torch: Path) -> list[str]:
+    return [*COMPILE_FLAGS, f"-isystem{torch}/include", *shlex.split(os.getenv("CXXFLAGS", ""))]
+
+
+def build(sources: dict[str, Sequence[str]], link: list[str], target: Path) -> str:
+    """Compile each source with its command and link all to `target`; what the compilers said."""
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+        objects = [f"{scratch}/{index}.o" for index in range(len(sources))]
+        commands = [
+            [*command, "-c", source, "-o", made]
+            for (source, command), made in zip(sources.items(), objects, strict=True)
+        ]
+        said = "".join(pool.map(run, commands))
+        # Linked beside the target and renamed: a process that has the old library open keeps it.
+        linked = target.with_name(target.name + ".new")
+        run([link[0], *objects, *link[1:], "-o", str(linked)])
+        linked.replace(target)
+    return said
+
+
 def run(command: list[str]) -> str:
-    """The command's standard output; LeftOutError with its first complaint if it fails."""
+    """The command's output; LeftOutError with its first complaint if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    sys.stderr.write(done.stderr)
+    if done.returncode or "warning" in done.stderr:
+        sys.stderr.write(done.stderr)
     if done.returncode:
-        complaints = re.findall(r".*(?:error:|undefined reference).*", done.stderr)
+        complaints = re.findall(r".*(?:error *:|undefined reference).*", done.stderr)
         first = complaints[0] if complaints else f"exit status {done.returncode}"
         raise LeftOutError(f"{command[0]} failed: {first}")
-    return done.stdout
+    return done.stdout + done.stderr
+
+
+def resources_of(report: str) -> list[dict[str, object]]:
+    """Registers and spilled bytes of each kernel and GPU, from what ptxas -v says."""
+    variant = r"(?:ILi(\d+)|INS0_\d+Finish(Consistency|CrossEntropy))?"
+    kernel = rf"entry function '\w*?4cuda\d+(\w+?_kernel){variant}\w*' for '(\w+)'"
+    spills = r"(\d+) bytes spill stores, (\d+) bytes spill loads"
+    found = re.findall(rf"{kernel}.*?{spills}.*?Used (\d+) registers", report, re.DOTALL)
+    return [
+        {
+            "kernel": name,
+            "variant": classes or finish,
+            "architecture": architecture,
+            "registers": int(registers),
+            "spilled": int(stored) + int(loaded),
+        }
+        for name, classes, finish, architecture, stored, loaded, registers in found
+    ]
 
 
 class BuildKernels(build_ext):
-    """Writes the library, and the record of how its build went, into the package."""
+    """Writes the libraries, and the record of how their build went, into the package."""
 
     cpp: bool | None = None  # None until the build has run
 
@@ -148,15 +235,31 @@ class BuildKernels(build_ext):
             print(f"fastmt: C++ kernels left out: {error}; {COST}", file=sys.stderr)
             target.unlink(missing_ok=True)
             record |= {"cpp": False, "reason": str(error)}
+        record["cuda"] = self._cuda_record(bool(record["cpp"]))
         (target.parent / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         self.cpp = bool(record["cpp"])
+
+    def _cuda_record(self, cpp: bool) -> dict[str, object]:
+        target = self._package() / CUDA_LIBRARY
+        try:
+            if not cpp:
+                raise LeftOutError(
+                    "it answers the operations of the C++ kernels, which are left out"
+                )
+            return {"built": True, "reason": "", **build_cuda_library(target)}
+        except LeftOutError as error:
+            if request("FASTMT_BUILD_CUDA") == "1":
+                raise SystemExit(f"fastmt: FASTMT_BUILD_CUDA=1, but {error}") from None
+            print(f"fastmt: CUDA kernels left out: {error}; {CUDA_COST}", file=sys.stderr)
+            target.unlink(missing_ok=True)
+            return {"built": False, "reason": str(error)}
 
     def _package(self) -> Path:
         in_place = self.inplace or self.editable_mode
         return Path("fastmt") if in_place else Path(self.build_lib, "fastmt")
 
     def get_outputs(self) -> list[str]:
-        made = [self._package() / name for name in (LIBRARY, RECORD)]
+        made = [self._package() / name for name in (LIBRARY, CUDA_LIBRARY, RECORD)]
         return [str(path) for path in made if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -194,7 +297,7 @@ def build_requirements() -> list[str]:
 setup(
     packages=[*find_packages(include=["fastmt", "fastmt.*"]), "fastmt.kernels"],
     package_dir={"fastmt.kernels": "kernels"},
-    ext_modules=[Extension("fastmt._C", SOURCES, depends=HEADERS)],
+    ext_modules=[Extension("fastmt._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES])],
     setup_requires=build_requirements(),
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelsWheel},
 )

@@ -167,7 +167,25 @@ def _load() -> str | None:
     return None
 
 
-def build_info() -> dict[str, object]:
+@functools.cache
+def cuda_extension_missing() -> str | None:
+    """Load the CUDA C++ kernels once; None when they are there, else the reason why not."""
+    if missing := extension_missing():
+        return missing
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    library = _PACKAGE / "_CUDA.abi3.so"
+    if not library.exists():
+        reason = build_info().get("cuda", {}).get("reason", "no build record")
+        return f"the CUDA C++ kernels are not built: {reason}"
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return f"the CUDA C++ kernels do not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def build_info() -> dict[str, Any]:
     """What the build recorded: which kernels it left out and why."""
     record = _PACKAGE / "_build_info.json"
     return json.loads(record.read_text()) if record.exists() else {}

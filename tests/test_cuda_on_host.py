@@ -1,9 +1,9 @@
 """The kernels of csrc/cuda, compiled for this machine's processor, give what the reference gives.
 
-Their text is the one that nvcc compiles; tests/cuda_on_host runs the launches as loops over blocks and
-threads. That shows wrong indices, formulas, sums, options, layouts, and barriers whose lack changes a
-result. It cannot show what only a GPU has: other schedules of the threads, the vote of a warp, the
-rounding of the exponential unit, nor anything of the machine code.
+Their text is the one that nvcc compiles; tests/cuda_on_host runs the launches as loops over blocks
+and threads. That shows wrong indices, formulas, sums, options, layouts, and barriers whose lack
+changes a result. It cannot show what only a GPU has: other schedules of the threads, the vote of a
+warp, the rounding of the exponential unit, nor anything of the machine code.
 """
 
 from __future__ import annotations
@@ -241,20 +241,17 @@ def test_threads_in_any_order_give_the_same_bits(classes, loss):
 
 
 @pytest.mark.parametrize("classes", [19, 4])
-def test_labels_out_of_range_are_counted_and_teach_nothing(operations, classes):
+def test_labels_out_of_range_are_counted_and_never_a_silent_error(operations, classes):
     logits = random_logits((2, classes, 3, 4), 1)
     labels = torch.randint(classes, (2, 12, 16), generator=torch.Generator().manual_seed(0))
-    wrong = labels.clone()
-    wrong[0, 3, 5], wrong[1, 0, 0], wrong[1, 11, 15] = classes, -1, 2**40
-    ignored = torch.where(wrong == labels, labels, 255)
-    value, scale, gradient, count, label = operations.cross_entropy(
-        logits, wrong, None, None, [255, 1], 0.0, False, True
+    labels[0, 3, 5], labels[1, 0, 0], labels[1, 11, 15] = classes, -1, 2**40
+    value, scale, gradient, count, lowest = operations.cross_entropy(
+        logits, labels, None, None, [255, 1], 0.0, False, True
     )
-    expected = operations.cross_entropy(logits, ignored, None, None, [255, 1], 0.0, False, True)
-    assert (count.item(), label.item()) == (3, 2**40)
-    assert expected[3].item() == 0
-    assert torch.equal(value, expected[0])
-    assert torch.equal(scale * gradient, expected[1] * expected[2])
+    assert (count.item(), lowest.item()) == (3, -1)
+    assert value.isnan()
+    assert scale.isnan()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("classes", [19, 4])

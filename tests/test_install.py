@@ -73,8 +73,9 @@ def python(
     *arguments: str, folder: Path, executable: Path | str = sys.executable, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run Python in `folder` with nothing of this checkout and its settings in the environment."""
-    ours = ("FASTMT_", "PYTHONPATH", "CXX")
+    ours = ("FASTMT_", "PYTHONPATH", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    clean["FASTMT_BUILD_CUDA"] = "0"  # where it is the point, it is asked for
     return subprocess.run(
         [str(executable), *arguments],
         cwd=folder,
@@ -208,6 +209,31 @@ def test_build_with_a_broken_source_succeeds_and_names_the_error(source):
     wheel = built(build_wheel(source), source)
     assert record(wheel)["cpp"] is False
     assert "csrc/broken.cpp:1" in record(wheel)["reason"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("broken", ["", "no architecture"])
+def test_build_without_cuda_kernels_succeeds_and_says_what_is_left_out(source, tmp_path, broken):
+    tools = {"CUDA_HOME": str(tmp_path)}
+    if broken:
+        if shutil.which("nvcc") is None:
+            pytest.skip("no nvcc")
+        tools = {"TORCH_CUDA_ARCH_LIST": broken}
+    only_a_stub(source)
+    run = build_wheel(source, FASTMT_BUILD_CUDA="", **tools)
+    left_out = record(built(run, source))["cuda"]
+    assert left_out["built"] is False
+    assert ("TORCH_CUDA_ARCH_LIST: got 'no'" if broken else "no nvcc in") in left_out["reason"]
+    assert f"CUDA kernels left out: {left_out['reason']}; on a GPU only Triton" in run.stderr
+    required = build_wheel(source, FASTMT_BUILD_CUDA="1", **tools)
+    assert required.returncode != 0
+    assert f"FASTMT_BUILD_CUDA=1, but {left_out['reason']}" in required.stderr
+
+
+def only_a_stub(source: Path) -> None:
+    """C++ sources that compile in no time, where it is not they that are tested."""
+    for path in source.glob("csrc/**/*.cpp"):
+        path.write_text("")
 
 
 def test_required_kernels_make_a_missing_compiler_an_error(source):

@@ -17,10 +17,10 @@ using Stream = void*;  // a cudaStream_t
 
 constexpr int MAX_TEACHERS = 16;
 constexpr int QUANTITIES = 5;  // that a call sums over its pixels, at most
-constexpr int MAX_ROWS = 32;  // output rows that one block walks
+constexpr int MAX_ROWS = 32;   // output rows that one block walks
 
-// floor(n / d), by a reciprocal and one correction: a division of 64-bit integers is a function call on
-// a GPU, and calls make registers spill.
+// floor(n / d), by a reciprocal and one correction: a division of 64-bit integers is a function
+// call on a GPU, and calls make registers spill.
 FASTMT_BOTH int64_t floor_divide(int64_t n, int64_t d, double reciprocal) {
   int64_t quotient = int64_t(double(n) * reciprocal);
   quotient -= quotient * d > n;
@@ -28,8 +28,9 @@ FASTMT_BOTH int64_t floor_divide(int64_t n, int64_t d, double reciprocal) {
   return quotient;
 }
 
-// One axis of a linear interpolation, as F.interpolate defines it, in integers: output position o lies
-// at (scale * o + offset) / divisor, clamped to the input positions 0 .. size - 1. Exact for any size.
+// One axis of a linear interpolation, as F.interpolate defines it, in integers: output position o
+// lies at (scale * o + offset) / divisor, clamped to the input positions 0 .. size - 1. Exact for
+// any size.
 struct Axis {
   int64_t scale, offset, divisor;
   double per_scale, per_divisor;  // their reciprocals
@@ -66,15 +67,16 @@ struct Map {
   Type type;
 };
 
-// How a call is shared out. A block owns `tile` output columns and at most MAX_ROWS output rows, all
-// between the same two low-resolution rows; these rows are a band. It leaves the gradient of the
-// `reach` low-resolution columns of its tile in partial[block][reach][upper, lower row][classes].
+// How a call is shared out. A block owns `tile` output columns and at most MAX_ROWS output rows,
+// all between the same two low-resolution rows; these rows are a band. It leaves the gradient of
+// the `reach` low-resolution columns of its tile in partial[block][reach][upper, lower
+// row][classes].
 struct Cells {
   int64_t images;
   int32_t classes, grids, tile, tiles, bands, segments, reach;
-  Grid first;       // what gets the gradient
-  float* partial;   // null where no gradient is wanted
-  float* sums;      // [quantity][block]
+  Grid first;      // what gets the gradient
+  float* partial;  // null where no gradient is wanted
+  float* sums;     // [quantity][block]
 
   FASTMT_BOTH int64_t blocks() const { return images * bands * segments * tiles; }
 };
@@ -107,8 +109,8 @@ struct Finish {
   double inside;
   bool complete;
   float *loss, *scale;
-  float *selected, *mean_score;   // of consistency
-  int64_t *wrong, *wrong_label;   // of cross-entropy
+  float *selected, *mean_score;  // of consistency
+  int64_t *wrong, *wrong_label;  // of cross-entropy
 };
 
 constexpr int64_t EMA_CHUNK = 16 * 1024;  // elements between two entries of `starts`
@@ -135,9 +137,9 @@ void launch_cross_entropy(const CrossEntropyCells&, const Grid& gradient, const 
 void launch_ema(const EmaCall&, Stream);
 void launch_scale(const ScaleCall&, Stream);
 
-// Class counts with kernels of their own; others take the loop, with `columns` of them a thread held
-// in shared memory.
-constexpr bool is_fixed(int classes) { return classes == 19 || classes == 21; }
+// Class counts with kernels of their own; others take the loop, with `columns` of them a thread
+// held in shared memory.
+FASTMT_BOTH constexpr bool is_fixed(int classes) { return classes == 19 || classes == 21; }
 
 // Fills in how a call is shared out among blocks.
 void plan(Cells& cells, int columns);

@@ -1,5 +1,5 @@
-// Up-sampling that never happens: a thread owns an output column between two low-resolution rows, so
-// its logits are a line in y, made from four corners once, and its gradient two sums a class.
+// Up-sampling that never happens: a thread owns an output column between two low-resolution rows,
+// so its logits are a line in y, made from four corners once, and its gradient two sums a class.
 // Neighbouring threads are neighbouring columns: maps are read in whole lines, and no row diverges.
 #pragma once
 
@@ -64,17 +64,20 @@ struct Row {
     if (i % longest == 0) return;
     const At before = locate(grid.rows, int64_t(first) + i - 1);
     if (at.index != before.index) return;
-    if (at.t == before.t) move = Move::keep;
-    else if (fabsf(at.t - (before.t + grid.step())) <= rounding) move = Move::walk;
+    if (at.t == before.t)
+      move = Move::keep;
+    else if (fabsf(at.t - (before.t + grid.step())) <= rounding)
+      move = Move::walk;
   }
 };
 
-// What a block works out once about its tile, in shared memory: the divisions that it takes to place a
-// row or a column are far from free. Grid 0 gets the gradient, the others are the teachers.
+// What a block works out once about its tile, in shared memory: the divisions that it takes to
+// place a row or a column are far from free. Grid 0 gets the gradient, the others are the teachers.
 struct Tile {
-  Row* row;        // [grid][MAX_ROWS]
-  At* column;      // [grid][tile]
-  int32_t* start;  // [reach + 1]: the first column, of the tile, in each low-resolution cell of grid 0
+  Row* row;    // [grid][MAX_ROWS]
+  At* column;  // [grid][tile]
+  int32_t*
+      start;  // [reach + 1]: the first column, of the tile, in each low-resolution cell of grid 0
   int tile;
 
   FASTMT_INLINE Tile(const Cells& cells, float* shared)
@@ -94,7 +97,9 @@ struct Tile {
     const int64_t index = locate(columns, place.first_column).index;
     for (int j = threadIdx.x; j <= cells.reach; j += blockDim.x) {
       const int32_t first = columns.first(index + j), last = place.last_column;
-      start[j] = (first < place.first_column ? place.first_column : first > last ? last : first) -
+      start[j] = (first < place.first_column ? place.first_column
+                  : first > last             ? last
+                                             : first) -
                  place.first_column;
     }
   }
@@ -108,8 +113,8 @@ struct Tile {
   }
 };
 
-// The corners of a thread's column in one grid: the offset of the left one, from there to the right one,
-// and the share t of that.
+// The corners of a thread's column in one grid: the offset of the left one, from there to the right
+// one, and the share t of that.
 struct Across {
   int64_t left, over;
   float t;
@@ -128,7 +133,8 @@ struct Column {
   FASTMT_INLINE float& operator[](int c) const { return at[c * pitch]; }
 };
 
-// f(c, top, bottom): the logits of a column at the low-resolution rows above and below an output row.
+// f(c, top, bottom): the logits of a column at the low-resolution rows above and below an output
+// row.
 template <class F>
 FASTMT_INLINE void each_corner(const Grid& grid, const Across& across, int32_t index, int classes,
                                F f) {
@@ -166,9 +172,9 @@ FASTMT_INLINE float logit_at(const Grid& grid, const Across& across, At row, int
   return logit;
 }
 
-// The exponentials of a column. Down it the logits are a line, so their exponentials are a geometric
-// progression: two exps a class where a walk starts, one multiplication a pixel, and no registers for
-// the corners. Where the logits reach too far apart for that, every row starts anew.
+// The exponentials of a column. Down it the logits are a line, so their exponentials are a
+// geometric progression: two exps a class where a walk starts, one multiplication a pixel, and no
+// registers for the corners. Where the logits reach too far apart for that, every row starts anew.
 template <int C>
 struct Powers {
   float column[C];  // exp(scale * (logit - top)), the pixel.h kind of Powers
@@ -183,7 +189,8 @@ struct Powers {
   // where a walk starts.
   template <class F>
   FASTMT_INLINE void go_to(const Grid& grid, int32_t image, F column_at, Row row, float scale) {
-    if (!walks || row.move == Move::start) return start(grid, Across(grid, image, column_at()), row.at, scale);
+    if (!walks || row.move == Move::start)
+      return start(grid, Across(grid, image, column_at()), row.at, scale);
     if (row.move == Move::keep) return;
     FASTMT_UNROLL
     for (int c = 0; c < C; ++c) column[c] *= ratio[c];
@@ -214,7 +221,8 @@ struct Powers {
   }
 };
 
-// A student from its exponentials. Where the label's one is too small, its logarithm comes from logits.
+// A student from its exponentials. Where the label's one is too small, its logarithm comes from
+// logits.
 template <bool WITH_LABEL, int C>
 FASTMT_INLINE Student student_of(Powers<C>& powers, const Grid& grid, const Across& across, At row,
                                  int32_t label) {

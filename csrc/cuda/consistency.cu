@@ -23,7 +23,8 @@ void launch_consistency(const ConsistencyCells& call, const Grid& gradient, cons
                       : cells.classes == 21 ? kernel_of<21>(call)
                                             : cells_consistency_loop_kernel;
   if (cells.blocks() > 0)
-    launch(kernel, cells.blocks(), cells.tile, shared_bytes(cells, 2 * cells.classes), stream, call);
+    launch(kernel, cells.blocks(), cells.tile, shared_bytes(cells, 2 * cells.classes), stream,
+           call);
   launch_join<FinishConsistency>({cells, gradient, finish, nullptr}, stream);
 }
 

@@ -20,13 +20,14 @@ FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, in
          (!valid.data || integer_at(valid, place.image, place.first_row + i, place.column));
 }
 
-// The weight of a pixel. "ratio" is 1 here: its factor is only known when every pixel has been counted.
+// The weight of a pixel. "ratio" is 1 here: its factor is only known when every pixel has been
+// counted.
 FASTMT_INLINE float weigh(const ConsistencyCells& call, const Block& block, int i,
                           const Teacher& teacher, bool valid) {
   if (!valid) return 0;
   const Weight kind = Weight(call.weight);
-  const float limit = call.threshold ? call.threshold[call.threshold_by_label ? teacher.label : 0]
-                                     : call.limit;
+  const float limit =
+      call.threshold ? call.threshold[call.threshold_by_label ? teacher.label : 0] : call.limit;
   const bool passing = call.strict ? teacher.score > limit : teacher.score >= limit;
   float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
   if (kind == Weight::confidence && passing) weight = teacher.score;
@@ -99,13 +100,14 @@ __global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
     const auto value = [&](auto which) {
       constexpr Loss LOSS = which.value;
       const Across across(grid, place.image, student_column());
-      const Student state = student_of<LOSS == Loss::ce>(student, grid, across, row.at, belief.label);
+      const Student state =
+          student_of<LOSS == Loss::ce>(student, grid, across, row.at, belief.label);
       return loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
                                   scaled * call.gradient_scale, corners.at(row.at.t), C);
     };
-    block.tally.add(Sums::loss, scaled * (Loss(call.loss) == Loss::mse
-                                              ? value(constant<Loss::mse>())
-                                              : value(constant<Loss::ce>())));
+    block.tally.add(Sums::loss,
+                    scaled * (Loss(call.loss) == Loss::mse ? value(constant<Loss::mse>())
+                                                           : value(constant<Loss::ce>())));
   }
   if (call.cells.partial) put_corners(block, corners);
   block.tally.put(call.cells);
@@ -146,11 +148,16 @@ FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher&
     return consistency_pixel<which.value>(z, y, belief, coefficient, gradient, classes);
   };
   switch (loss) {
-    case Loss::mse: return of(constant<Loss::mse>());
-    case Loss::kl: return of(constant<Loss::kl>());
-    case Loss::soft_ce: return of(constant<Loss::soft_ce>());
-    case Loss::ce: return of(constant<Loss::ce>());
-    case Loss::js: return of(constant<Loss::js>());
+    case Loss::mse:
+      return of(constant<Loss::mse>());
+    case Loss::kl:
+      return of(constant<Loss::kl>());
+    case Loss::soft_ce:
+      return of(constant<Loss::soft_ce>());
+    case Loss::ce:
+      return of(constant<Loss::ce>());
+    case Loss::js:
+      return of(constant<Loss::js>());
     default:
       if constexpr (WITH_BCE) return of(constant<Loss::bce>());
       return 0;
@@ -159,8 +166,8 @@ FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher&
 
 // The pixel in row i from its logits; its weight.
 template <bool WITH_BCE, class Gradient>
-FASTMT_INLINE float visit(const ConsistencyCells& call, const Block& block, int i, Column z, Column y,
-                          Gradient gradient, int classes) {
+FASTMT_INLINE float visit(const ConsistencyCells& call, const Block& block, int i, Column z,
+                          Column y, Gradient gradient, int classes) {
   const bool valid = is_valid(call, block.place, i);
   const Teacher belief = look(call, block, i, y, z, classes);
   const float weight = weigh(call, block, i, belief, valid);
@@ -174,8 +181,8 @@ FASTMT_INLINE float visit(const ConsistencyCells& call, const Block& block, int 
   return weight;
 }
 
-// Any loss but "bce", any score and number of teachers, from logits that the first-level cache hands out again in
-// every row.
+// Any loss but "bce", any score and number of teachers, from logits that the first-level cache
+// hands out again in every row.
 template <int C>
 __global__ void __launch_bounds__(FIXED_TILE, 2)
     cells_consistency_logits_kernel(const __grid_constant__ ConsistencyCells call) {
@@ -193,7 +200,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 2)
 
 // Any number of classes: the columns of the tile lie in shared memory, [classes][tile], and the
 // gradient is taken out of them row by row.
-__global__ void __launch_bounds__(256, 1)
+__global__ void __launch_bounds__(256, 2)
     cells_consistency_loop_kernel(const __grid_constant__ ConsistencyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;

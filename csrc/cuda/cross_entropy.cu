@@ -7,7 +7,8 @@ namespace {
 
 template <int C>
 auto kernel_of(const CrossEntropyCells& call) {
-  return is_plain(call) ? cells_cross_entropy_powers_kernel<C> : cells_cross_entropy_logits_kernel<C>;
+  return is_plain(call) ? cells_cross_entropy_powers_kernel<C>
+                        : cells_cross_entropy_logits_kernel<C>;
 }
 
 }  // namespace

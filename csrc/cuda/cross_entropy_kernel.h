@@ -15,8 +15,8 @@ FASTMT_INLINE bool is_wrong(const CrossEntropyCells& call, int64_t label) {
   return label != call.ignore_index && (label < 0 || label >= call.cells.classes);
 }
 
-// The label and weight of a pixel. What is ignored, beyond the tile or out of range has no weight; the
-// last is counted.
+// The label and weight of a pixel. What is ignored, beyond the tile or out of range has no weight;
+// the last is counted.
 struct Labelled {
   int32_t label;
   float weight;
@@ -32,24 +32,25 @@ struct Labelled {
       return;
     }
     label = int32_t(given);
-    weight = call.pixel_weight.data ? float_at(call.pixel_weight, place.image, row, place.column) : 1;
+    weight =
+        call.pixel_weight.data ? float_at(call.pixel_weight, place.image, row, place.column) : 1;
     block.tally.add(LabelSums::valid, 1);
     const float share = call.class_weight ? call.class_weight[label] : 1;
     if (weight != 0.0f) block.tally.add(LabelSums::weight, weight * share);
   }
 };
 
-// Names the largest label out of range, where the block has counted any.
+// Names the lowest label out of range, where the block has counted any.
 FASTMT_INLINE void put_wrong_label(const CrossEntropyCells& call, const Block& block) {
   const Place& place = block.place;
   if (threadIdx.x != 0 || block.tally.own[LabelSums::wrong * block.tally.tile] == 0) return;
-  int64_t largest = INT64_MIN;
+  int64_t lowest = INT64_MAX;
   for (int32_t row = place.first_row; row < place.first_row + place.rows; ++row)
     for (int32_t column = place.first_column; column < place.last_column; ++column) {
       const int64_t given = integer_at(call.labels, place.image, row, column);
-      if (is_wrong(call, given) && given > largest) largest = given;
+      if (is_wrong(call, given) && given < lowest) lowest = given;
     }
-  call.wrong_label[blockIdx.x] = largest;
+  call.wrong_label[blockIdx.x] = lowest;
 }
 
 // Without class weights and smoothing the loss needs no logit but the label's.
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
 }
 
 // Any number of classes, their columns in shared memory.
-__global__ void __launch_bounds__(256, 1)
+__global__ void __launch_bounds__(256, 2)
     cells_cross_entropy_loop_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;

@@ -1,5 +1,6 @@
-// The CUDA that the kernels are written in: qualifiers, launches, half precision, packs of 16 bytes.
-// A compiler that is not nvcc takes the same names from tests/cuda_on_host, which runs them in loops.
+// The CUDA that the kernels are written in: qualifiers, launches, half precision, packs of 16
+// bytes. A compiler that is not nvcc takes the same names from tests/cuda_on_host, which runs them
+// in loops.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -48,7 +49,8 @@ struct constant_type {
   using type = T;
 };
 
-// f(constant_type<T>) for the floating type of a call; every thread of a launch takes the same branch.
+// f(constant_type<T>) for the floating type of a call; every thread of a launch takes the same
+// branch.
 template <class F>
 FASTMT_INLINE void with_type(Type type, F f) {
   if (type == Type::float32)

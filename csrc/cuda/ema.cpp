@@ -2,8 +2,8 @@
 
 namespace fastmt::cuda {
 
-// `table` (rows, 5) and `starts` (rows + 1) as in EmaCall, on the device; `decay` 0-dim float64, there
-// or on the CPU.
+// `table` (rows, 5) and `starts` (rows + 1) as in EmaCall, on the device; `decay` 0-dim float64,
+// there or on the CPU.
 void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decay) {
   if (table.size(0) == 0) return;
   const OnDevice device(table);
@@ -18,7 +18,8 @@ void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decay)
   launch_ema(call, device.stream);
 }
 
-// data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32 on its device.
+// data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32 on its
+// device.
 void scale_(Tensor data, const Tensor& scale, const Tensor& factor) {
   if (data.numel() == 0) return;
   const OnDevice device(data);

@@ -13,7 +13,8 @@ void launch_ema(const EmaCall& call, Stream stream) {
 }
 
 void launch_scale(const ScaleCall& call, Stream stream) {
-  const int64_t pieces = (call.count + PIECE - 1) / PIECE, most = processors() * BLOCKS_OF_PROCESSOR;
+  const int64_t pieces = (call.count + PIECE - 1) / PIECE,
+                most = processors() * BLOCKS_OF_PROCESSOR;
   launch(scale_kernel, pieces < most ? pieces : most, EMA_THREADS, 0, stream, call);
 }
 

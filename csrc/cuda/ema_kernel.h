@@ -1,4 +1,5 @@
-// ema_update_ and scale_ over tables of tensors. Mirrors reference.ema_update_ and csrc/cpu/ema_kernel.h.
+// ema_update_ and scale_ over tables of tensors. Mirrors reference.ema_update_ and
+// csrc/cpu/ema_kernel.h.
 #pragma once
 
 #include "cuda/lanes.h"
@@ -24,7 +25,8 @@ FASTMT_INLINE int misaligned(const T* at) {
   return int((V - reinterpret_cast<uintptr_t>(at) / sizeof(T) % V) % V);
 }
 
-// to[at ...] = f(to[at ...], from[at ...]) for N packs a thread. All loads come before the first store.
+// to[at ...] = f(to[at ...], from[at ...]) for N packs a thread. All loads come before the first
+// store.
 template <int N, int V, class T, class S, class F>
 FASTMT_INLINE void update_packs(T* to, const S* from, F f) {
   Pack<T, V> a[N];
@@ -42,8 +44,8 @@ FASTMT_INLINE void update_packs(T* to, const S* from, F f) {
   }
 }
 
-// The same for up to PIECE elements: whole ones at once, packs where both tensors are equally aligned,
-// and element by element what is left over.
+// The same for up to PIECE elements: whole ones at once, packs where both tensors are equally
+// aligned, and element by element what is left over.
 template <class T, class S, class F>
 FASTMT_INLINE void update_piece(T* to, const S* from, int count, F f) {
   constexpr int V = PACK<T, S>, N = PIECE / (EMA_THREADS * V);
@@ -66,9 +68,11 @@ struct Decay {
   bool copies, near_student;
   float step;
 
-  // As torch.lerp: from the nearer end, so that decay 1 keeps exactly; 0 copies, whatever was there.
+  // As torch.lerp: from the nearer end, so that decay 1 keeps exactly; 0 copies, whatever was
+  // there.
   FASTMT_INLINE explicit Decay(double decay)
-      : copies(decay == 0), near_student(decay < 0.5),
+      : copies(decay == 0),
+        near_student(decay < 0.5),
         step(float(near_student ? decay : 1 - decay)) {}
 
   FASTMT_INLINE float mean(float average, float value) const {
@@ -86,13 +90,16 @@ struct Span {
 
   template <class T, class S, class F>
   FASTMT_INLINE void update(F f) const {
-    update_piece(static_cast<T*>(teacher) + begin, static_cast<const S*>(student) + begin, count, f);
+    update_piece(static_cast<T*>(teacher) + begin, static_cast<const S*>(student) + begin, count,
+                 f);
   }
 };
 
 FASTMT_INLINE void update_span(const Span& span, Type teacher, Type student, const Decay& decay) {
-  if (teacher == Type::uint8) return span.update<uint8_t, uint8_t>([](uint8_t, uint8_t x) { return x; });
-  if (teacher == Type::int64) return span.update<int64_t, int64_t>([](int64_t, int64_t x) { return x; });
+  if (teacher == Type::uint8)
+    return span.update<uint8_t, uint8_t>([](uint8_t, uint8_t x) { return x; });
+  if (teacher == Type::int64)
+    return span.update<int64_t, int64_t>([](int64_t, int64_t x) { return x; });
   with_type(teacher, [&](auto t) {
     using T = typename decltype(t)::type;
     with_type(student, [&](auto s) {
@@ -125,14 +132,15 @@ __global__ void __launch_bounds__(EMA_THREADS, 4) ema_kernel(const __grid_consta
     const int64_t begin = (chunk - call.starts[row]) * EMA_CHUNK + piece % PIECES * PIECE;
     const int64_t rest = entry[2] - begin;
     if (rest <= 0) continue;
-    const Span span{reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]), begin,
-                    int(rest < PIECE ? rest : PIECE)};
+    const Span span{reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]),
+                    begin, int(rest < PIECE ? rest : PIECE)};
     update_span(span, Type(entry[3]), Type(entry[4]), decay);
   }
 }
 
 // data *= scale * factor; 0 clears, whatever was there.
-__global__ void __launch_bounds__(EMA_THREADS, 4) scale_kernel(const __grid_constant__ ScaleCall call) {
+__global__ void __launch_bounds__(EMA_THREADS, 4)
+    scale_kernel(const __grid_constant__ ScaleCall call) {
   const float factor = *call.scale * *call.factor;
   if (factor == 1) return;
   for (int64_t piece = blockIdx.x; piece * PIECE < call.count; piece += gridDim.x) {

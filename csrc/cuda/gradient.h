@@ -1,13 +1,15 @@
-// The transposed interpolation: gradients of output pixels summed into the low-resolution columns of a
-// tile, without atomics. Each sum has one thread and one order.
+// The transposed interpolation: gradients of output pixels summed into the low-resolution columns
+// of a tile, without atomics. Each sum has one thread and one order.
 #pragma once
 
 #include "cuda/cells.h"
 
 namespace fastmt::cuda {
 
-constexpr int FIXED_TILE = 128;  // columns of a block, at most, where the number of classes is constant
-constexpr int FIXED_PITCH = FIXED_TILE + 1;  // odd: threads read down the rows without bank conflicts
+constexpr int FIXED_TILE =
+    128;  // columns of a block, at most, where the number of classes is constant
+constexpr int FIXED_PITCH =
+    FIXED_TILE + 1;  // odd: threads read down the rows without bank conflicts
 
 // The gradient of a column, as two sums over its rows: all of it, and the share of the lower row.
 template <int C>
@@ -31,8 +33,8 @@ struct Corners {
 };
 
 // The transposed interpolation along the columns of a tile: put(j, k, sum) for each low-resolution
-// column j of the tile and each of K rows of `value(k, column)`. Threads are neighbours in k, always
-// the same one for the same (j, k), and every sum runs in the order of the columns.
+// column j of the tile and each of K rows of `value(k, column)`. Threads are neighbours in k,
+// always the same one for the same (j, k), and every sum runs in the order of the columns.
 template <class Value, class Put>
 FASTMT_INLINE void join_columns(const Cells& cells, const Tile& tile, int K, Value value, Put put) {
   const int parts = int(blockDim.x) > K ? int(blockDim.x) / K : 1;
@@ -41,7 +43,8 @@ FASTMT_INLINE void join_columns(const Cells& cells, const Tile& tile, int K, Val
     const int begin = cells.reach * part / parts, end = cells.reach * (part + 1) / parts;
     float before = 0;
     if (begin > 0)
-      for (int x = tile.start[begin - 1]; x < tile.start[begin]; ++x) before += tile.column_t(x) * value(k, x);
+      for (int x = tile.start[begin - 1]; x < tile.start[begin]; ++x)
+        before += tile.column_t(x) * value(k, x);
     for (int j = begin; j < end; ++j) {
       float both = 0, right = 0;
       for (int x = tile.start[j]; x < tile.start[j + 1]; ++x) {
@@ -55,7 +58,8 @@ FASTMT_INLINE void join_columns(const Cells& cells, const Tile& tile, int K, Val
   }
 }
 
-// What the columns of a block add to its sums, [quantity][tile] in shared memory: too cold for registers.
+// What the columns of a block add to its sums, [quantity][tile] in shared memory: too cold for
+// registers.
 struct Tally {
   float* own;
   int tile;
@@ -81,8 +85,8 @@ struct Tally {
   }
 };
 
-// Shared memory of a block, in floats: rows of values whose columns are joined, tallies, a weight for
-// each column, the tile.
+// Shared memory of a block, in floats: rows of values whose columns are joined, tallies, a weight
+// for each column, the tile.
 struct Shared {
   int64_t pitch, tallies, weights, tile, end;
 

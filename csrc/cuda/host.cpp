@@ -7,8 +7,9 @@ namespace fastmt::cuda {
 namespace {
 
 Axis axis_of(int64_t size, int64_t out, bool align_corners) {
-  STD_TORCH_CHECK(size <= std::numeric_limits<int32_t>::max() && out <= std::numeric_limits<int32_t>::max(),
-                  "a side of more than 2^31 pixels");
+  STD_TORCH_CHECK(
+      size <= std::numeric_limits<int32_t>::max() && out <= std::numeric_limits<int32_t>::max(),
+      "a side of more than 2^31 pixels");
   Axis axis{};
   axis.scale = align_corners ? size - 1 : 2 * size;
   axis.offset = align_corners ? 0 : size - out;
@@ -50,7 +51,8 @@ Scratch::Scratch(Cells& cells, const Tensor& like, int grids, int columns, bool 
   cells.grids = grids;
   plan(cells, columns);
   const int64_t blocks = cells.blocks();
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "more than 2^31 blocks of a launch");
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(),
+                  "more than 2^31 blocks of a launch");
   sums = torch::stable::new_empty(like, {QUANTITIES, blocks}, ScalarType::Float);
   cells.sums = data_of<float>(*sums);
   if (!wants_gradient) return;

@@ -1,4 +1,5 @@
-// What every CUDA operation does around its kernels: describe the operands, allocate, find the stream.
+// What every CUDA operation does around its kernels: describe the operands, allocate, find the
+// stream.
 #pragma once
 
 #include "cpu/host.h"

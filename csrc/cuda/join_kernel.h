@@ -1,5 +1,6 @@
-// The second kernel of a call on cells: its first block finishes the sums, the others join the partial
-// gradients that neighbouring blocks left of the same low-resolution pixels. Fixed order, no atomics.
+// The second kernel of a call on cells: its first block finishes the sums, the others join the
+// partial gradients that neighbouring blocks left of the same low-resolution pixels. Fixed order,
+// no atomics.
 #pragma once
 
 #include "cuda/gradient.h"
@@ -14,7 +15,8 @@ struct Join {
 };
 
 constexpr int JOIN_THREADS = 256;
-constexpr int JOIN_CLASSES = 8;  // that one thread joins: its reads of a partial gradient lie in a row
+constexpr int JOIN_CLASSES =
+    8;  // that one thread joins: its reads of a partial gradient lie in a row
 
 FASTMT_INLINE double ratio(double numerator, double denominator) {
   return denominator == 0 ? 0 : numerator / denominator;
@@ -56,12 +58,18 @@ struct FinishCrossEntropy {
     *finish.loss = float(ratio(sum[0], denominator));
     put_scale(finish, ratio(1, denominator));
     *finish.wrong = int64_t(sum[3]);
-    int64_t largest = INT64_MIN;
+    *finish.wrong_label = 0;
+    if (sum[3] > 0) put_wrong(join);
+  }
+
+  // The lowest label out of range, and NaN for what would otherwise be a silent error.
+  static FASTMT_INLINE void put_wrong(const Join& join) {
+    int64_t lowest = INT64_MAX;
     const float* wrong = join.cells.sums + 3 * join.cells.blocks();
-    if (sum[3] > 0)
-      for (int64_t block = 0; block < join.cells.blocks(); ++block)
-        if (wrong[block] > 0 && join.wrong_label[block] > largest) largest = join.wrong_label[block];
-    *finish.wrong_label = sum[3] > 0 ? largest : 0;
+    for (int64_t block = 0; block < join.cells.blocks(); ++block)
+      if (wrong[block] > 0 && join.wrong_label[block] < lowest) lowest = join.wrong_label[block];
+    *join.finish.wrong_label = lowest;
+    *join.finish.loss = *join.finish.scale = NAN;
   }
 };
 
@@ -94,7 +102,8 @@ FASTMT_INLINE void finish_sums(const Join& join) {
 template <class F>
 FASTMT_INLINE void each_share(const Cells& cells, int64_t image, int32_t row, int32_t column, F f) {
   const Axis& columns = cells.first.columns;
-  const int32_t begin = columns.first(int64_t(column) - 1), end = columns.first(int64_t(column) + 1);
+  const int32_t begin = columns.first(int64_t(column) - 1),
+                end = columns.first(int64_t(column) + 1);
   if (begin >= end) return;
   for (int half = 1; half >= 0; --half) {
     const int32_t band = row - half;
@@ -141,7 +150,8 @@ inline int64_t join_tasks(const Join& join) {
 }
 
 template <class Kind>
-__global__ void __launch_bounds__(JOIN_THREADS) cells_join_kernel(const __grid_constant__ Join join) {
+__global__ void __launch_bounds__(JOIN_THREADS)
+    cells_join_kernel(const __grid_constant__ Join join) {
   if (blockIdx.x == 0) return finish_sums<Kind>(join);
   const int64_t chunks = (join.cells.classes + JOIN_CLASSES - 1) / JOIN_CLASSES;
   const int64_t tasks =

@@ -1,7 +1,7 @@
-// CUDA as a loop, so that a host compiler can run the kernels of csrc/cuda: block after block, and in a
-// block thread after thread, each on a stack of its own up to the next __syncthreads. It goes up the
-// threads and down them by turns, the other way round at every other call of an operation of two
-// launches: what a missing barrier lets race comes out otherwise there.
+// CUDA as a loop, so that a host compiler can run the kernels of csrc/cuda: block after block, and
+// in a block thread after thread, each on a stack of its own up to the next __syncthreads. It goes
+// up the threads and down them by turns, the other way round at every other call of an operation of
+// two launches: what a missing barrier lets race comes out otherwise there.
 #pragma once
 
 #include <ucontext.h>
@@ -90,7 +90,8 @@ inline void __syncthreads() {
   using namespace cuda_on_host;
   swapcontext(&fibers[running].context, &scheduler);
 }
-// A warp of one thread: what its neighbours vote for may only decide what is worked out, never a result.
+// A warp of one thread: what its neighbours vote for may only decide what is worked out, never a
+// result.
 inline bool __any_sync(unsigned, bool here) { return here; }
 
 inline float __bfloat162float(__nv_bfloat16 x) {

@@ -1,0 +1,121 @@
+"""The CUDA library as nvcc builds it: no spills, a true table, and it loads beside the C++ one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastmt
+from benchmarks import cuda_resources
+from fastmt import backends
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = Path(fastmt.__file__).parent / "_CUDA.abi3.so"
+RECORD = backends.build_info().get("cuda", {})
+COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+
+built = pytest.mark.skipif(
+    not RECORD.get("built") or not LIBRARY.exists(),
+    reason=f"the CUDA kernels are not built: {RECORD.get('reason', 'no build record')}",
+)
+
+REGISTRATIONS = """
+import ctypes, sys, torch
+sys.path[:0] = [{root!r}]
+import fastmt
+from fastmt import backends
+assert backends.extension_missing() is None
+ctypes.CDLL({stub!r}, mode=ctypes.RTLD_GLOBAL)
+torch.ops.load_library({library!r})
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*(has("fastmt::" + name, "CUDA") for name in {names!r}))
+"""
+
+
+@built
+def test_no_kernel_spills_registers():
+    spilling = [kernel for kernel in RECORD["kernels"] if kernel["spilled"]]
+    assert RECORD["kernels"]
+    assert not spilling
+
+
+@built
+@pytest.mark.parametrize("classes", ["19", "21"])
+def test_every_gpu_has_kernels_of_a_constant_number_of_classes(classes):
+    expected = {
+        f"cells_{operation}_{kind}_kernel"
+        for operation in ("consistency", "cross_entropy")
+        for kind in ("powers", "logits")
+    }
+    for architecture in {kernel["architecture"] for kernel in RECORD["kernels"]}:
+        found = {
+            kernel["kernel"]
+            for kernel in RECORD["kernels"]
+            if (kernel["variant"], kernel["architecture"]) == (classes, architecture)
+        }
+        assert found == expected
+
+
+@built
+def test_the_committed_table_is_that_of_this_build():
+    committed = json.loads((cuda_resources.RESULTS / "cuda-resources.json").read_text())
+    made = cuda_resources.table()
+    if made["compiler"] != committed["compiler"]:
+        pytest.skip(f"the table is that of another nvcc, {committed['compiler']}")
+    architectures = {row["GPU"] for row in made["rows"]}
+    if architectures != {row["GPU"] for row in committed["rows"]}:
+        pytest.skip(f"this build is for {', '.join(sorted(architectures))}")
+    assert made == committed
+    text = (cuda_resources.RESULTS / "cuda-resources.md").read_text()
+    assert text == cuda_resources.markdown(committed)
+
+
+@built
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_the_library_loads_and_answers_the_operations_on_cuda_tensors(tmp_path):
+    """With a stand-in for the one symbol that only a CUDA build of torch has."""
+    source, stub = tmp_path / "stub.c", tmp_path / "stub.so"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int d, void** s) { return 1; }\n")
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-xc", source, "-o", stub], check=True)
+    names = ("consistency_loss", "cross_entropy", "ema_update_", "scale_")
+    program = REGISTRATIONS.format(
+        root=str(ROOT), stub=str(stub), library=str(LIBRARY), names=names
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * len(names)
+
+
+def test_without_a_device_the_cuda_kernels_are_absent_for_a_stated_reason(monkeypatch):
+    look = backends.cuda_extension_missing.__wrapped__
+    monkeypatch.setattr(backends, "extension_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert look() == "no CUDA device is available"
+
+
+def test_a_cuda_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeypatch, tmp_path):
+    look = backends.cuda_extension_missing.__wrapped__
+    monkeypatch.setattr(backends, "extension_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
+    assert look() == "the CUDA C++ kernels are not built: no build record"
+    (tmp_path / "_build_info.json").write_text('{"cuda": {"reason": "no nvcc on PATH"}}')
+    assert look() == "the CUDA C++ kernels are not built: no nvcc on PATH"
+    (tmp_path / "_CUDA.abi3.so").write_text("not a library")
+    assert look().startswith("the CUDA C++ kernels do not load: ")
+
+
+def test_no_table_is_written_without_kernels(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(backends, "build_info", lambda: {"cuda": {"built": False, "reason": "why"}})
+    assert cuda_resources.main(["--out", str(tmp_path / "table.json")]) == 1
+    assert "no CUDA kernels here: why" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
