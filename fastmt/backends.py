@@ -23,6 +23,7 @@ from fastmt import library
 
 BACKENDS = ("auto", "eager", "triton", "cpp")
 MAX_CLASSES = 4096
+MAX_TEACHERS = 16  # of the CUDA C++ kernels
 _PACKAGE = Path(__file__).parent
 
 
@@ -83,18 +84,25 @@ def _checked(name: str) -> str:
     return name
 
 
-def choose(operation: str, tensors: Sequence[Tensor], *, obstacle: str | None = None) -> Choice:
+def choose(
+    operation: str,
+    tensors: Sequence[Tensor],
+    *,
+    obstacle: str | None = None,
+    upsampled: bool = False,
+) -> Choice:
     """The implementation for a call on these tensors.
 
     Args:
         operation: the public name of the operation, for messages.
         tensors: the logits (or parameters) that the kernels would read.
         obstacle: what in the other arguments no kernel supports yet, if anything.
+        upsampled: the kernels would up-sample the logits.
     """
     name, strict = _state.request or _Request(
         _checked(os.environ.get("FASTMT_BACKEND", "auto")), False
     )
-    choice = _resolve(operation, name, tensors, obstacle)
+    choice = _resolve(operation, name, tensors, obstacle, upsampled)
     if _state.explaining:
         raise _Answer(choice)
     if choice.backend == "eager" and name != "eager":
@@ -102,14 +110,21 @@ def choose(operation: str, tensors: Sequence[Tensor], *, obstacle: str | None = 
     return choice
 
 
-def _resolve(operation: str, name: str, tensors: Sequence[Tensor], obstacle: str | None) -> Choice:
+def _resolve(
+    operation: str, name: str, tensors: Sequence[Tensor], obstacle: str | None, upsampled: bool
+) -> Choice:
     if name == "eager":
         return Choice("eager", "eager was asked for")
     if name == "triton":
         return Choice("eager", f"no Triton kernel serves {operation}")
+    on_cuda = any(tensor.device.type == "cuda" for tensor in tensors)
     reason = _cpp_obstacle(tensors) or obstacle
+    if on_cuda:
+        reason = reason or cuda_obstacle(operation, len(tensors), upsampled)
     if reason:
         return Choice("eager", reason)
+    if on_cuda:
+        return Choice("cpp", "CUDA C++ kernels serve this call")
     return Choice("cpp", f"C++ kernels ({instruction_set()}) serve this call")
 
 
@@ -122,12 +137,27 @@ def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:
     if missing := extension_missing():
         return missing
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in ("cpu", "cuda"):
             return f"no kernel for device {tensor.device.type!r}"
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"no kernel for tensor subclass {type(tensor).__name__}"
         if tensor.dtype == torch.float64:
             return "float64 is computed by the reference"
+    return None
+
+
+def cuda_obstacle(operation: str, tensors: int, upsampled: bool) -> str | None:
+    """Why the CUDA C++ kernels do not serve a call on so many CUDA tensors, if they do not."""
+    if missing := cuda_extension_missing():
+        return missing
+    if operation == "softmax_confidence":
+        return "no CUDA C++ kernel serves softmax_confidence"
+    if operation == "ema_update_":
+        return "the table of ema_update_ is made on the CPU"
+    if not upsampled:
+        return "the CUDA C++ kernels serve logits that they up-sample"
+    if tensors > MAX_TEACHERS + 1:
+        return f"{tensors - 1} teachers are more than the {MAX_TEACHERS} of the CUDA C++ kernels"
     return None
 
 

@@ -79,6 +79,7 @@ def consistency_loss(
         [student, *members],
         obstacle=upsampling_obstacle([student, *members], size)
         or backends.classes_obstacle(classes),
+        upsampled=upsampled_inside([student, *members], size) is not None,
     )
     if choice.backend == "eager":
         return reference.consistency_loss(

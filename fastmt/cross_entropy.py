@@ -57,6 +57,7 @@ def cross_entropy(
         "cross_entropy",
         [logits],
         obstacle=upsampling_obstacle([logits], size) or backends.classes_obstacle(classes),
+        upsampled=size != tuple(logits.shape[2:]),
     )
     if choice.backend == "eager":
         if _checks_labels(labels.device) and not torch.compiler.is_compiling():

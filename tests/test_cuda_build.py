@@ -114,6 +114,21 @@ def test_a_cuda_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeyp
     assert look().startswith("the CUDA C++ kernels do not load: ")
 
 
+def test_what_the_cuda_kernels_leave_to_others_is_a_stated_reason(monkeypatch):
+    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: None)
+    obstacle = backends.cuda_obstacle
+    assert obstacle("consistency_loss", 2, True) is None
+    assert obstacle("cross_entropy", 1, True) is None
+    assert obstacle("ema_update_", 1, False) == "the table of ema_update_ is made on the CPU"
+    assert obstacle("consistency_loss", 2, False) == (
+        "the CUDA C++ kernels serve logits that they up-sample"
+    )
+    assert obstacle("consistency_loss", 18, True).startswith("17 teachers are more than the 16")
+    assert obstacle("softmax_confidence", 1, True).endswith("serves softmax_confidence")
+    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: "not built")
+    assert obstacle("ema_update_", 1, False) == "not built"
+
+
 def test_no_table_is_written_without_kernels(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(backends, "build_info", lambda: {"cuda": {"built": False, "reason": "why"}})
     assert cuda_resources.main(["--out", str(tmp_path / "table.json")]) == 1

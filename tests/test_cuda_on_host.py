@@ -41,6 +41,7 @@ from test_upsampling import (  # noqa: F401, the cases of the C++ kernels for th
 from tolerances import assert_average_close
 
 import fastmt
+from benchmarks import cuda_resources
 from fastmt import backends, reference
 from fastmt.confidence import KINDS
 from fastmt.consistency import CLASS_REDUCTIONS, LOSSES, NORMALIZATIONS, WEIGHTS
@@ -283,6 +284,15 @@ def test_an_empty_batch_is_no_loss(operations):
     )
     assert loss.item() == 0
     assert gradient.shape == logits.shape
+
+
+@pytest.mark.parametrize("classes", FIXED)
+def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
+    student, teacher = (random_logits((1, classes, 2, 32), seed) for seed in (1, 2))
+    operations.most_shared_bytes()
+    assert_consistency(student, [teacher], (4, 256))
+    reach = cuda_resources.TILE // 8 + 2
+    assert operations.most_shared_bytes() == cuda_resources.shared_bytes(classes, 2, reach)
 
 
 def update(operations, teachers, students, decay):

@@ -68,9 +68,9 @@ struct Map {
 };
 
 // How a call is shared out. A block owns `tile` output columns and at most MAX_ROWS output rows,
-// all between the same two low-resolution rows; these rows are a band. It leaves the gradient of
-// the `reach` low-resolution columns of its tile in partial[block][reach][upper, lower
-// row][classes].
+// all between the same two low-resolution rows: a band, or a segment of one. It leaves what its
+// pixels give to these two rows, and to the `reach` columns that they touch, in
+// partial[block][reach][2][classes].
 struct Cells {
   int64_t images;
   int32_t classes, grids, tile, tiles, bands, segments, reach;
@@ -101,13 +101,13 @@ struct CrossEntropyCells {
   int64_t* wrong_label;  // [block]
 };
 
-// What turns the sums of a call into its results; `outside` is 0 where the gradient is complete.
+// What turns the sums of a call into its results. The gradient has been multiplied by `inside`,
+// which is all of its scale where it is `complete`.
 struct Finish {
   int32_t normalize;
-  bool ratio;
+  bool ratio, complete;
   int64_t pixels;
   double inside;
-  bool complete;
   float *loss, *scale;
   float *selected, *mean_score;  // of consistency
   int64_t *wrong, *wrong_label;  // of cross-entropy
@@ -137,11 +137,11 @@ void launch_cross_entropy(const CrossEntropyCells&, const Grid& gradient, const 
 void launch_ema(const EmaCall&, Stream);
 void launch_scale(const ScaleCall&, Stream);
 
-// Class counts with kernels of their own; others take the loop, with `columns` of them a thread
-// held in shared memory.
+// Class counts with kernels of their own, which keep a pixel's values in registers.
 FASTMT_BOTH constexpr bool is_fixed(int classes) { return classes == 19 || classes == 21; }
 
-// Fills in how a call is shared out among blocks.
+// Fills in how a call is shared out among blocks. Of any other class count a thread keeps `columns`
+// times the classes in shared memory.
 void plan(Cells& cells, int columns);
 
 }  // namespace fastmt::cuda

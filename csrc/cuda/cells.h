@@ -74,10 +74,9 @@ struct Row {
 // What a block works out once about its tile, in shared memory: the divisions that it takes to
 // place a row or a column are far from free. Grid 0 gets the gradient, the others are the teachers.
 struct Tile {
-  Row* row;    // [grid][MAX_ROWS]
-  At* column;  // [grid][tile]
-  int32_t*
-      start;  // [reach + 1]: the first column, of the tile, in each low-resolution cell of grid 0
+  Row* row;        // [grid][MAX_ROWS]
+  At* column;      // [grid][tile]
+  int32_t* start;  // [reach + 1]: the first column of the tile in each of its cells, by grid 0
   int tile;
 
   FASTMT_INLINE Tile(const Cells& cells, float* shared)
@@ -133,8 +132,7 @@ struct Column {
   FASTMT_INLINE float& operator[](int c) const { return at[c * pitch]; }
 };
 
-// f(c, top, bottom): the logits of a column at the low-resolution rows above and below an output
-// row.
+// f(c, top, bottom): the logits of a column at the low-resolution rows above and below an output.
 template <class F>
 FASTMT_INLINE void each_corner(const Grid& grid, const Across& across, int32_t index, int classes,
                                F f) {
@@ -215,7 +213,7 @@ struct Powers {
     }
     FASTMT_UNROLL
     for (int c = 0; c < C; ++c) {
-      column[c] = exact_exp((column[c] - top) * scale);
+      column[c] = exp((column[c] - top) * scale);
       ratio[c] = exact_exp(ratio[c] * (grid.step() * scale));
     }
   }

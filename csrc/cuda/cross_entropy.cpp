@@ -8,8 +8,8 @@ enum Normalize { all, valid, weight };
 
 }  // namespace
 
-// (loss, scale, gradient, wrong labels, the lowest of them): d loss / d logits is scale * gradient. A
-// label out of range makes loss and scale NaN; its pixel is ignored.
+// (loss, scale, gradient, wrong labels, the lowest of them): d loss / d logits is scale * gradient.
+// A label out of range makes loss and scale NaN; its pixel is ignored.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, const std::vector<int64_t>& options,

@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -52,6 +53,7 @@ struct Fiber {
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline int running, launches;
+inline int64_t most_shared_bytes;
 inline void (*body)(const void*);
 inline const void* body_argument;
 
@@ -138,6 +140,7 @@ void launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t bytes
   static void (*current)(Argument);
   current = kernel;
   if (bytes > int64_t(sizeof shared)) throw std::runtime_error("more shared memory than there is");
+  cuda_on_host::most_shared_bytes = std::max(cuda_on_host::most_shared_bytes, bytes);
   cuda_on_host::body = [](const void* given) { current(*static_cast<const Argument*>(given)); };
   cuda_on_host::body_argument = &argument;
   blockDim.x = unsigned(threads);

@@ -1,10 +1,16 @@
 // The operations of csrc/cuda for tensors on the CPU, in a library of their own.
+#include <utility>
+
+#include "cuda/device.h"
 #include "cuda/ops.h"
 
 namespace fastmt::cuda {
 
 OnDevice::OnDevice(const Tensor&) : stream(nullptr), guard_(nullptr) {}
 OnDevice::~OnDevice() {}
+
+// Of any launch since the last call.
+int64_t most_shared_bytes() { return std::exchange(cuda_on_host::most_shared_bytes, 0); }
 
 }  // namespace fastmt::cuda
 
@@ -13,4 +19,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastmt_cuda_on_host, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&fastmt::cuda::cross_entropy));
   m.impl("ema_update_", TORCH_BOX(&fastmt::cuda::ema_update_));
   m.impl("scale_", TORCH_BOX(&fastmt::cuda::scale_));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastmt_cuda_on_host, m) { m.def("most_shared_bytes() -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastmt_cuda_on_host, CompositeExplicitAutograd, m) {
+  m.impl("most_shared_bytes", TORCH_BOX(&fastmt::cuda::most_shared_bytes));
 }
