@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +25,8 @@ from torch import Tensor
 BACKENDS = ("auto", "eager", "triton", "cpp")
 MAX_CLASSES = 4096
 _PACKAGE = Path(__file__).parent
+_MOST_DIMENSIONS = 5  # (N, C, *spatial) that the Triton kernels walk
+_TRITON_SERVES = "Triton kernels serve this call"
 
 
 class Choice(NamedTuple):
@@ -95,26 +100,80 @@ def choose(operation: str, tensors: Sequence[Tensor], *, obstacle: str | None = 
 def _resolve(operation: str, name: str, tensors: Sequence[Tensor], obstacle: str | None) -> Choice:
     if name == "eager":
         return Choice("eager", "eager was asked for")
-    if name == "triton":
-        return Choice("eager", f"no Triton kernel serves {operation}")
-    reason = _cpp_obstacle(tensors) or obstacle
+    on_gpu = any(tensor.is_cuda for tensor in tensors)
+    if name == "triton" or (name == "auto" and on_gpu):
+        reason = _tensor_obstacle(tensors) or _triton_obstacle(operation, tensors) or obstacle
+        return Choice("eager", reason) if reason else Choice("triton", _TRITON_SERVES)
+    reason = _tensor_obstacle(tensors) or _cpp_obstacle(tensors) or obstacle
     if reason:
         return Choice("eager", reason)
     return Choice("cpp", f"C++ kernels ({instruction_set()}) serve this call")
 
 
-def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:
+def operations(backend: str) -> Any:
+    """What holds the operations of a backend, by the names and signatures of csrc/library.cpp."""
+    return _triton_kernels() if backend == "triton" else torch.ops.fastmt
+
+
+def _tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile is tracing, and traces the reference"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"no kernel for tensor subclass {type(tensor).__name__}"
+        if tensor.device != tensors[0].device:
+            return f"tensors on different devices: {tensors[0].device} and {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "float64 is computed by the reference"
+    return None
+
+
+def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:
     if missing := extension_missing():
         return missing
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"no kernel for device {tensor.device.type!r}"
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"no kernel for tensor subclass {type(tensor).__name__}"
-        if tensor.dtype == torch.float64:
-            return "float64 is computed by the reference"
+    return None
+
+
+def _triton_obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
+    if missing := triton_missing():
+        return missing
+    for tensor in tensors:
+        if not tensor.is_cuda and tensor.device.type != "cpu":
+            return f"no kernel for device {tensor.device.type!r}"
+        if not _triton_kernels().INTERPRETED:
+            if obstacle := gpu_obstacle(tensor.device):
+                return obstacle
+        if tensor.ndim > _MOST_DIMENSIONS and operation != "ema_update_":
+            return f"{tensor.ndim - 2}-D images are computed by the reference"
+    return None
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Import the Triton kernels once; None when they are there, else the reason why not."""
+    try:
+        _triton_kernels()
+    except ImportError as error:
+        return f"Triton is not installed: {error}"
+    return None
+
+
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module("fastmt.kernels")
+
+
+@functools.cache
+def gpu_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot launch on a device, if it cannot."""
+    if device.type == "cpu":
+        return "on CPU tensors Triton kernels run only with TRITON_INTERPRET=1 set from the start"
+    if not torch.version.hip and (found := torch.cuda.get_device_capability(device)) < (7, 0):
+        return f"compute capability {found[0]}.{found[1]} is below the 7.0 that Triton serves"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "Triton needs a C compiler to launch kernels: gcc or clang on PATH, or CC"
     return None
 
 

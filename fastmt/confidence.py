@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastmt import arguments, backends, reference
@@ -55,8 +54,9 @@ def softmax_confidence(
             members, kind=kind, temperature=temperature, size=size, align_corners=align_corners
         )
     inside = upsampled_inside(members, size)
+    kernels = backends.operations(choice.backend)
     return Confidence(
-        *torch.ops.fastmt.softmax_confidence(
+        *kernels.softmax_confidence(
             members, KINDS.index(kind), 1 / temperature, inside, align_corners
         )
     )

@@ -107,16 +107,16 @@ def consistency_loss(
         NORMALIZATIONS.index(normalize),
     ]
     inside = upsampled_inside([student, *members], size)
-    limits = torch.as_tensor(threshold, dtype=torch.float32).detach().reshape(-1).contiguous()
     maps = [
         None if pixel_weight is None else pixel_weight.float().reshape(out),
         valid,
     ]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
     value, selected, mean_score = _ConsistencyLoss.apply(
+        backends.operations(choice.backend),
         student,
         members,
-        limits,
+        _limits(threshold, student.device),
         maps,
         options,
         (1 / temperature, inside, align_corners),
@@ -176,13 +176,20 @@ def _check_options(
     arguments.check_positive("temperature", temperature)
 
 
+def _limits(threshold: float | Tensor, device: torch.device) -> Tensor:
+    """One threshold, or one for each class, where the kernels read it."""
+    if not isinstance(threshold, Tensor):
+        return torch.full((1,), threshold, dtype=torch.float32, device=device)
+    return threshold.detach().to(device, torch.float32, non_blocking=True).reshape(-1).contiguous()
+
+
 class _ConsistencyLoss(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod
-    def forward(ctx, student, members, limits, maps, options, sampling, wants_gradient):
+    def forward(ctx, kernels, student, members, limits, maps, options, sampling, wants_gradient):
         call = (student, members, limits, *maps, options, *sampling)
-        value, selected, mean_score, scale, gradient = torch.ops.fastmt.consistency_loss(
+        value, selected, mean_score, scale, gradient = kernels.consistency_loss(
             *call, wants_gradient
         )
         ctx.mark_non_differentiable(selected, mean_score)
@@ -190,13 +197,13 @@ class _ConsistencyLoss(torch.autograd.Function):
         if wants_gradient:
             # The teacher's logits may be inference tensors, which save_for_backward refuses.
             ctx.save_for_backward(student)
-            ctx.gradient, ctx.scale = gradient, scale
-            ctx.again = lambda z: torch.ops.fastmt.consistency_loss(z, *call[1:], True)[-1]
+            ctx.kernels, ctx.gradient, ctx.scale = kernels, gradient, scale
+            ctx.again = lambda z: kernels.consistency_loss(z, *call[1:], True)[-1]
         return value, selected, mean_score
 
     @staticmethod
     def backward(ctx, grad_value, *_):
-        return gradients.hand_over(ctx, grad_value), *(None,) * 6
+        return None, gradients.hand_over(ctx, grad_value), *(None,) * 6
 
 
 class ConsistencyLoss(nn.Module):

@@ -73,7 +73,10 @@ def cross_entropy(
     options = [ignore_index, NORMALIZATIONS.index(normalize)]
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     smoothing = (label_smoothing, align_corners)
-    return _CrossEntropy.apply(logits, labels, weights, options, smoothing, wants_gradient)
+    kernels = backends.operations(choice.backend)
+    return _CrossEntropy.apply(
+        kernels, logits, labels, weights, options, smoothing, wants_gradient
+    )
 
 
 def _check_options(normalize: str, label_smoothing: float) -> None:
@@ -99,9 +102,9 @@ class _CrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod
-    def forward(ctx, logits, labels, weights, options, smoothing, wants_gradient):
+    def forward(ctx, kernels, logits, labels, weights, options, smoothing, wants_gradient):
         call = (labels, *weights, options, *smoothing)
-        value, scale, gradient, wrong, wrong_label = torch.ops.fastmt.cross_entropy(
+        value, scale, gradient, wrong, wrong_label = kernels.cross_entropy(
             logits, *call, wants_gradient
         )
         if wrong:
@@ -110,13 +113,13 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if wants_gradient:
             ctx.save_for_backward(logits)
-            ctx.gradient, ctx.scale = gradient, scale
-            ctx.again = lambda z: torch.ops.fastmt.cross_entropy(z, *call, True)[2]
+            ctx.kernels, ctx.gradient, ctx.scale = kernels, gradient, scale
+            ctx.again = lambda z: kernels.cross_entropy(z, *call, True)[2]
         return value
 
     @staticmethod
     def backward(ctx, grad_value):
-        return gradients.hand_over(ctx, grad_value), *(None,) * 5
+        return None, gradients.hand_over(ctx, grad_value), *(None,) * 5
 
 
 class CrossEntropy(nn.Module):

@@ -51,13 +51,19 @@ def ema_update_(
         reference.ema_update_([t for t, _ in pairs], [s for _, s in pairs], decay)
         return
     table = _table_for(teacher, student)
-    decays = torch.as_tensor(decay, dtype=torch.float64)
-    torch.ops.fastmt.ema_update_(table.rows, table.starts, decays)
+    kernels = backends.operations(choice.backend)
+    kernels.ema_update_(table.rows, table.starts, _on_device(decay, table.rows.device))
     if table.rest:
         reference.ema_update_(
             [teacher[i] for i in table.rest], [student[i] for i in table.rest], decay
         )
     increment_version(teacher)
+
+
+def _on_device(decay: float | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(decay, Tensor):
+        return torch.full((), decay, dtype=torch.float64, device=device)
+    return decay.detach().to(device, torch.float64, non_blocking=True)
 
 
 def _representatives(tensors: list[Tensor]) -> list[Tensor]:
@@ -123,16 +129,19 @@ class _Table:
 
     def __init__(self, teacher: list[Tensor], student: list[Tensor]) -> None:
         pairs = _checked_pairs(teacher, student)
+        device = next((t.device for t in _representatives(teacher)), torch.device("cpu"))
+        served = [(t, s) for t, s in pairs if t.device == device and kernel_serves(t, s)]
         rows = [
             (t.data_ptr(), s.data_ptr(), t.numel(), _TYPES[t.dtype], _TYPES[s.dtype])
-            for t, s in pairs
-            if kernel_serves(t, s)
+            for t, s in served
         ]
-        self.rows = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
-        chunks = (self.rows[:, 2] + CHUNK - 1) // CHUNK
-        self.starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
+        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+        chunks = (table[:, 2] + CHUNK - 1) // CHUNK
+        self.rows = table.to(device)
+        self.starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)]).to(device)
         position = {id(tensor): i for i, tensor in enumerate(teacher)}
-        self.rest = [position[id(t)] for t, s in pairs if not kernel_serves(t, s)]
+        in_launch = {id(t) for t, _ in served}
+        self.rest = [position[id(t)] for t, _ in pairs if id(t) not in in_launch]
         self._addresses = list(map(Tensor.data_ptr, [*teacher, *student]))
         self._same_layouts = _layout_check([*teacher, *student])
 

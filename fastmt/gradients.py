@@ -11,9 +11,9 @@ from torch import Tensor
 def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
     """The gradient of the logits that the forward pass left on `ctx`, scaled to the loss's own.
 
-    ctx: holds `gradient` and `scale` of the forward pass, the logits as its one saved tensor, and
-    `again(logits)`, which computes the gradient anew: the first backward pass gives the gradient
-    away, so one that is repeated (retain_graph) needs another.
+    ctx: holds `gradient` and `scale` of the forward pass, the `kernels` that made them, the logits as
+    its one saved tensor, and `again(logits)`, which computes the gradient anew: the first backward
+    pass gives the gradient away, so one that is repeated (retain_graph) needs another.
     """
     if grad_value is None:
         return None
@@ -22,7 +22,7 @@ def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = ctx.again(logits)
-        torch.ops.fastmt.scale_(gradient, ctx.scale, grad_value)
+        ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     if torch.is_grad_enabled():  # create_graph=True
         return _DifferentiableOnce.apply(gradient, logits, grad_value)
     return gradient

@@ -1,1 +1,104 @@
-"""The Triton kernels, installed as fastmt.kernels."""
+"""The Triton kernels, installed as fastmt.kernels; the names and signatures of csrc/library.cpp.
+
+Everything runs on the device, in the order of the stream, without waiting for it. Under Triton's
+interpreter (TRITON_INTERPRET=1) the same kernels run on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from fastmt.kernels import (
+    dense_confidence,
+    dense_consistency,
+    dense_cross_entropy,
+    sums,
+)
+from fastmt.kernels.ema import ema_update_, scale_, scale_kernel
+from fastmt.kernels.calls import KINDS, WEIGHTS, ConsistencyCall, CrossEntropyCall
+from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
+
+__all__ = ["consistency_loss", "cross_entropy", "ema_update_", "scale_", "softmax_confidence"]
+
+INTERPRETED = not isinstance(scale_kernel, triton.JITFunction)
+Size = Sequence[int] | None
+
+
+def softmax_confidence(
+    logits: Sequence[Tensor], kind: int, inverse_temperature: float, size: Size, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """(score, label) of each output pixel, (N, *out)."""
+    first = logits[0]
+    out = (first.shape[0], *(size or first.shape[2:]))
+    score = first.new_empty(out, dtype=torch.float32)
+    label = first.new_empty(out, dtype=torch.int64)
+    if score.numel():
+        dense_confidence.confidence(logits, KINDS[kind], inverse_temperature, score, label)
+    return score, label
+
+
+def consistency_loss(
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    threshold: Tensor,
+    pixel_weight: Tensor | None,
+    valid: Tensor | None,
+    options: Sequence[int],
+    inverse_temperature: float,
+    size: Size,
+    align_corners: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, selected, mean_score, scale, gradient): d loss / d student is scale * gradient."""
+    pixels = student.shape[0] * math.prod(size or student.shape[2:])
+    gradient = torch.empty_like(student) if wants_gradient else student.new_empty(0)
+    if pixels == 0:
+        return *(student.new_zeros((), dtype=torch.float32) for _ in range(4)), gradient
+    call = ConsistencyCall.of(
+        student, teacher, threshold, pixel_weight, valid, options, inverse_temperature, pixels
+    )
+    partials = dense_consistency.consistency(call, student, gradient if wants_gradient else None)
+    normalize, ratio = NORMALIZATIONS[options[5]], WEIGHTS[options[3]] == "ratio"
+    return *sums.consistency_total(partials, call.scale, pixels, normalize, ratio), gradient
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: Sequence[int],
+    label_smoothing: float,
+    align_corners: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """(loss, scale, gradient, wrong labels, the lowest of them).
+
+    d loss / d logits is scale * gradient. A label out of range makes both NaN; they are counted
+    (and the device waited for) on CPU tensors and where FASTMT_CHECK=1, else reported as 0.
+    """
+    pixels, (ignore_index, normalize) = labels.numel(), options
+    gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
+    if pixels == 0:
+        zero, scale = (logits.new_zeros((), dtype=torch.float32) for _ in range(2))
+        return zero, scale, gradient, 0, 0
+    scale = GradientScale(logits, pixels, normalize == 0)
+    call = CrossEntropyCall(
+        labels, pixel_weight, class_weight, ignore_index, label_smoothing, scale
+    )
+    partials, wrong_labels = dense_cross_entropy.cross_entropy(
+        call, logits, gradient if wants_gradient else None
+    )
+    denominator = ("all", "valid", "weight")[normalize]
+    loss, outside, wrong = sums.cross_entropy_total(
+        partials, wrong_labels, scale, pixels, denominator
+    )
+    checked = logits.device.type == "cpu" or os.environ.get("FASTMT_CHECK") == "1"
+    count, label = wrong.tolist() if checked else (0, 0)
+    return loss, outside, gradient, count, label

@@ -1,0 +1,97 @@
+"""Blocks of pixels with all their classes in registers: how they are shared out, read and written.
+
+A block is as many consecutive pixels as let the columns of all networks stay in registers, so that
+each logit is read once. With one warp to a block, a thread reads 16 bytes of neighbouring pixels at
+a time, and a sum over the classes takes a few exchanges between threads, no shared memory and no
+barrier.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+MAX_FLOATS = 176  # that a thread holds of all its columns; 255 registers is the most it has
+MAX_WARPS = 8
+
+
+class Blocks(NamedTuple):
+    """Pixels in a block, threads / 32 that work on it, and heights of the tiles of its columns."""
+
+    pixels: int
+    warps: int
+    tiles: tuple[int, ...]
+
+
+@functools.cache
+def blocks_for(classes: int, itemsize: int, columns: int) -> Blocks:
+    """The block for logits of `itemsize` bytes and an operation that holds `columns` at once."""
+    most = MAX_FLOATS // columns  # logits of one column in a thread
+    sector = 32 // itemsize  # pixels that memory hands over at once
+    warps = 1
+    while classes * sector > most * 32 * warps and warps < MAX_WARPS:
+        warps *= 2
+    pixels = 256
+    while pixels > 1 and classes * pixels > most * 32 * warps:
+        pixels //= 2
+    in_thread = min(16 // itemsize, pixels)
+    rows_at_once = max(32 * warps * in_thread // pixels, 1)
+    return Blocks(pixels, warps, tiles_of(classes, rows_at_once))
+
+
+def tiles_of(classes: int, rows_at_once: int, most: int = 3) -> tuple[int, ...]:
+    """Powers of two, highest first, that hold the classes; the padding is within the last one."""
+    left = -(-classes // rows_at_once) * rows_at_once
+    tiles: list[int] = []
+    while left > 0:
+        last = len(tiles) == most - 1
+        height = 1 << ((left - 1).bit_length() if last else left.bit_length() - 1)
+        tiles.append(height)
+        left -= height
+    return tuple(tiles)
+
+
+@triton.jit
+def classes_of(TILES: tl.constexpr):
+    """Which class each row of each tile is, (rows, 1)."""
+    classes = ()
+    first = 0
+    for i in tl.static_range(len(TILES)):
+        classes = classes + ((tl.arange(0, TILES[i]) + first)[:, None],)
+        first += TILES[i]
+    return classes
+
+
+@triton.jit
+def class_offsets(classes, class_stride, WIDE: tl.constexpr):
+    return classes.to(tl.int64) * class_stride if WIDE else classes * class_stride
+
+
+@triton.jit
+def load_column(
+    pointers, class_stride, classes, inside, CLASSES: tl.constexpr, WIDE: tl.constexpr
+):
+    """Logits in float32 from pointers to their class 0; -inf in the padding."""
+    column = ()
+    for i in tl.static_range(len(classes)):
+        at = pointers[None, :] + class_offsets(classes[i], class_stride, WIDE)
+        mask = inside[None, :]
+        if i == len(classes) - 1:
+            mask = mask & (classes[i] < CLASSES)
+        column = column + (tl.load(at, mask=mask, other=float("-inf")).to(tl.float32),)
+    return column
+
+
+@triton.jit
+def store_column(
+    pointers, class_stride, classes, column, inside, CLASSES: tl.constexpr, WIDE: tl.constexpr
+):
+    for i in tl.static_range(len(classes)):
+        at = pointers[None, :] + class_offsets(classes[i], class_stride, WIDE)
+        mask = inside[None, :]
+        if i == len(classes) - 1:
+            mask = mask & (classes[i] < CLASSES)
+        tl.store(at, column[i].to(pointers.dtype.element_ty), mask=mask)

@@ -1,0 +1,188 @@
+"""Partial sums of programs added up in a fixed order, and the scalars that follow from them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels.views import device_of
+
+ROWS = 8  # of partial sums that are added up at once
+NORMALIZATIONS = ("all", "valid", "selected", "weight")
+BLOCK = 1024
+
+
+class GradientScale:
+    """How a gradient is scaled: `inside` the kernel, and by the rest when backward hands it out.
+
+    A gradient takes its denominator, the number of pixels, inside where that is known. In float16
+    it would drown in the subnormals before the caller's loss scale lifts it; there only the pixels
+    of one low-resolution cell are divided out, so that their sum stays in range.
+    """
+
+    def __init__(self, logits: Tensor, pixels: int, known: bool) -> None:
+        self.complete = known and logits.dtype != torch.float16
+        cells = logits.numel() / logits.shape[1]
+        in_cell = pixels / cells if logits.dtype == torch.float16 else 1.0
+        self.inside = 1 / pixels if self.complete else 1 / max(in_cell, 1.0)
+
+
+def scalars(like: Tensor, count: int) -> list[Tensor]:
+    return [torch.empty((), dtype=torch.float32, device=like.device) for _ in range(count)]
+
+
+@triton.jit
+def add_up(partials, programs, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Float64 sums (ROWS,) over the programs of partials (COUNT, programs)."""
+    rows = tl.arange(0, ROWS)
+    totals = tl.zeros((ROWS,), tl.float64)
+    for first in range(0, programs, BLOCK):
+        lanes = first + tl.arange(0, BLOCK)
+        at = partials + rows[:, None] * programs + lanes[None, :]
+        mask = (rows < COUNT)[:, None] & (lanes < programs)[None, :]
+        totals += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float64), 1)
+    return totals
+
+
+@triton.jit
+def pick(totals, row: tl.constexpr, ROWS: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, ROWS) == row, totals, 0.0), 0)
+
+
+@triton.jit
+def ratio(numerator, denominator):
+    """numerator / denominator, 0 where there is nothing to divide by."""
+    empty = denominator == 0
+    return tl.where(empty, 0.0, numerator / tl.where(empty, 1.0, denominator))
+
+
+@triton.jit
+def consistency_total_kernel(
+    partials,
+    programs,
+    loss,
+    selected,
+    mean_score,
+    scale,
+    pixels,
+    inside,
+    NORMALIZE: tl.constexpr,
+    RATIO: tl.constexpr,
+    COMPLETE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """From (loss, weight, score, selected, valid) of each program, the scalars of the call."""
+    totals = add_up(partials, programs, 5, ROWS, BLOCK)
+    passing = pick(totals, 3, ROWS)
+    valid = pick(totals, 4, ROWS)
+    fraction = ratio(passing, valid)
+    factor = fraction if RATIO else fraction * 0 + 1
+    if NORMALIZE == "all":
+        denominator = valid * 0 + pixels
+    elif NORMALIZE == "valid":
+        denominator = valid
+    elif NORMALIZE == "selected":
+        denominator = passing
+    else:
+        denominator = factor * pick(totals, 1, ROWS)
+    value = tl.where(factor == 0, 0.0, ratio(factor * pick(totals, 0, ROWS), denominator))
+    outside = ratio(factor, denominator) / inside
+    tl.store(loss, value.to(tl.float32))
+    tl.store(selected, fraction.to(tl.float32))
+    tl.store(mean_score, ratio(pick(totals, 2, ROWS), valid).to(tl.float32))
+    tl.store(scale, 1.0 if COMPLETE else outside.to(tl.float32))
+
+
+@triton.jit
+def cross_entropy_total_kernel(
+    partials,
+    programs,
+    loss,
+    scale,
+    wrong,
+    wrong_labels,
+    pixels,
+    inside,
+    NORMALIZE: tl.constexpr,
+    COMPLETE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """From (loss, weight, valid, wrong) of each program, the scalars of the call.
+
+    A label out of range makes loss and gradient NaN; `wrong` receives the number of such labels and
+    the lowest of them.
+    """
+    totals = add_up(partials, programs, 4, ROWS, BLOCK)
+    valid = pick(totals, 2, ROWS)
+    count = pick(totals, 3, ROWS)
+    if NORMALIZE == "all":
+        denominator = valid * 0 + pixels
+    elif NORMALIZE == "valid":
+        denominator = valid
+    else:
+        denominator = pick(totals, 1, ROWS)
+    poison = tl.where(count > 0, float("nan"), 1.0)
+    value = ratio(pick(totals, 0, ROWS), denominator) * poison
+    outside = ratio(1.0, denominator) / inside
+    if COMPLETE:
+        outside = outside * 0 + 1
+    tl.store(loss, value.to(tl.float32))
+    tl.store(scale, (outside * poison).to(tl.float32))
+    lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
+    for first in range(0, programs, BLOCK):
+        lanes = first + tl.arange(0, BLOCK)
+        label = tl.load(wrong_labels + lanes, mask=lanes < programs, other=2**63 - 1)
+        lowest = tl.minimum(lowest, label)
+    tl.store(wrong, count.to(tl.int64))
+    tl.store(wrong + 1, tl.min(lowest, 0))
+
+
+def consistency_total(
+    partials: Tensor, scale: GradientScale, pixels: int, normalize: str, ratio: bool
+) -> list[Tensor]:
+    """(loss, selected, mean_score, scale) on the device."""
+    results = scalars(partials, 4)
+    with device_of(partials):
+        consistency_total_kernel[(1,)](
+            partials,
+            partials.shape[1],
+            *results,
+            float(pixels),
+            scale.inside,
+            NORMALIZE=normalize,
+            RATIO=ratio,
+            COMPLETE=scale.complete,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+    return results
+
+
+def cross_entropy_total(
+    partials: Tensor, wrong_labels: Tensor, scale: GradientScale, pixels: int, normalize: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, scale, (wrong labels, the lowest of them)) on the device."""
+    loss, outside = scalars(partials, 2)
+    wrong = torch.empty(2, dtype=torch.int64, device=partials.device)
+    with device_of(partials):
+        cross_entropy_total_kernel[(1,)](
+            partials,
+            partials.shape[1],
+            loss,
+            outside,
+            wrong,
+            wrong_labels,
+            float(pixels),
+            scale.inside,
+            NORMALIZE=normalize,
+            COMPLETE=scale.complete,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+    return loss, outside, wrong

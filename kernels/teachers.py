@@ -1,0 +1,37 @@
+"""Score, label and probabilities of one teacher or an ensemble of them, at a block of pixels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmt.kernels import pixel
+from fastmt.kernels.columns import load_column
+from fastmt.kernels.views import pixels_at
+
+
+@triton.jit
+def dense_teacher(
+    teachers,
+    strides,
+    place,
+    classes,
+    inside,
+    inverse_temperature,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """(score, label, q) from logits at output resolution, one pointer a member of the ensemble."""
+    q = ()
+    for m in tl.static_range(len(teachers)):
+        at = pixels_at(teachers[m], strides[m], place, BLOCK, WIDE)
+        y = load_column(at, strides[m][0], classes, inside, CLASSES, WIDE)
+        if len(teachers) == 1:
+            score, label, q = pixel.teacher_pixel(y, classes, inverse_temperature, KIND, CLASSES)
+        else:
+            q = pixel.add_member(q, y, inverse_temperature, 1.0 / len(teachers))
+    if len(teachers) > 1:
+        score, label = pixel.ensemble_pixel(q, classes, KIND, CLASSES)
+    return score, label, q
