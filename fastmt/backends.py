@@ -143,9 +143,8 @@ def _triton_obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if not tensor.is_cuda and tensor.device.type != "cpu":
             return f"no kernel for device {tensor.device.type!r}"
-        if not _triton_kernels().INTERPRETED:
-            if obstacle := gpu_obstacle(tensor.device):
-                return obstacle
+        if not _triton_kernels().INTERPRETED and (obstacle := gpu_obstacle(tensor.device)):
+            return obstacle
         if tensor.ndim > _MOST_DIMENSIONS and operation != "ema_update_":
             return f"{tensor.ndim - 2}-D images are computed by the reference"
     return None

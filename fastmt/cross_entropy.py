@@ -74,9 +74,7 @@ def cross_entropy(
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     smoothing = (label_smoothing, align_corners)
     kernels = backends.operations(choice.backend)
-    return _CrossEntropy.apply(
-        kernels, logits, labels, weights, options, smoothing, wants_gradient
-    )
+    return _CrossEntropy.apply(kernels, logits, labels, weights, options, smoothing, wants_gradient)
 
 
 def _check_options(normalize: str, label_smoothing: float) -> None:

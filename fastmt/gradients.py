@@ -11,9 +11,9 @@ from torch import Tensor
 def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
     """The gradient of the logits that the forward pass left on `ctx`, scaled to the loss's own.
 
-    ctx: holds `gradient` and `scale` of the forward pass, the `kernels` that made them, the logits as
-    its one saved tensor, and `again(logits)`, which computes the gradient anew: the first backward
-    pass gives the gradient away, so one that is repeated (retain_graph) needs another.
+    ctx: holds `gradient` and `scale` of the forward pass, the `kernels` that made them, the logits
+    as its one saved tensor, and `again(logits)`, which computes the gradient anew: the first
+    backward pass gives the gradient away, so one that is repeated (retain_graph) needs another.
     """
     if grad_value is None:
         return None

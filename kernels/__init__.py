@@ -12,17 +12,16 @@ from collections.abc import Sequence
 
 import torch
 import triton
-from torch import Tensor
-
 from fastmt.kernels import (
     dense_confidence,
     dense_consistency,
     dense_cross_entropy,
     sums,
 )
-from fastmt.kernels.ema import ema_update_, scale_, scale_kernel
 from fastmt.kernels.calls import KINDS, WEIGHTS, ConsistencyCall, CrossEntropyCall
+from fastmt.kernels.ema import ema_update_, scale_, scale_kernel
 from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
+from torch import Tensor
 
 __all__ = ["consistency_loss", "cross_entropy", "ema_update_", "scale_", "softmax_confidence"]
 

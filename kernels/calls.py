@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from fastmt.kernels.sums import GradientScale
+from torch import Tensor
 
 KINDS = ("max_prob", "entropy", "margin")
 LOSSES = ("mse", "kl", "soft_ce", "ce", "bce", "js")

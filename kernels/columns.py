@@ -71,9 +71,7 @@ def class_offsets(classes, class_stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_column(
-    pointers, class_stride, classes, inside, CLASSES: tl.constexpr, WIDE: tl.constexpr
-):
+def load_column(pointers, class_stride, classes, inside, CLASSES: tl.constexpr, WIDE: tl.constexpr):
     """Logits in float32 from pointers to their class 0; -inf in the padding."""
     column = ()
     for i in tl.static_range(len(classes)):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastmt.kernels.columns import blocks_for, classes_of
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, device_of, inside_of, pixels_at, place_of
+from torch import Tensor
 
 
 @triton.jit

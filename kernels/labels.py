@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastmt.kernels import pixel
 
 
@@ -35,7 +34,7 @@ def label_weight(
 ):
     """(label, kept, out of range, weight, weight of its class) of each pixel.
 
-    A label out of range is read as class 0 and told apart, so that nothing out of bounds is touched.
+    A label out of range is read as class 0 and told apart: nothing out of bounds is touched.
     """
     keep = inside & (given != ignore_index)
     wrong = keep & ((given < 0) | (given >= CLASSES))

@@ -87,9 +87,7 @@ def scaled(column, factor):
 
 
 @triton.jit
-def teacher_pixel(
-    y, classes, inverse_temperature, KIND: tl.constexpr, CLASSES: tl.constexpr
-):
+def teacher_pixel(y, classes, inverse_temperature, KIND: tl.constexpr, CLASSES: tl.constexpr):
     """Score and label of q = softmax(y / T), and q."""
     top = largest(y)
     label = first_of(y, classes, top)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastmt.kernels.views import device_of
+from torch import Tensor
 
 ROWS = 8  # of partial sums that are added up at once
 NORMALIZATIONS = ("all", "valid", "selected", "weight")
@@ -17,9 +16,10 @@ BLOCK = 1024
 class GradientScale:
     """How a gradient is scaled: `inside` the kernel, and by the rest when backward hands it out.
 
-    A gradient takes its denominator, the number of pixels, inside where that is known. In float16
-    it would drown in the subnormals before the caller's loss scale lifts it; there only the pixels
-    of one low-resolution cell are divided out, so that their sum stays in range.
+    A gradient takes its denominator, the number of pixels, inside where that is known, which saves
+    the backward pass its scaling. In float16 it would drown in the subnormals before the caller's
+    loss scale lifts it; there only the pixels of one low-resolution cell are divided out, so that
+    their sum stays in range.
     """
 
     def __init__(self, logits: Tensor, pixels: int, known: bool) -> None:

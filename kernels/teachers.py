@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastmt.kernels import pixel
 from fastmt.kernels.columns import load_column
 from fastmt.kernels.views import pixels_at

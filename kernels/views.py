@@ -45,16 +45,12 @@ def describe(columns: Sequence[Tensor], maps: Sequence[Tensor | None], block: in
     if lead < 0:
         raise ValueError(f"more than {OUTER + 1} dimensions of pixels that cannot be merged")
     class_strides = [t.stride(1) for t in columns] + [0] * len(maps)
-    strides = [
-        (c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True)
-    ]
+    strides = [(c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True)]
     blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
     return Pixels((1,) * lead + tuple(sizes), strides, blocks)
 
 
-def merge(
-    shape: Sequence[int], rows: Sequence[Sequence[int]]
-) -> tuple[list[int], list[list[int]]]:
+def merge(shape: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """Sizes and strides without the dimensions of one pixel or that continue the one before."""
     kept = [d for d, size in enumerate(shape) if size != 1] or [len(shape) - 1]
     sizes, strides = [shape[kept[0]]], [[row[kept[0]]] for row in rows]
