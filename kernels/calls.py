@@ -12,7 +12,7 @@ from torch import Tensor
 KINDS = ("max_prob", "entropy", "margin")
 LOSSES = ("mse", "kl", "soft_ce", "ce", "bce", "js")
 WEIGHTS = ("mask", "confidence", "ratio", "none")
-COLUMNS = {"mse": 2, "kl": 2, "soft_ce": 2, "ce": 2, "bce": 4, "js": 4}  # in registers at once
+COLUMNS = {"mse": 2, "kl": 2, "soft_ce": 2, "ce": 2, "bce": 6, "js": 5}  # in registers at once
 
 
 @dataclasses.dataclass

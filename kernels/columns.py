@@ -24,11 +24,16 @@ class Blocks(NamedTuple):
     pixels: int
     warps: int
     tiles: tuple[int, ...]
+    vector: int  # neighbouring pixels in a thread
 
 
 @functools.cache
 def blocks_for(classes: int, itemsize: int, columns: int) -> Blocks:
-    """The block for logits of `itemsize` bytes and an operation that holds `columns` at once."""
+    """The block for logits of `itemsize` bytes and an operation that holds `columns` at once.
+
+    A thread takes 16 bytes at a time, but at most 4 pixels where it holds two columns or more: what
+    it knows of each pixel besides its logits takes registers too.
+    """
     most = MAX_FLOATS // columns  # logits of one column in a thread
     sector = 32 // itemsize  # pixels that memory hands over at once
     warps = 1
@@ -37,9 +42,9 @@ def blocks_for(classes: int, itemsize: int, columns: int) -> Blocks:
     pixels = 256
     while pixels > 1 and classes * pixels > most * 32 * warps:
         pixels //= 2
-    in_thread = min(16 // itemsize, pixels)
-    rows_at_once = max(32 * warps * in_thread // pixels, 1)
-    return Blocks(pixels, warps, tiles_of(classes, rows_at_once))
+    vector = min(16 // itemsize, 4 if columns > 1 else 8, pixels)
+    rows_at_once = max(32 * warps * vector // pixels, 1)
+    return Blocks(pixels, warps, tiles_of(classes, rows_at_once), vector)
 
 
 def tiles_of(classes: int, rows_at_once: int, most: int = 3) -> tuple[int, ...]:
@@ -55,41 +60,42 @@ def tiles_of(classes: int, rows_at_once: int, most: int = 3) -> tuple[int, ...]:
 
 
 @triton.jit
-def classes_of(TILES: tl.constexpr):
+def lanes_of(BLOCK: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+    """The pixels of a block, (BLOCK,): VECTOR neighbours in a thread; 64-bit if WIDE."""
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
+    return lanes.to(tl.int64) if WIDE else lanes
+
+
+@triton.jit
+def classes_of(TILES: tl.constexpr, WIDE: tl.constexpr):
     """Which class each row of each tile is, (rows, 1)."""
     classes = ()
     first = 0
     for i in tl.static_range(len(TILES)):
-        classes = classes + ((tl.arange(0, TILES[i]) + first)[:, None],)
+        rows = (tl.arange(0, TILES[i]) + first)[:, None]
+        classes = classes + (rows.to(tl.int64) if WIDE else rows,)
         first += TILES[i]
     return classes
 
 
 @triton.jit
-def class_offsets(classes, class_stride, WIDE: tl.constexpr):
-    return classes.to(tl.int64) * class_stride if WIDE else classes * class_stride
-
-
-@triton.jit
-def load_column(pointers, class_stride, classes, inside, CLASSES: tl.constexpr, WIDE: tl.constexpr):
+def load_column(pointers, class_stride, classes, inside, CLASSES: tl.constexpr):
     """Logits in float32 from pointers to their class 0; -inf in the padding."""
     column = ()
     for i in tl.static_range(len(classes)):
-        at = pointers[None, :] + class_offsets(classes[i], class_stride, WIDE)
         mask = inside[None, :]
         if i == len(classes) - 1:
             mask = mask & (classes[i] < CLASSES)
+        at = pointers[None, :] + classes[i] * class_stride
         column = column + (tl.load(at, mask=mask, other=float("-inf")).to(tl.float32),)
     return column
 
 
 @triton.jit
-def store_column(
-    pointers, class_stride, classes, column, inside, CLASSES: tl.constexpr, WIDE: tl.constexpr
-):
+def store_column(pointers, class_stride, classes, column, inside, CLASSES: tl.constexpr):
     for i in tl.static_range(len(classes)):
-        at = pointers[None, :] + class_offsets(classes[i], class_stride, WIDE)
         mask = inside[None, :]
         if i == len(classes) - 1:
             mask = mask & (classes[i] < CLASSES)
+        at = pointers[None, :] + classes[i] * class_stride
         tl.store(at, column[i].to(pointers.dtype.element_ty), mask=mask)

@@ -6,28 +6,24 @@ import torch
 import triton
 import triton.language as tl
 from fastmt.kernels.calls import CrossEntropyCall
-from fastmt.kernels.columns import blocks_for, classes_of, load_column, store_column
+from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
-from fastmt.kernels.views import describe, device_of, inside_of, map_at, pixels_at, place_of
-from fastmt.kernels.weights import any_of, count, weighted, zeros
+from fastmt.kernels.views import describe, device_of, map_at, pixels_at, place_of
+from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 from torch import Tensor
 
 
 @triton.jit
 def cross_entropy_kernel(
     logits,
-    logits_strides,
     gradient,
-    gradient_strides,
     labels,
-    labels_strides,
     pixel_weight,
-    pixel_weight_strides,
     class_weight,
     partials,
     wrong_labels,
     sizes,
-    blocks,
+    layouts,
     ignore_index,
     smoothing,
     gradient_scale,
@@ -36,52 +32,43 @@ def cross_entropy_kernel(
     CLASSES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WHICH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    classes = classes_of(TILES)
+    lanes = lanes_of(BLOCK, VECTOR, WIDE)
+    classes = classes_of(TILES, WIDE)
     w, mean_weight = class_weights(class_weight, classes, CLASSES)
-    loss_sum = 0.0
-    weight_sum = 0.0
-    valid_sum = 0.0
-    wrong_sum = 0.0
-    lowest = tl.full((), 2**63 - 1, tl.int64)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        place = place_of(block, sizes, BLOCK)
-        inside = inside_of(place, sizes, BLOCK)
-        given = map_at(labels, labels_strides, place, inside, BLOCK, WIDE).to(tl.int64)
-        factor = map_at(pixel_weight, pixel_weight_strides, place, inside, BLOCK, WIDE)
-        label, keep, wrong, weight, own_weight = label_weight(
-            given, inside, factor, ignore_index, class_weight, CLASSES
-        )
-        active = weight != 0.0
-        weight_sum += tl.sum(tl.where(active, weight * own_weight, 0.0), 0)
-        valid_sum += count(keep)
-        wrong_sum += count(wrong)
-        lowest = tl.minimum(lowest, tl.min(tl.where(wrong, given, 2**63 - 1), 0))
-
-        gradient_at = pixels_at(gradient, gradient_strides, place, BLOCK, WIDE)
-        if any_of(active):
-            z_at = pixels_at(logits, logits_strides, place, BLOCK, WIDE)
-            z = load_column(z_at, logits_strides[0], classes, inside, CLASSES, WIDE)
-            value, slope = label_loss(
-                z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
-            )
-            loss_sum += tl.sum(tl.where(active, weight * value, 0.0), 0)
-            if GRADIENT:
-                tiles = weighted(slope, weight * gradient_scale, active)
-                store_column(
-                    gradient_at, gradient_strides[0], classes, tiles, inside, CLASSES, WIDE
-                )
-        elif GRADIENT:
-            tiles = zeros(classes, BLOCK)
-            store_column(gradient_at, gradient_strides[0], classes, tiles, inside, CLASSES, WIDE)
-    programs = tl.num_programs(0)
-    sum_at = partials + tl.program_id(0)
-    tl.store(sum_at, loss_sum)
-    tl.store(sum_at + programs, weight_sum)
-    tl.store(sum_at + 2 * programs, valid_sum)
-    tl.store(sum_at + 3 * programs, wrong_sum)
+    place = place_of(tl.program_id(0), sizes, BLOCK)
+    inside = place[3] + lanes < sizes[3]
+    given = map_at(labels, layouts[WHICH[2]], place, lanes, inside).to(tl.int64)
+    factor = map_at(pixel_weight, layouts[WHICH[3]], place, lanes, inside)
+    label, keep, wrong, weight, own_weight = label_weight(
+        given, inside, factor, ignore_index, class_weight, CLASSES
+    )
+    active = weight != 0.0
+    put_sum(partials, 1, tl.where(active, weight * own_weight, 0.0))
+    put_sum(partials, 2, keep.to(tl.float32))
+    put_sum(partials, 3, wrong.to(tl.float32))
+    lowest = tl.min(tl.where(wrong, given, 2**63 - 1), 0)
     tl.store(wrong_labels + tl.program_id(0), lowest)
+
+    loss = tl.zeros_like(weight)
+    gradient_at = pixels_at(gradient, layouts[WHICH[1]], place, lanes)
+    if any_of(active):
+        z_at = pixels_at(logits, layouts[WHICH[0]], place, lanes)
+        z = load_column(z_at, layouts[WHICH[0]][0], classes, inside, CLASSES)
+        value, slope = label_loss(
+            z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+        )
+        loss = tl.where(active, weight * value, 0.0)
+        if GRADIENT:
+            tiles = weighted(slope, weight * gradient_scale, active)
+            store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+    elif GRADIENT:
+        tiles = zeros(classes, lanes)
+        store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+    put_sum(partials, 0, loss)
 
 
 def cross_entropy(
@@ -89,26 +76,22 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
     classes = logits.shape[1]
-    block, warps, tiles = blocks_for(classes, logits.itemsize, 2)
+    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2)
     written = logits if gradient is None else gradient
     pixels = describe([logits, written], [call.labels, call.pixel_weight], block)
-    partials = logits.new_empty((4, pixels.programs()), dtype=torch.float32)
-    wrong_labels = logits.new_empty(pixels.programs(), dtype=torch.int64)
+    partials = logits.new_empty((4, pixels.blocks), dtype=torch.float32)
+    wrong_labels = logits.new_empty(pixels.blocks, dtype=torch.int64)
     with device_of(logits):
-        cross_entropy_kernel[(pixels.programs(),)](
+        cross_entropy_kernel[(pixels.blocks,)](
             logits,
-            pixels.strides[0],
             written,
-            pixels.strides[1],
             call.labels,
-            pixels.strides[2],
             call.pixel_weight,
-            pixels.strides[3],
             call.class_weight,
             partials,
             wrong_labels,
             pixels.sizes,
-            pixels.blocks,
+            pixels.layouts,
             call.ignore_index,
             call.smoothing,
             call.scale.inside,
@@ -117,6 +100,8 @@ def cross_entropy(
             CLASSES=classes,
             TILES=tiles,
             BLOCK=block,
+            VECTOR=vector,
+            WHICH=pixels.which,
             WIDE=pixels.wide(classes, block),
             num_warps=warps,
             num_stages=1,

@@ -11,6 +11,7 @@ from torch import Tensor
 ROWS = 8  # of partial sums that are added up at once
 NORMALIZATIONS = ("all", "valid", "selected", "weight")
 BLOCK = 1024
+FEW = 4096  # partial sums that one program adds up
 
 
 class GradientScale:
@@ -34,16 +35,29 @@ def scalars(like: Tensor, count: int) -> list[Tensor]:
 
 
 @triton.jit
-def add_up(partials, programs, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Float64 sums (ROWS,) over the programs of partials (COUNT, programs)."""
+def add_up(partials, begin, end, programs, COUNT, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Float64 sums (ROWS,) over the programs [begin, end) of partials (COUNT, programs)."""
     rows = tl.arange(0, ROWS)
     totals = tl.zeros((ROWS,), tl.float64)
-    for first in range(0, programs, BLOCK):
+    for first in range(begin, end, BLOCK):
         lanes = first + tl.arange(0, BLOCK)
         at = partials + rows[:, None] * programs + lanes[None, :]
-        mask = (rows < COUNT)[:, None] & (lanes < programs)[None, :]
+        mask = (rows < COUNT)[:, None] & (lanes < end)[None, :]
         totals += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float64), 1)
     return totals
+
+
+@triton.jit
+def fold_kernel(
+    partials, programs, folded, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Partial sums of BLOCK programs each, in float64."""
+    begin = tl.program_id(0) * BLOCK
+    end = tl.minimum(begin + BLOCK, programs)
+    totals = add_up(partials, begin, end, programs, COUNT, ROWS, BLOCK)
+    rows = tl.arange(0, ROWS)
+    at = folded + rows * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, totals, mask=rows < COUNT)
 
 
 @triton.jit
@@ -75,7 +89,7 @@ def consistency_total_kernel(
     BLOCK: tl.constexpr,
 ):
     """From (loss, weight, score, selected, valid) of each program, the scalars of the call."""
-    totals = add_up(partials, programs, 5, ROWS, BLOCK)
+    totals = add_up(partials, 0, programs, programs, 5, ROWS, BLOCK)
     passing = pick(totals, 3, ROWS)
     valid = pick(totals, 4, ROWS)
     fraction = ratio(passing, valid)
@@ -102,8 +116,6 @@ def cross_entropy_total_kernel(
     programs,
     loss,
     scale,
-    wrong,
-    wrong_labels,
     pixels,
     inside,
     NORMALIZE: tl.constexpr,
@@ -113,10 +125,9 @@ def cross_entropy_total_kernel(
 ):
     """From (loss, weight, valid, wrong) of each program, the scalars of the call.
 
-    A label out of range makes loss and gradient NaN; `wrong` receives the number of such labels and
-    the lowest of them.
+    A label out of range makes loss and gradient NaN.
     """
-    totals = add_up(partials, programs, 4, ROWS, BLOCK)
+    totals = add_up(partials, 0, programs, programs, 4, ROWS, BLOCK)
     valid = pick(totals, 2, ROWS)
     count = pick(totals, 3, ROWS)
     if NORMALIZE == "all":
@@ -132,13 +143,18 @@ def cross_entropy_total_kernel(
         outside = outside * 0 + 1
     tl.store(loss, value.to(tl.float32))
     tl.store(scale, (outside * poison).to(tl.float32))
-    lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
-    for first in range(0, programs, BLOCK):
-        lanes = first + tl.arange(0, BLOCK)
-        label = tl.load(wrong_labels + lanes, mask=lanes < programs, other=2**63 - 1)
-        lowest = tl.minimum(lowest, label)
-    tl.store(wrong, count.to(tl.int64))
-    tl.store(wrong + 1, tl.min(lowest, 0))
+
+
+def folded(partials: Tensor) -> Tensor:
+    """Partial sums of few enough programs for one of them to add up."""
+    count, programs = partials.shape
+    if programs <= FEW:
+        return partials
+    fewer = partials.new_empty((count, triton.cdiv(programs, BLOCK)), dtype=torch.float64)
+    fold_kernel[(fewer.shape[1],)](
+        partials, programs, fewer, COUNT=count, ROWS=ROWS, BLOCK=BLOCK, num_warps=8
+    )
+    return fewer
 
 
 def consistency_total(
@@ -147,6 +163,7 @@ def consistency_total(
     """(loss, selected, mean_score, scale) on the device."""
     results = scalars(partials, 4)
     with device_of(partials):
+        partials = folded(partials)
         consistency_total_kernel[(1,)](
             partials,
             partials.shape[1],
@@ -164,19 +181,16 @@ def consistency_total(
 
 
 def cross_entropy_total(
-    partials: Tensor, wrong_labels: Tensor, scale: GradientScale, pixels: int, normalize: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, scale, (wrong labels, the lowest of them)) on the device."""
-    loss, outside = scalars(partials, 2)
-    wrong = torch.empty(2, dtype=torch.int64, device=partials.device)
+    partials: Tensor, scale: GradientScale, pixels: int, normalize: str
+) -> list[Tensor]:
+    """(loss, scale) on the device."""
+    results = scalars(partials, 2)
     with device_of(partials):
+        partials = folded(partials)
         cross_entropy_total_kernel[(1,)](
             partials,
             partials.shape[1],
-            loss,
-            outside,
-            wrong,
-            wrong_labels,
+            *results,
             float(pixels),
             scale.inside,
             NORMALIZE=normalize,
@@ -185,4 +199,4 @@ def cross_entropy_total(
             BLOCK=BLOCK,
             num_warps=8,
         )
-    return loss, outside, wrong
+    return results

@@ -12,21 +12,22 @@ from fastmt.kernels.views import pixels_at
 @triton.jit
 def dense_teacher(
     teachers,
-    strides,
+    layouts,
     place,
+    lanes,
     classes,
     inside,
     inverse_temperature,
+    WHICH: tl.constexpr,
+    FIRST: tl.constexpr,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """(score, label, q) from logits at output resolution, one pointer a member of the ensemble."""
     q = ()
     for m in tl.static_range(len(teachers)):
-        at = pixels_at(teachers[m], strides[m], place, BLOCK, WIDE)
-        y = load_column(at, strides[m][0], classes, inside, CLASSES, WIDE)
+        at = pixels_at(teachers[m], layouts[WHICH[FIRST + m]], place, lanes)
+        y = load_column(at, layouts[WHICH[FIRST + m]][0], classes, inside, CLASSES)
         if len(teachers) == 1:
             score, label, q = pixel.teacher_pixel(y, classes, inverse_temperature, KIND, CLASSES)
         else:

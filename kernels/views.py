@@ -13,25 +13,25 @@ import triton.language as tl
 from torch import Tensor
 
 NARROW = 2**31  # offsets within a block below this are 32-bit
-MAX_PROGRAMS = 8192  # each leaves one partial sum, which a single program adds up
 OUTER = 3  # dimensions of pixels around the inner one
 
 
 class Pixels(NamedTuple):
-    """Pixels (N, *spatial), dimensions merged where every tensor allows it, in blocks of a row."""
+    """Pixels (N, *spatial), dimensions merged where every tensor allows it, in blocks of a row.
+
+    Tensors that lie in memory alike share a layout, and kernels the offsets that follow from it.
+    """
 
     sizes: tuple[int, ...]  # OUTER sizes and the inner one
-    strides: list[tuple[int, ...]]  # of each tensor: its class stride, then one for each size
+    layouts: tuple[tuple[int, ...], ...]  # a class stride, then one stride for each size
+    which: tuple[int, ...]  # the layout of each tensor
     blocks: int
-
-    def programs(self) -> int:
-        return triton.cdiv(self.blocks, triton.cdiv(self.blocks, MAX_PROGRAMS))
 
     def wide(self, classes: int, block: int) -> bool:
         """Whether offsets within a block need 64 bits."""
         return any(
             (classes - 1) * abs(class_stride) + block * abs(inner) >= NARROW
-            for class_stride, *_, inner in self.strides
+            for class_stride, *_, inner in self.layouts
         )
 
 
@@ -46,8 +46,10 @@ def describe(columns: Sequence[Tensor], maps: Sequence[Tensor | None], block: in
         raise ValueError(f"more than {OUTER + 1} dimensions of pixels that cannot be merged")
     class_strides = [t.stride(1) for t in columns] + [0] * len(maps)
     strides = [(c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True)]
+    layouts = tuple(dict.fromkeys(strides))
+    which = tuple(layouts.index(row) for row in strides)
     blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
-    return Pixels((1,) * lead + tuple(sizes), strides, blocks)
+    return Pixels((1,) * lead + tuple(sizes), layouts, which, blocks)
 
 
 def merge(shape: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
@@ -90,24 +92,16 @@ def place_of(block, sizes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def inside_of(place, sizes, BLOCK: tl.constexpr):
-    return place[3] + tl.arange(0, BLOCK) < sizes[3]
-
-
-@triton.jit
-def pixels_at(data, strides, place, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def pixels_at(data, strides, place, lanes):
     """Pointers to the pixels of a block, at class 0."""
     base = data + place[0] * strides[1] + place[1] * strides[2] + place[2] * strides[3]
-    lanes = tl.arange(0, BLOCK)
-    if WIDE:
-        lanes = lanes.to(tl.int64)
     return base + place[3] * strides[4] + lanes * strides[4]
 
 
 @triton.jit
-def map_at(data, strides, place, inside, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def map_at(data, strides, place, lanes, inside):
     """Values of an optional map at the pixels of a block; 1 where there is no map."""
     if data is None:
-        return tl.full((BLOCK,), 1.0, tl.float32)
+        return tl.full(lanes.shape, 1.0, tl.float32)
     else:
-        return tl.load(pixels_at(data, strides, place, BLOCK, WIDE), mask=inside, other=0)
+        return tl.load(pixels_at(data, strides, place, lanes), mask=inside, other=0)

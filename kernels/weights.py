@@ -30,8 +30,9 @@ def consistency_weight(
 
 
 @triton.jit
-def count(mask):
-    return tl.sum(mask.to(tl.float32), 0)
+def put_sum(partials, row: tl.constexpr, values):
+    """This program's part of the sum `row` of partials (rows, programs)."""
+    tl.store(partials + row * tl.num_programs(0) + tl.program_id(0), tl.sum(values, 0))
 
 
 @triton.jit
@@ -49,9 +50,9 @@ def weighted(gradient, coefficient, active):
 
 
 @triton.jit
-def zeros(classes, BLOCK: tl.constexpr):
+def zeros(classes, lanes):
     """A column of zeros."""
     tiles = ()
     for i in tl.static_range(len(classes)):
-        tiles = tiles + (tl.zeros((classes[i].shape[0], BLOCK), tl.float32),)
+        tiles = tiles + (tl.zeros((classes[i].shape[0], lanes.shape[0]), tl.float32),)
     return tiles
