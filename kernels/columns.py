@@ -28,13 +28,13 @@ class Blocks(NamedTuple):
 
 
 @functools.cache
-def blocks_for(classes: int, itemsize: int, columns: int) -> Blocks:
+def blocks_for(classes: int, itemsize: int, columns: float) -> Blocks:
     """The block for logits of `itemsize` bytes and an operation that holds `columns` at once.
 
     A thread takes 16 bytes at a time, but at most 4 pixels where it holds two columns or more: what
     it knows of each pixel besides its logits takes registers too.
     """
-    most = MAX_FLOATS // columns  # logits of one column in a thread
+    most = int(MAX_FLOATS / columns)  # logits of one column in a thread
     sector = 32 // itemsize  # pixels that memory hands over at once
     warps = 1
     while classes * sector > most * 32 * warps and warps < MAX_WARPS:

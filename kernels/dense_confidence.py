@@ -53,7 +53,7 @@ def confidence(
 ) -> None:
     """Fills score (N, *spatial) float32 and label (N, *spatial) int64."""
     classes = logits[0].shape[1]
-    columns = min(len(logits), 2)
+    columns = 1 if kind == "max_prob" and logits[0].itemsize == 2 and len(logits) == 1 else 2
     block, warps, tiles, vector = blocks_for(classes, min(t.itemsize for t in logits), columns)
     pixels = describe(logits, [score, label], block)
     with device_of(score):

@@ -76,7 +76,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
     classes = logits.shape[1]
-    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2)
+    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2 if call.plain else 3)
     written = logits if gradient is None else gradient
     pixels = describe([logits, written], [call.labels, call.pixel_weight], block)
     partials = logits.new_empty((4, pixels.blocks), dtype=torch.float32)
@@ -95,7 +95,7 @@ def cross_entropy(
             call.ignore_index,
             call.smoothing,
             call.scale.inside,
-            **call.constants,
+            PLAIN=call.plain,
             GRADIENT=gradient is not None,
             CLASSES=classes,
             TILES=tiles,

@@ -38,13 +38,13 @@ def scalars(like: Tensor, count: int) -> list[Tensor]:
 def add_up(partials, begin, end, programs, COUNT, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Float64 sums (ROWS,) over the programs [begin, end) of partials (COUNT, programs)."""
     rows = tl.arange(0, ROWS)
-    totals = tl.zeros((ROWS,), tl.float64)
+    totals = tl.zeros((ROWS, BLOCK), tl.float64)
     for first in range(begin, end, BLOCK):
         lanes = first + tl.arange(0, BLOCK)
         at = partials + rows[:, None] * programs + lanes[None, :]
         mask = (rows < COUNT)[:, None] & (lanes < end)[None, :]
-        totals += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float64), 1)
-    return totals
+        totals += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+    return tl.sum(totals, 1)
 
 
 @triton.jit
