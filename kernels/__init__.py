@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 import triton
 from fastmt.kernels import (
+    cells_confidence,
+    cells_consistency,
+    cells_cross_entropy,
     dense_confidence,
     dense_consistency,
     dense_cross_entropy,
@@ -37,8 +40,13 @@ def softmax_confidence(
     out = (first.shape[0], *(size or first.shape[2:]))
     score = first.new_empty(out, dtype=torch.float32)
     label = first.new_empty(out, dtype=torch.int64)
-    if score.numel():
-        dense_confidence.confidence(logits, KINDS[kind], inverse_temperature, score, label)
+    if score.numel() == 0:
+        return score, label
+    call = (list(logits), KINDS[kind], inverse_temperature)
+    if size is None:
+        dense_confidence.confidence(*call, score, label)
+    else:
+        cells_confidence.confidence(*call, align_corners, score, label)
     return score, label
 
 
@@ -62,7 +70,11 @@ def consistency_loss(
     call = ConsistencyCall.of(
         student, teacher, threshold, pixel_weight, valid, options, inverse_temperature, pixels
     )
-    partials = dense_consistency.consistency(call, student, gradient if wants_gradient else None)
+    filled = gradient if wants_gradient else None
+    if size is None:
+        partials = dense_consistency.consistency(call, student, filled)
+    else:
+        partials = cells_consistency.consistency(call, student, tuple(size), align_corners, filled)
     normalize, ratio = NORMALIZATIONS[options[5]], WEIGHTS[options[3]] == "ratio"
     return *sums.consistency_total(partials, call.scale, pixels, normalize, ratio), gradient
 
@@ -91,9 +103,13 @@ def cross_entropy(
     call = CrossEntropyCall(
         labels, pixel_weight, class_weight, ignore_index, label_smoothing, scale
     )
-    partials, wrong_labels = dense_cross_entropy.cross_entropy(
-        call, logits, gradient if wants_gradient else None
-    )
+    filled = gradient if wants_gradient else None
+    if labels.shape[1:] == logits.shape[2:]:
+        partials, wrong_labels = dense_cross_entropy.cross_entropy(call, logits, filled)
+    else:
+        partials, wrong_labels = cells_cross_entropy.cross_entropy(
+            call, logits, align_corners, filled
+        )
     denominator = ("all", "valid", "weight")[normalize]
     loss, outside = sums.cross_entropy_total(partials, scale, pixels, denominator)
     wrong, label = 0, 0
