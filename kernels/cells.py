@@ -1,10 +1,9 @@
 """Up-sampling that never happens: how output pixels are shared out, and gradients put together.
 
-A program walks down a strip of output columns through a few bands, the output rows between two
-low-resolution ones. Of each band it holds the two rows at its columns, and the gradients of both.
-The gradient of a row that is done goes to a scratch, at low resolution, and a second kernel adds up
-what the programs left for each low-resolution pixel in a fixed order: no atomics, the same bits
-every time.
+A program walks down a strip of output columns through a band, the output rows between two
+low-resolution ones. It holds these two rows at its columns, and the gradients of both, which go to
+a scratch at low resolution. A second kernel adds up what the programs left for each low-resolution
+pixel in a fixed order: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from triton.runtime import driver
 
 MAX_CLASSES = 256  # that fit in registers with the gradients of two rows
 ROWS = 6  # columns of a band: two of the student, two of the teacher, two of the gradient
-PROGRAMS = 8192  # are enough to keep a GPU busy
 WINDOW = 16  # low-resolution columns that a matrix product makes at once
-MOST_BANDS = 8
 JOINED = 1024  # low-resolution gradients of one program
 
 
@@ -49,23 +46,22 @@ def strips_for(classes: int, columns: float) -> Strips:
 
 
 class Walk(NamedTuple):
-    """Programs over (images, groups of bands, strips) and the scratch that their gradients take."""
+    """Programs over (images, bands, strips) and the scratch that their gradients take."""
 
     first: tuple[Axis, Axis, tuple[int, ...]]  # what the bands are made of, and gets the gradient
     others: tuple[tuple[Axis, Axis, tuple[int, ...]], ...]
     size: tuple[int, int]
     images: int
-    bands: int  # of one group
-    groups: int
+    bands: int
     strips: int
     span: int  # low-resolution columns that a strip touches
 
     @property
     def programs(self) -> int:
-        return self.images * self.groups * self.strips
+        return self.images * self.bands * self.strips
 
     def scratch(self, logits: Tensor) -> Tensor:
-        shape = (self.programs, self.bands + 1, logits.shape[1], self.span)
+        shape = (self.programs, 2, logits.shape[1], self.span)
         return logits.new_empty(shape, dtype=torch.float32)
 
     def wide(self, classes: int, *maps: Tensor | None) -> bool:
@@ -86,13 +82,11 @@ def walk_of(
 ) -> Walk:
     height, width = first.shape[2:]
     strips = triton.cdiv(size[1], pixels)
-    bands = min(max(first.shape[0] * strips * height // PROGRAMS, 1), MOST_BANDS, height)
     grid = grid_of(first, size, align_corners)
     _, step, _, unit = grid[1]
     span = min((pixels - 1) * step // unit + 3, width)
     grids = tuple(grid_of(other, size, align_corners) for other in others)
-    groups = triton.cdiv(height, bands)
-    return Walk(grid, grids, size, first.shape[0], bands, groups, strips, span)
+    return Walk(grid, grids, size, first.shape[0], height, strips, span)
 
 
 def precision() -> str:
@@ -104,13 +98,13 @@ def precision() -> str:
 
 
 @triton.jit
-def strip_of(strips, groups, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """(image, group, output columns) of this program."""
+def strip_of(strips, bands, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """(image, band, output columns) of this program."""
     program = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     columns = (program % strips) * BLOCK + (lanes.to(tl.int64) if WIDE else lanes)
     row = program // strips
-    return (row // groups).to(tl.int64), row % groups, columns
+    return (row // bands).to(tl.int64), row % bands, columns
 
 
 @triton.jit
@@ -131,8 +125,6 @@ def join_kernel(
     columns,
     out_width,
     height,
-    bands,
-    groups,
     strips,
     span,
     spread,
@@ -141,7 +133,7 @@ def join_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The gradient of each low-resolution pixel: the parts of the strips and groups around it."""
+    """The gradient of each low-resolution pixel: the parts of the strips and bands around it."""
     width = columns[0]
     in_row = tl.cdiv(CLASSES * width, BLOCK)
     row = tl.program_id(0) // in_row
@@ -155,19 +147,17 @@ def join_kernel(
         x = x.to(tl.int64)
     begin = first_beyond(x - 1, columns, out_width)
     end = first_beyond(x + 1, columns, out_width)
-    group = y // bands
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(spread):
         strip = begin // PIXELS + i
         here = inside & (strip * PIXELS < end) & (end > begin)
         first, _, _ = neighbours(strip * PIXELS, columns)
-        program = (image * groups + group) * strips + strip
-        at = (program * (bands + 1) + y % bands) * (CLASSES * span) + c * span + x - first
-        total += tl.load(scratch + at, mask=here, other=0.0)
-        carried = here & (y % bands == 0) & (group > 0)
-        program -= strips
-        at = (program * (bands + 1) + bands) * (CLASSES * span) + c * span + x - first
-        total += tl.load(scratch + at, mask=carried, other=0.0)
+        part = scratch + c * span + x - first
+        program = (image * height + y) * strips + strip
+        total += tl.load(part + 2 * program * (CLASSES * span), mask=here, other=0.0)
+        program -= strips  # of the band above, where this row is the lower one
+        at = part + (2 * program + 1) * (CLASSES * span)
+        total += tl.load(at, mask=here & (y > 0), other=0.0)
     to = gradient + image * strides[0] + y.to(tl.int64) * strides[2]
     to += c.to(tl.int64) * strides[1] + x * strides[3]
     tl.store(to, total.to(gradient.dtype.element_ty), mask=inside)
@@ -187,8 +177,6 @@ def join(walk: Walk, scratch: Tensor, gradient: Tensor, pixels: int, wide: bool)
             walk.first[1],
             walk.size[1],
             height,
-            walk.bands,
-            walk.groups,
             walk.strips,
             walk.span,
             spread,

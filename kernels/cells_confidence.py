@@ -21,8 +21,6 @@ def cells_confidence_kernel(
     label,
     out_height,
     out_width,
-    bands,
-    groups,
     strips,
     inverse_temperature,
     KIND: tl.constexpr,
@@ -33,35 +31,33 @@ def cells_confidence_kernel(
     WIDE: tl.constexpr,
 ):
     classes = classes_of(TILES, WIDE)
-    image, group, columns = strip_of(strips, groups, BLOCK, WIDE)
+    image, band, columns = strip_of(strips, grid[0][0], BLOCK, WIDE)
     inside = columns < out_width
     before, after, t = neighbours(columns, grid[1])
     data = teachers[0] + image * grid[2][0]
-    for i in range(tl.minimum(bands, grid[0][0] - group * bands)):
-        band = group * bands + i
-        upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
-        first = first_beyond(band, grid[0], out_height)
-        for j in range(first_beyond(band + 1, grid[0], out_height) - first):
-            row = first + j
-            _, _, down = neighbours(row, grid[0])
-            value, best, _ = cells_teacher(
-                teachers,
-                grids,
-                image,
-                row,
-                columns,
-                upper,
-                step,
-                down,
-                classes,
-                inverse_temperature,
-                SHARED,
-                KIND,
-                CLASSES,
-            )
-            at = (image * out_height + row) * out_width + columns
-            tl.store(score + at, value, mask=inside)
-            tl.store(label + at, best.to(tl.int64), mask=inside)
+    upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
+    first = first_beyond(band, grid[0], out_height)
+    for j in range(first_beyond(band + 1, grid[0], out_height) - first):
+        row = first + j
+        _, _, down = neighbours(row, grid[0])
+        value, best, _ = cells_teacher(
+            teachers,
+            grids,
+            image,
+            row,
+            columns,
+            upper,
+            step,
+            down,
+            classes,
+            inverse_temperature,
+            SHARED,
+            KIND,
+            CLASSES,
+        )
+        at = (image * out_height + row) * out_width + columns
+        tl.store(score + at, value, mask=inside)
+        tl.store(label + at, best.to(tl.int64), mask=inside)
 
 
 def confidence(
@@ -84,8 +80,6 @@ def confidence(
             score,
             label,
             *walk.size,
-            walk.bands,
-            walk.groups,
             walk.strips,
             inverse_temperature,
             KIND=kind,

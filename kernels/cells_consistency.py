@@ -18,7 +18,7 @@ from fastmt.kernels.cells import (
     walk_of,
 )
 from fastmt.kernels.columns import classes_of
-from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_row
+from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_rows
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
@@ -40,8 +40,6 @@ def cells_consistency_kernel(
     scratch,
     out_height,
     out_width,
-    bands,
-    groups,
     strips,
     span,
     inverse_temperature,
@@ -62,97 +60,66 @@ def cells_consistency_kernel(
     WIDE: tl.constexpr,
 ):
     classes = classes_of(TILES, WIDE)
-    image, group, columns = strip_of(strips, groups, BLOCK, WIDE)
+    image, band, columns = strip_of(strips, grid[0][0], BLOCK, WIDE)
     inside = columns < out_width
     before, after, t = neighbours(columns, grid[1])
-    first_column = tl.min(before, 0)
     data = student + image * grid[2][0]
-    row_size = CLASSES * span
-    to = scratch + tl.program_id(0).to(tl.int64) * (bands + 1) * row_size
     loss_sum = tl.zeros((BLOCK,), tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     score_sum = tl.zeros((BLOCK,), tl.float32)
     selected = tl.zeros((BLOCK,), tl.float32)
     valid_sum = tl.zeros((BLOCK,), tl.float32)
-    upper_sum = zeros(classes, columns)
-    for i in range(tl.minimum(bands, grid[0][0] - group * bands)):
-        band = group * bands + i
-        upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
-        teacher_upper, teacher_step = upper, step
-        if SHARED:
-            teacher_data = teachers[0] + image * grids[0][2][0]
-            teacher_upper, teacher_step = band_of(
-                teacher_data, band, grids[0], before, after, t, classes, CLASSES
-            )
-        lower_sum = zeros(classes, columns)
-        first = first_beyond(band, grid[0], out_height)
-        for j in range(first_beyond(band + 1, grid[0], out_height) - first):
-            row = first + j
-            _, _, down = neighbours(row, grid[0])
-            score, label, q = cells_teacher(
-                teachers,
-                grids,
-                image,
-                row,
-                columns,
-                teacher_upper,
-                teacher_step,
-                down,
-                classes,
-                inverse_temperature,
-                SHARED,
-                KIND,
-                CLASSES,
-            )
-            keep = inside & (map_row(valid, valid_strides, image, row, columns, inside) != 0)
-            factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
-            weight, passing = consistency_weight(
-                score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
-            )
-            weight_sum += weight
-            score_sum += tl.where(keep, score, 0.0)
-            selected += passing.to(tl.float32)
-            valid_sum += keep.to(tl.float32)
-            active = weight != 0.0
-            if any_of(active):
-                z = between(upper, step, down, classes, CLASSES)
-                value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
-                share = weight * CLASS_SHARE
-                loss_sum += tl.where(active, share * value, 0.0)
-                if GRADIENT:
-                    slope = weighted(slope, share * gradient_scale, active)
-                    upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
-                    lower_sum = add_scaled(lower_sum, down, slope)
-        if GRADIENT:
-            put_row(
-                to,
-                upper_sum,
-                before,
-                after,
-                t,
-                first_column,
-                span,
-                classes,
-                CLASSES,
-                WINDOW,
-                PRECISION,
-            )
-            to += row_size
-            upper_sum = lower_sum
-    if GRADIENT:
-        put_row(
-            to,
-            upper_sum,
-            before,
-            after,
-            t,
-            first_column,
-            span,
-            classes,
-            CLASSES,
-            WINDOW,
-            PRECISION,
+    upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
+    teacher_upper, teacher_step = upper, step
+    if SHARED:
+        teacher_data = teachers[0] + image * grids[0][2][0]
+        teacher_upper, teacher_step = band_of(
+            teacher_data, band, grids[0], before, after, t, classes, CLASSES
         )
+    upper_sum = zeros(classes, columns)
+    lower_sum = zeros(classes, columns)
+    first = first_beyond(band, grid[0], out_height)
+    for j in range(first_beyond(band + 1, grid[0], out_height) - first):
+        row = first + j
+        _, _, down = neighbours(row, grid[0])
+        score, label, q = cells_teacher(
+            teachers,
+            grids,
+            image,
+            row,
+            columns,
+            teacher_upper,
+            teacher_step,
+            down,
+            classes,
+            inverse_temperature,
+            SHARED,
+            KIND,
+            CLASSES,
+        )
+        keep = inside & (map_row(valid, valid_strides, image, row, columns, inside) != 0)
+        factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
+        weight, passing = consistency_weight(
+            score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
+        )
+        weight_sum += weight
+        score_sum += tl.where(keep, score, 0.0)
+        selected += passing.to(tl.float32)
+        valid_sum += keep.to(tl.float32)
+        active = weight != 0.0
+        if any_of(active):
+            z = between(upper, step, down, classes, CLASSES)
+            value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
+            share = weight * CLASS_SHARE
+            loss_sum += tl.where(active, share * value, 0.0)
+            if GRADIENT:
+                slope = weighted(slope, share * gradient_scale, active)
+                upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
+                lower_sum = add_scaled(lower_sum, down, slope)
+    if GRADIENT:
+        to = scratch + tl.program_id(0).to(tl.int64) * (2 * CLASSES * span)
+        sums = (upper_sum, lower_sum)
+        put_rows(to, sums, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
     put_sum(partials, 0, loss_sum)
     put_sum(partials, 1, weight_sum)
     put_sum(partials, 2, score_sum)
@@ -188,8 +155,6 @@ def consistency(
             partials,
             scratch,
             *size,
-            walk.bands,
-            walk.groups,
             walk.strips,
             walk.span,
             call.inverse_temperature,

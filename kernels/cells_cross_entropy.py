@@ -8,7 +8,7 @@ import triton.language as tl
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.cells import WINDOW, join, map_row, precision, strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
-from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_row
+from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_rows
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
@@ -31,8 +31,6 @@ def cells_cross_entropy_kernel(
     scratch,
     out_height,
     out_width,
-    bands,
-    groups,
     strips,
     span,
     ignore_index,
@@ -49,77 +47,46 @@ def cells_cross_entropy_kernel(
 ):
     classes = classes_of(TILES, WIDE)
     w, mean_weight = class_weights(class_weight, classes, CLASSES)
-    image, group, columns = strip_of(strips, groups, BLOCK, WIDE)
+    image, band, columns = strip_of(strips, grid[0][0], BLOCK, WIDE)
     inside = columns < out_width
     before, after, t = neighbours(columns, grid[1])
-    first_column = tl.min(before, 0)
     data = logits + image * grid[2][0]
-    row_size = CLASSES * span
-    to = scratch + tl.program_id(0).to(tl.int64) * (bands + 1) * row_size
     loss_sum = tl.zeros((BLOCK,), tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     valid_sum = tl.zeros((BLOCK,), tl.float32)
     wrong_sum = tl.zeros((BLOCK,), tl.float32)
     lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
+    upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
     upper_sum = zeros(classes, columns)
-    for i in range(tl.minimum(bands, grid[0][0] - group * bands)):
-        band = group * bands + i
-        upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
-        lower_sum = zeros(classes, columns)
-        first = first_beyond(band, grid[0], out_height)
-        for j in range(first_beyond(band + 1, grid[0], out_height) - first):
-            row = first + j
-            _, _, down = neighbours(row, grid[0])
-            given = map_row(labels, labels_strides, image, row, columns, inside).to(tl.int64)
-            factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
-            label, keep, wrong, weight, own_weight = label_weight(
-                given, inside, factor, ignore_index, class_weight, CLASSES
-            )
-            active = weight != 0.0
-            weight_sum += tl.where(active, weight * own_weight, 0.0)
-            valid_sum += keep.to(tl.float32)
-            wrong_sum += wrong.to(tl.float32)
-            lowest = tl.minimum(lowest, tl.where(wrong, given, 2**63 - 1))
-            if any_of(active):
-                z = between(upper, step, down, classes, CLASSES)
-                value, slope = label_loss(
-                    z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
-                )
-                loss_sum += tl.where(active, weight * value, 0.0)
-                if GRADIENT:
-                    slope = weighted(slope, weight * gradient_scale, active)
-                    upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
-                    lower_sum = add_scaled(lower_sum, down, slope)
-        if GRADIENT:
-            put_row(
-                to,
-                upper_sum,
-                before,
-                after,
-                t,
-                first_column,
-                span,
-                classes,
-                CLASSES,
-                WINDOW,
-                PRECISION,
-            )
-            to += row_size
-            upper_sum = lower_sum
-    if GRADIENT:
-        put_row(
-            to,
-            upper_sum,
-            before,
-            after,
-            t,
-            first_column,
-            span,
-            classes,
-            CLASSES,
-            WINDOW,
-            PRECISION,
+    lower_sum = zeros(classes, columns)
+    first = first_beyond(band, grid[0], out_height)
+    for j in range(first_beyond(band + 1, grid[0], out_height) - first):
+        row = first + j
+        _, _, down = neighbours(row, grid[0])
+        given = map_row(labels, labels_strides, image, row, columns, inside).to(tl.int64)
+        factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
+        label, keep, wrong, weight, own_weight = label_weight(
+            given, inside, factor, ignore_index, class_weight, CLASSES
         )
+        active = weight != 0.0
+        weight_sum += tl.where(active, weight * own_weight, 0.0)
+        valid_sum += keep.to(tl.float32)
+        wrong_sum += wrong.to(tl.float32)
+        lowest = tl.minimum(lowest, tl.where(wrong, given, 2**63 - 1))
+        if any_of(active):
+            z = between(upper, step, down, classes, CLASSES)
+            value, slope = label_loss(
+                z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+            )
+            loss_sum += tl.where(active, weight * value, 0.0)
+            if GRADIENT:
+                slope = weighted(slope, weight * gradient_scale, active)
+                upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
+                lower_sum = add_scaled(lower_sum, down, slope)
+    if GRADIENT:
+        to = scratch + tl.program_id(0).to(tl.int64) * (2 * CLASSES * span)
+        sums = (upper_sum, lower_sum)
+        put_rows(to, sums, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
     put_sum(partials, 0, loss_sum)
     put_sum(partials, 1, weight_sum)
     put_sum(partials, 2, valid_sum)
@@ -151,8 +118,6 @@ def cross_entropy(
             wrong_labels,
             scratch,
             *size,
-            walk.bands,
-            walk.groups,
             walk.strips,
             walk.span,
             call.ignore_index,

@@ -71,6 +71,7 @@ def row_of(image, row, strides, before, after, t, classes, CLASSES: tl.constexpr
 def band_of(image, row, grid, before, after, t, classes, CLASSES: tl.constexpr):
     """The rows `row` and the next at the output columns of a block: the first, and the step."""
     upper = row_of(image, row, grid[2], before, after, t, classes, CLASSES)
+    tl.debug_barrier()  # or the compiler holds the corners of both rows at once, which spills
     below = tl.minimum(row + 1, grid[0][0] - 1)
     lower = row_of(image, below, grid[2], before, after, t, classes, CLASSES)
     step = ()
@@ -100,29 +101,31 @@ def add_scaled(sums, factor, column):
 
 
 @triton.jit
-def put_row(
+def put_rows(
     scratch,
-    sums,
+    rows,
     before,
     after,
     t,
-    first,
     span,
     classes,
     CLASSES: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The transposed interpolation of a row: gradients at output columns to low-resolution ones.
+    """The transposed interpolation of rows: gradients at output columns to low-resolution ones.
 
-    scratch: (C, span) floats of this block, for the low-resolution columns from `first` on.
+    scratch: (rows, C, span) of this program, from the first low-resolution column it touches on.
     """
+    first = tl.min(before, 0)
     for begin in range(0, span, WINDOW):
         lanes = begin + tl.arange(0, WINDOW)
         column = (first + lanes)[None, :]
         share = tl.where(before[:, None] == column, 1.0 - t[:, None], 0.0)
         share += tl.where(after[:, None] == column, t[:, None], 0.0)
-        for i in tl.static_range(len(classes)):
-            part = tl.dot(sums[i], share, input_precision=PRECISION)
-            mask = (classes[i] < CLASSES) & (lanes < span)[None, :]
-            tl.store(scratch + classes[i] * span + lanes[None, :], part, mask=mask)
+        for r in tl.static_range(len(rows)):
+            to = scratch + r * CLASSES * span
+            for i in tl.static_range(len(classes)):
+                part = tl.dot(rows[r][i], share, input_precision=PRECISION)
+                mask = (classes[i] < CLASSES) & (lanes < span)[None, :]
+                tl.store(to + classes[i] * span + lanes[None, :], part, mask=mask)
