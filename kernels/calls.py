@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from fastmt.kernels.sums import GradientScale
+from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
 from torch import Tensor
 
 KINDS = ("max_prob", "entropy", "margin")
@@ -59,6 +59,7 @@ class ConsistencyCall:
                 "WEIGHT": WEIGHTS[weight],
                 "STRICT": bool(strict),
                 "BY_LABEL": threshold.numel() > 1,
+                "SUM_WEIGHTS": NORMALIZATIONS[normalize] == "weight",
             },
         )
 

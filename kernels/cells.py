@@ -20,7 +20,6 @@ from fastmt.kernels.views import NARROW, device_of
 from torch import Tensor
 from triton.runtime import driver
 
-MAX_CLASSES = 256  # that fit in registers with the gradients of two rows
 ROWS = 6  # columns of a band: two of the student, two of the teacher, two of the gradient
 WINDOW = 16  # low-resolution columns that a matrix product makes at once
 JOINED = 1024  # low-resolution gradients of one program

@@ -50,6 +50,7 @@ def cells_consistency_kernel(
     WEIGHT: tl.constexpr,
     STRICT: tl.constexpr,
     BY_LABEL: tl.constexpr,
+    SUM_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     SHARED: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -79,7 +80,8 @@ def cells_consistency_kernel(
     upper_sum = zeros(classes, columns)
     lower_sum = zeros(classes, columns)
     first = first_beyond(band, grid[0], out_height)
-    for j in range(first_beyond(band + 1, grid[0], out_height) - first):
+    rows = first_beyond(band + 1, grid[0], out_height) - first
+    for j in range(rows):
         row = first + j
         _, _, down = neighbours(row, grid[0])
         score, label, q = cells_teacher(
@@ -102,10 +104,12 @@ def cells_consistency_kernel(
         weight, passing = consistency_weight(
             score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
         )
-        weight_sum += weight
+        if SUM_WEIGHTS:
+            weight_sum += weight
         score_sum += tl.where(keep, score, 0.0)
         selected += passing.to(tl.float32)
-        valid_sum += keep.to(tl.float32)
+        if valid is not None:
+            valid_sum += keep.to(tl.float32)
         active = weight != 0.0
         if any_of(active):
             z = between(upper, step, down, classes, CLASSES)
@@ -124,7 +128,7 @@ def cells_consistency_kernel(
     put_sum(partials, 1, weight_sum)
     put_sum(partials, 2, score_sum)
     put_sum(partials, 3, selected)
-    put_sum(partials, 4, valid_sum)
+    put_sum(partials, 4, inside.to(tl.float32) * rows if valid is None else valid_sum)
 
 
 def consistency(

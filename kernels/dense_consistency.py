@@ -33,6 +33,7 @@ def consistency_kernel(
     WEIGHT: tl.constexpr,
     STRICT: tl.constexpr,
     BY_LABEL: tl.constexpr,
+    SUM_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     CLASSES: tl.constexpr,
     TILES: tl.constexpr,
@@ -63,7 +64,7 @@ def consistency_kernel(
     weight, passing = consistency_weight(
         score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
     )
-    put_sum(partials, 1, weight)
+    put_sum(partials, 1, weight if SUM_WEIGHTS else tl.zeros_like(weight))
     put_sum(partials, 2, tl.where(keep, score, 0.0))
     put_sum(partials, 3, passing.to(tl.float32))
     put_sum(partials, 4, keep.to(tl.float32))

@@ -95,7 +95,7 @@ def ema_kernel(
                 at = first + offset + lanes
                 average(teacher, student, teacher_kind, student_kind, at, None, decay, True)
         else:
-            for offset in range(0, tl.minimum(CHUNK, length - first), BLOCK):
+            for offset in range(0, tl.minimum(CHUNK, length - first).to(tl.int32), BLOCK):
                 at = first + offset + lanes
                 mask = at < length
                 average(teacher, student, teacher_kind, student_kind, at, mask, decay, False)
@@ -126,7 +126,7 @@ def ema_update_(table: Tensor, starts: Tensor, decay: Tensor) -> None:
 @functools.cache
 def programs_on(device: torch.device) -> int:
     """Enough programs of eight warps to fill every multiprocessor."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return 1
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
 
