@@ -71,12 +71,12 @@ def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> li
 
 
 def upsampling_obstacle(logits: Sequence[Tensor], size: Sequence[int] | None) -> str | None:
-    """Up-sampling inside the kernels is bilinear, and on a GPU of as many classes as registers hold."""
+    """Up-sampling inside the kernels is bilinear, and on a GPU of classes that registers hold."""
     if upsampled_inside(logits, size) is None:
         return None
     if logits[0].ndim != 4:
         return f"up-sampling {logits[0].ndim - 2}-D logits is done by the reference"
     classes = logits[0].shape[1]
     if logits[0].is_cuda and classes > MOST_UPSAMPLED:
-        return f"on a GPU {classes} classes, more than {MOST_UPSAMPLED}, are up-sampled by the reference"
+        return f"on a GPU more than {MOST_UPSAMPLED} classes are up-sampled by the reference"
     return None

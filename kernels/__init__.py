@@ -7,7 +7,6 @@ interpreter (TRITON_INTERPRET=1) the same kernels run on CPU tensors.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -88,31 +87,28 @@ def cross_entropy(
     label_smoothing: float,
     align_corners: bool,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """(loss, scale, gradient, wrong labels, the lowest of them).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scale, gradient, labels out of range, the lowest of them).
 
-    d loss / d logits is scale * gradient. A label out of range makes both NaN; they are counted
-    (and the device waited for) on CPU tensors and where FASTMT_CHECK=1, else reported as 0.
+    d loss / d logits is scale * gradient; a label out of range makes both NaN.
     """
     pixels, (ignore_index, normalize) = labels.numel(), options
     gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
     if pixels == 0:
-        zero, scale = (logits.new_zeros((), dtype=torch.float32) for _ in range(2))
-        return zero, scale, gradient, 0, 0
+        loss, scale = (logits.new_zeros((), dtype=torch.float32) for _ in range(2))
+        wrong, wrong_label = (logits.new_zeros((), dtype=torch.int64) for _ in range(2))
+        return loss, scale, gradient, wrong, wrong_label
     scale = GradientScale(logits, pixels, normalize == 0)
     call = CrossEntropyCall(
         labels, pixel_weight, class_weight, ignore_index, label_smoothing, scale
     )
     filled = gradient if wants_gradient else None
     if labels.shape[1:] == logits.shape[2:]:
-        partials, wrong_labels = dense_cross_entropy.cross_entropy(call, logits, filled)
+        partials = dense_cross_entropy.cross_entropy(call, logits, filled)
     else:
-        partials, wrong_labels = cells_cross_entropy.cross_entropy(
-            call, logits, align_corners, filled
-        )
+        partials = cells_cross_entropy.cross_entropy(call, logits, align_corners, filled)
     denominator = ("all", "valid", "weight")[normalize]
-    loss, outside = sums.cross_entropy_total(partials, scale, pixels, denominator)
-    wrong, label = 0, 0
-    if logits.device.type == "cpu" or os.environ.get("FASTMT_CHECK") == "1":
-        wrong, label = int(partials[3].sum()), int(wrong_labels.min())
-    return loss, outside, gradient, wrong, label
+    loss, outside, wrong, wrong_label = sums.cross_entropy_total(
+        *partials, scale, pixels, denominator
+    )
+    return loss, outside, gradient, wrong, wrong_label

@@ -48,16 +48,36 @@ def add_up(partials, begin, end, programs, COUNT, ROWS: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
+def lowest_of(values, begin, end, BLOCK: tl.constexpr):
+    """The lowest of values [begin, end)."""
+    lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
+    for first in range(begin, end, BLOCK):
+        lanes = first + tl.arange(0, BLOCK)
+        value = tl.load(values + lanes, mask=lanes < end, other=2**63 - 1)
+        lowest = tl.minimum(lowest, value)
+    return tl.min(lowest, 0)
+
+
+@triton.jit
 def fold_kernel(
-    partials, programs, folded, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    partials,
+    labels,
+    programs,
+    folded,
+    folded_labels,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Partial sums of BLOCK programs each, in float64."""
+    """Partial sums of BLOCK programs each, in float64, and the lowest of their labels, if any."""
     begin = tl.program_id(0) * BLOCK
     end = tl.minimum(begin + BLOCK, programs)
     totals = add_up(partials, begin, end, programs, COUNT, ROWS, BLOCK)
     rows = tl.arange(0, ROWS)
     at = folded + rows * tl.num_programs(0) + tl.program_id(0)
     tl.store(at, totals, mask=rows < COUNT)
+    if labels is not None:
+        tl.store(folded_labels + tl.program_id(0), lowest_of(labels, begin, end, BLOCK))
 
 
 @triton.jit
@@ -113,9 +133,12 @@ def consistency_total_kernel(
 @triton.jit
 def cross_entropy_total_kernel(
     partials,
+    wrong_labels,
     programs,
     loss,
     scale,
+    wrong,
+    wrong_label,
     pixels,
     inside,
     NORMALIZE: tl.constexpr,
@@ -125,7 +148,8 @@ def cross_entropy_total_kernel(
 ):
     """From (loss, weight, valid, wrong) of each program, the scalars of the call.
 
-    A label out of range makes loss and gradient NaN.
+    A label out of range makes loss and gradient NaN. `wrong` such labels came, the lowest of them
+    is `wrong_label`.
     """
     totals = add_up(partials, 0, programs, programs, 4, ROWS, BLOCK)
     valid = pick(totals, 2, ROWS)
@@ -143,18 +167,22 @@ def cross_entropy_total_kernel(
         outside = outside * 0 + 1
     tl.store(loss, value.to(tl.float32))
     tl.store(scale, (outside * poison).to(tl.float32))
+    tl.store(wrong, count.to(tl.int64))
+    tl.store(wrong_label, lowest_of(wrong_labels, 0, programs, BLOCK))
 
 
-def folded(partials: Tensor) -> Tensor:
-    """Partial sums of few enough programs for one of them to add up."""
+def folded(partials: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Partial sums, and lowest labels, of few enough programs for one of them to add up."""
     count, programs = partials.shape
     if programs <= FEW:
-        return partials
-    fewer = partials.new_empty((count, triton.cdiv(programs, BLOCK)), dtype=torch.float64)
-    fold_kernel[(fewer.shape[1],)](
-        partials, programs, fewer, COUNT=count, ROWS=ROWS, BLOCK=BLOCK, num_warps=8
+        return partials, labels
+    fewer = triton.cdiv(programs, BLOCK)
+    sums = partials.new_empty((count, fewer), dtype=torch.float64)
+    lowest = None if labels is None else labels.new_empty(fewer)
+    fold_kernel[(fewer,)](
+        partials, labels, programs, sums, lowest, COUNT=count, ROWS=ROWS, BLOCK=BLOCK, num_warps=8
     )
-    return fewer
+    return sums, lowest
 
 
 def consistency_total(
@@ -163,7 +191,7 @@ def consistency_total(
     """(loss, selected, mean_score, scale) on the device."""
     results = scalars(partials, 4)
     with device_of(partials):
-        partials = folded(partials)
+        partials, _ = folded(partials)
         consistency_total_kernel[(1,)](
             partials,
             partials.shape[1],
@@ -181,14 +209,15 @@ def consistency_total(
 
 
 def cross_entropy_total(
-    partials: Tensor, scale: GradientScale, pixels: int, normalize: str
+    partials: Tensor, wrong_labels: Tensor, scale: GradientScale, pixels: int, normalize: str
 ) -> list[Tensor]:
-    """(loss, scale) on the device."""
-    results = scalars(partials, 2)
+    """(loss, scale, labels out of range, the lowest of them) on the device."""
+    results = [*scalars(partials, 2), *(wrong_labels.new_empty(()) for _ in range(2))]
     with device_of(partials):
-        partials = folded(partials)
+        partials, wrong_labels = folded(partials, wrong_labels)
         cross_entropy_total_kernel[(1,)](
             partials,
+            wrong_labels,
             partials.shape[1],
             *results,
             float(pixels),
