@@ -117,11 +117,9 @@ def add_member(q, y, inverse_temperature, share):
     """q + share * softmax(y / T) of one member of an ensemble; q is () before the first."""
     powers, total = exponentials(y, largest(y), inverse_temperature)
     member = scaled(powers, share / total)
-    if len(q) == 0:
-        return member
     tiles = ()
     for i in tl.static_range(len(y)):
-        tiles = tiles + (q[i] + member[i],)
+        tiles = tiles + (member[i] if len(q) == 0 else q[i] + member[i],)
     return tiles
 
 
