@@ -79,7 +79,7 @@ def ema_kernel(
 ):
     """teacher <- decay * teacher + (1 - decay) * student, chunk by chunk."""
     decay = tl.load(decay).to(tl.float64)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), 4)  # one layout in registers for every dtype
     for chunk in range(tl.program_id(0), tl.load(starts + rows), tl.num_programs(0)):
         row = row_of(chunk, starts, rows, LOOKUP)
         entry = table + row.to(tl.int64) * COLUMNS
