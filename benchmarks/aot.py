@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from fastmt.kernels.calls import KINDS, LOSSES
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastmt import kernels
+from fastmt.kernels.calls import KINDS, LOSSES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 import triton
+from torch import Tensor
+
 from fastmt.kernels import (
     cells_confidence,
     cells_consistency,
@@ -23,7 +25,6 @@ from fastmt.kernels import (
 from fastmt.kernels.calls import KINDS, WEIGHTS, ConsistencyCall, CrossEntropyCall
 from fastmt.kernels.ema import ema_update_, scale_, scale_kernel
 from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
-from torch import Tensor
 
 __all__ = ["consistency_loss", "cross_entropy", "ema_update_", "scale_", "softmax_confidence"]
 

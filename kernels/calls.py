@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
 from torch import Tensor
+
+from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
 
 KINDS = ("max_prob", "entropy", "margin")
 LOSSES = ("mse", "kl", "soft_ce", "ce", "bce", "js")

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
 from fastmt.kernels.columns import MAX_FLOATS, tiles_of
 from fastmt.kernels.grid import Axis, first_beyond, grid_of, neighbours
 from fastmt.kernels.views import NARROW, device_of
-from torch import Tensor
-from triton.runtime import driver
 
 ROWS = 6  # columns of a band: two of the student, two of the teacher, two of the gradient
 WINDOW = 16  # low-resolution columns that a matrix product makes at once

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmt.kernels.cells import strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
 from fastmt.kernels.grid import band_of, first_beyond, neighbours
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
-from torch import Tensor
 
 
 @triton.jit

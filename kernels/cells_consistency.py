@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmt.kernels import pixel
 from fastmt.kernels.calls import ConsistencyCall
 from fastmt.kernels.cells import (
@@ -22,7 +24,6 @@ from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neig
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
-from torch import Tensor
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.cells import WINDOW, join, map_row, precision, strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
@@ -12,7 +14,6 @@ from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neig
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
-from torch import Tensor
 
 ROWS = 4  # columns of a band: two of the logits, two of the gradient
 

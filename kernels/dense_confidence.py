@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, device_of, pixels_at, place_of
-from torch import Tensor
 
 
 @triton.jit

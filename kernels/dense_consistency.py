@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmt.kernels import pixel
 from fastmt.kernels.calls import ConsistencyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, device_of, map_at, pixels_at, place_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
-from torch import Tensor
 
 
 @triton.jit

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.views import describe, device_of, map_at, pixels_at, place_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
-from torch import Tensor
 
 
 @triton.jit

@@ -7,8 +7,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from fastmt.kernels.views import device_of
 from torch import Tensor
+
+from fastmt.kernels.views import device_of
 
 CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema.py
 BLOCK = 2048

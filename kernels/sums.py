@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastmt.kernels.views import device_of
 from torch import Tensor
+
+from fastmt.kernels.views import device_of
 
 ROWS = 8  # of partial sums that are added up at once
 NORMALIZATIONS = ("all", "valid", "selected", "weight")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import small
 import torch
-from fastmt.kernels import cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import DTYPES, laid_out, random_logits, threshold_near
@@ -21,6 +20,7 @@ from tolerances import TOLERANCES
 import fastmt
 from fastmt.confidence import KINDS
 from fastmt.consistency import LOSSES, NORMALIZATIONS, WEIGHTS
+from fastmt.kernels import cells
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

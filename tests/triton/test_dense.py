@@ -8,7 +8,6 @@ import pytest
 import small
 import test_consistency
 import torch
-from fastmt.kernels import sums, views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import (
@@ -30,6 +29,7 @@ from fastmt import kernels, reference
 from fastmt.confidence import KINDS
 from fastmt.consistency import CLASS_REDUCTIONS, LOSSES, NORMALIZATIONS, WEIGHTS
 from fastmt.cross_entropy import NORMALIZATIONS as CE_NORMALIZATIONS
+from fastmt.kernels import sums, views
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
