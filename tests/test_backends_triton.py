@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from operands import random_logits
 
 import fastmt
 from fastmt import backends
+from fastmt.confidence import upsampling_obstacle
 
 STUDENT, TEACHER = random_logits((2, 5, 6, 7), 1), random_logits((2, 5, 6, 7), 2)
 pytestmark = [
@@ -80,3 +82,12 @@ with fastmt.backend("triton"):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "backend='eager', reason='Triton is not installed: " in done.stdout
+
+
+def test_more_classes_than_registers_hold_are_a_stated_reason_on_a_gpu():
+    logits = SimpleNamespace(shape=(1, 300, 4, 4), ndim=4, is_cuda=True)
+    reason = "on a GPU more than 256 classes are up-sampled by the reference"
+    assert upsampling_obstacle([logits], (8, 8)) == reason
+    assert upsampling_obstacle([logits], (4, 4)) is None
+    logits.is_cuda = False
+    assert upsampling_obstacle([logits], (8, 8)) is None
