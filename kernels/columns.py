@@ -1,9 +1,9 @@
 """Blocks of pixels with all their classes in registers: how they are shared out, read and written.
 
 A block is as many consecutive pixels as let the columns of all networks stay in registers, so that
-each logit is read once. With one warp to a block, a thread reads 16 bytes of neighbouring pixels at
-a time, and a sum over the classes takes a few exchanges between threads, no shared memory and no
-barrier.
+each logit is read once. With one warp to a block, a thread reads a few neighbouring pixels at a
+time, and a sum over the classes takes few exchanges between threads or none, no shared memory and
+no barrier.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class Blocks(NamedTuple):
 def blocks_for(classes: int, itemsize: int, columns: float) -> Blocks:
     """The block for logits of `itemsize` bytes and an operation that holds `columns` at once.
 
-    A thread takes 16 bytes at a time, but at most 4 pixels where it holds two columns or more: what
-    it knows of each pixel besides its logits takes registers too.
+    A thread takes 16 bytes at a time, but at most 4 pixels (8 bytes in half precision) where it
+    holds two columns or more: then a thread has whole columns of 19 or 21 classes, with no padding
+    and no exchange, and the registers that 8 pixels' own values would take. A warp still asks for
+    256 bytes in a row.
     """
     most = int(MAX_FLOATS / columns)  # logits of one column in a thread
     sector = 32 // itemsize  # pixels that memory hands over at once
