@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmt import library
+from fastmt import library, triton_backend
 
 BACKENDS = ("auto", "eager", "triton", "cpp")
 MAX_CLASSES = 4096
@@ -115,14 +115,17 @@ def _resolve(
 ) -> Choice:
     if name == "eager":
         return Choice("eager", "eager was asked for")
-    if name == "triton":
-        return Choice("eager", f"no Triton kernel serves {operation}")
-    on_cuda = any(tensor.device.type == "cuda" for tensor in tensors)
-    reason = _cpp_obstacle(tensors) or obstacle
+    obstacle = _tensor_obstacle(tensors) or obstacle
+    on_cuda = any(tensor.is_cuda for tensor in tensors)
+    cpp = obstacle or _cpp_obstacle(tensors)
     if on_cuda:
-        reason = reason or cuda_obstacle(operation, len(tensors), upsampled)
-    if reason:
-        return Choice("eager", reason)
+        cpp = cpp or cuda_obstacle(operation, len(tensors), upsampled)
+    if name == "triton" or (name == "auto" and on_cuda and cpp):
+        reason = obstacle or triton_backend.obstacle(operation, tensors)
+        served = Choice("triton", "Triton kernels serve this call")
+        return Choice("eager", reason) if reason else served
+    if cpp:
+        return Choice("eager", cpp)
     if on_cuda:
         return Choice("cpp", "CUDA C++ kernels serve this call")
     return Choice("cpp", f"C++ kernels ({instruction_set()}) serve this call")
@@ -130,7 +133,18 @@ def _resolve(
 
 def operations(backend: str) -> Any:
     """What holds the operations of a backend, by the names and signatures of csrc/library.cpp."""
-    return torch.ops.fastmt
+    return triton_backend.operations() if backend == "triton" else torch.ops.fastmt
+
+
+def _tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"no kernel for tensor subclass {type(tensor).__name__}"
+        if tensor.device != tensors[0].device:
+            return f"tensors on different devices: {tensors[0].device} and {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "float64 is computed by the reference"
+    return None
 
 
 def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:
@@ -139,10 +153,6 @@ def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         if tensor.device.type not in ("cpu", "cuda"):
             return f"no kernel for device {tensor.device.type!r}"
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            return f"no kernel for tensor subclass {type(tensor).__name__}"
-        if tensor.dtype == torch.float64:
-            return "float64 is computed by the reference"
     return None
 
 

@@ -10,6 +10,7 @@ from fastmt import arguments, backends, reference
 from fastmt.reference import Confidence
 
 KINDS = ("max_prob", "entropy", "margin")
+MOST_UPSAMPLED = 256  # classes, on a GPU
 
 
 def softmax_confidence(
@@ -70,7 +71,12 @@ def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> li
 
 
 def upsampling_obstacle(logits: Sequence[Tensor], size: Sequence[int] | None) -> str | None:
-    """Up-sampling inside the kernels is bilinear."""
-    if upsampled_inside(logits, size) is not None and logits[0].ndim != 4:
+    """Up-sampling inside the kernels is bilinear, and on a GPU of classes that registers hold."""
+    if upsampled_inside(logits, size) is None:
+        return None
+    if logits[0].ndim != 4:
         return f"up-sampling {logits[0].ndim - 2}-D logits is done by the reference"
+    classes = logits[0].shape[1]
+    if logits[0].is_cuda and classes > MOST_UPSAMPLED:
+        return f"on a GPU more than {MOST_UPSAMPLED} classes are up-sampled by the reference"
     return None

@@ -44,7 +44,8 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; a label outside
-        0..C-1 is named, on a GPU only where FASTMT_CHECK=1 is set, since that waits for the device.
+        0..C-1 is named, on a GPU only where FASTMT_CHECK=1 is set, since that waits for the device;
+        else it makes loss and gradient NaN there.
     """
     arguments.check_logits("logits", logits)
     classes, device = logits.shape[1], logits.device

@@ -1,0 +1,266 @@
+"""Compiles the Triton kernels ahead of time, with no GPU, and reports what became of them.
+
+    python -m benchmarks.aot                                  # all of it, minutes
+    python -m benchmarks.aot --targets sm_90 --classes 19     # renews these rows only
+
+The entry points of fastmt.kernels run on meta tensors, and every launch becomes a compilation: what
+is compiled is what such a call compiles on a GPU. Writes benchmarks/results/aot.md and aot.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastmt import kernels
+from fastmt.kernels.calls import KINDS, LOSSES
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CLASSES = (19, 21, 81, 150)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RESULTS = Path(__file__).parent / "results"
+THOROUGH = "sm_90"  # where every option is compiled; elsewhere the first of each
+BATCH, LOW, HIGH = 8, 128, 1024
+
+
+class Launch(NamedTuple):
+    """One launch of a call, and its compiled kernel."""
+
+    kernel: str
+    compiled: Any
+
+
+class _AbsentDevice:
+    """The driver of a device that is not there; it can be compiled for."""
+
+    def __init__(self, target: GPUTarget, device: int) -> None:
+        self.target, self.device = target, device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(target: str) -> Iterator[list[Launch]]:
+    """Every launch in this context is compiled for `target` and appended to the list."""
+    launches: list[Launch] = []
+    run, active = triton.JITFunction.run, driver._active
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        made = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(Launch(self.__name__, made))
+
+    driver.set_active(_AbsentDevice(TARGETS[target], list(TARGETS).index(target)))
+    triton.JITFunction.run = compile_only
+    try:
+        yield launches
+    finally:
+        triton.JITFunction.run, driver._active = run, active
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cases(classes: int, dtype: torch.dtype, every: bool) -> Iterator[tuple[str, Callable]]:
+    """(what is called, the call) for each operation and option, dense and up-sampled inside."""
+    for name, side, size in (("dense", HIGH, None), ("cells", LOW, [HIGH, HIGH])):
+        z = meta(BATCH, classes, side, side, dtype=dtype)
+        labels = meta(BATCH, HIGH, HIGH, dtype=torch.uint8)
+        for loss in LOSSES if every else LOSSES[:1]:
+            options = [LOSSES.index(loss), 0, 0, 0, 0, 0]
+            call = (z, [z], meta(1), None, None, options, 1.0, size, False, True)
+            yield f"{name} consistency {loss}", lambda call=call: kernels.consistency_loss(*call)
+        for kind in KINDS if every else KINDS[:1]:
+            call = ([z], KINDS.index(kind), 1.0, size, False)
+            yield f"{name} confidence {kind}", lambda call=call: kernels.softmax_confidence(*call)
+        for smoothing in (0.0, 0.1) if every else (0.0,):
+            call = (z, labels, None, None, [255, 1], smoothing, False, True)
+            label = f"{name} cross_entropy" + (" smoothed" if smoothing else "")
+            yield label, lambda call=call: kernels.cross_entropy(*call)
+
+
+def common_cases() -> Iterator[tuple[str, Callable]]:
+    """The calls that know nothing of classes."""
+    table, starts = meta(300, 5, dtype=torch.int64), meta(301, dtype=torch.int64)
+    decay = meta(dtype=torch.float64)
+    yield "ema_update_", lambda: kernels.ema_update_(table, starts, decay)
+    for name, dtype in DTYPES.items():
+        data = meta(BATCH, 19, HIGH, HIGH, dtype=dtype)
+        yield f"scale_ {name}", lambda data=data: kernels.scale_(data, meta(), meta())
+
+
+def figures(target: str, compiled: Any) -> dict[str, int]:
+    """Registers, bytes of stack (spills) and shared memory, and bytes of the usual access."""
+    asm = compiled.asm
+    found = _nvidia(asm) if TARGETS[target].backend == "cuda" else _amd(asm["amdgcn"])
+    metadata = compiled.metadata
+    return {**found, "shared": metadata.shared, "warps": metadata.num_warps}
+
+
+def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report)}
+    widths = {"b8": 1, "b16": 2, "b32": 4, "b64": 8}
+    pattern = r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.(b8|b16|b32|b64)\b"
+    accesses = [
+        (kind, int(count or 1) * widths[width])
+        for kind, count, width in re.findall(pattern, asm["ptx"])
+    ]
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        **_usual(accesses),
+    }
+
+
+def _amd(text: str) -> dict[str, int]:
+    def value(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+    widths = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4}
+    pattern = (
+        r"(?:global|buffer)_(load|store)_(ubyte|byte|ushort|short|dword)(?:_d16(?:_hi)?)?(?:x(\d))?"
+    )
+    accesses = [
+        ("ld" if kind == "load" else "st", widths[width] * int(count or 1))
+        for kind, width, count in re.findall(pattern, text)
+    ]
+    return {
+        "registers": value("vgpr_count"),
+        "stack": value("private_segment_fixed_size"),
+        **_usual(accesses),
+    }
+
+
+def _usual(accesses: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """The width in bytes that moves most of the data, of loads and of stores."""
+    moved: dict[str, Counter] = {"ld": Counter(), "st": Counter()}
+    for kind, width in accesses:
+        moved[kind][width] += width
+    return {
+        name: max(counts, key=lambda width: (counts[width], width), default=0)
+        for name, counts in (("load", moved["ld"]), ("store", moved["st"]))
+    }
+
+
+def measured(
+    target: str,
+    classes: Sequence[int],
+    dtypes: Sequence[str],
+    wanted: Callable[[str], bool] = lambda call: True,
+) -> list[dict[str, Any]]:
+    """One row for each kernel that the wanted calls launch, but those that only add up sums."""
+    rows = []
+    calls = [("any", "any", case) for case in common_cases()]
+    calls += [
+        (c, name, case)
+        for c in classes
+        for name in dtypes
+        for case in cases(c, DTYPES[name], target == THOROUGH)
+    ]
+    with compiling(target) as launches:
+        for c, name, (label, call) in calls:
+            if not wanted(label):
+                continue
+            launches.clear()
+            call()
+            for kernel, compiled in launches:
+                if not kernel.endswith("total_kernel") and kernel != "fold_kernel":
+                    rows.append(
+                        {
+                            "target": target,
+                            "call": label,
+                            "classes": c,
+                            "dtype": name,
+                            "kernel": kernel,
+                            **figures(target, compiled),
+                        }
+                    )
+    return rows
+
+
+def key_of(row: dict[str, Any]) -> tuple:
+    return tuple(row[name] for name in ("target", "call", "classes", "dtype", "kernel"))
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Old rows with those that were compiled anew in their place, in a fixed order."""
+    rows = {key_of(row): row for row in (*old, *new)}
+    return sorted(rows.values(), key=lambda row: tuple(map(str, key_of(row))))
+
+
+COLUMNS = ("registers", "stack", "shared", "warps", "load", "store")
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "# What the compilers make of the Triton kernels",
+        "",
+        f"Made by `python -m benchmarks.aot` with Triton {results['triton']}, on no GPU. The calls",
+        f"are of {BATCH} images of {HIGH}x{HIGH}, from {LOW}x{LOW} where they are up-sampled",
+        "inside (cells). Registers are of a thread; stack (what is spilled) and shared memory are",
+        "bytes; load and store are the bytes of the access that moves most of the data.",
+    ]
+    for target in TARGETS:
+        rows = [row for row in results["rows"] if row["target"] == target]
+        if not rows:
+            continue
+        names = ("call", "classes", "dtype", "kernel", *COLUMNS)
+        lines += ["", f"## {target}", "", "| " + " | ".join(names) + " |"]
+        lines += ["|" + "---|" * 4 + "---:|" * len(COLUMNS)]
+        lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of aot.md and aot.json")
+    options = parser.parse_args(arguments)
+    file = options.out / "aot.json"
+    results = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    if results.get("triton") != triton.__version__:
+        results = {"triton": triton.__version__, "rows": []}
+    for target in options.targets:
+        new = measured(target, options.classes, options.dtypes)
+        results["rows"] = merged(results["rows"], new)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "aot.md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

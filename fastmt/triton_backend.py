@@ -1,0 +1,81 @@
+"""Whether the Triton kernels can serve a call, and why not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import shutil
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmt import library
+
+_MOST_DIMENSIONS = 5  # (N, C, *spatial) that the kernels walk
+
+
+def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
+    """Why no Triton kernel serves a call on these tensors, if none does."""
+    if reason := missing():
+        return reason
+    for tensor in tensors:
+        if not tensor.is_cuda and tensor.device.type != "cpu":
+            return f"no kernel for device {tensor.device.type!r}"
+        if reason := launch_obstacle(tensor.device):
+            return reason
+        if tensor.ndim > _MOST_DIMENSIONS and operation != "ema_update_":
+            return f"{tensor.ndim - 2}-D images are computed by the reference"
+    return None
+
+
+def operations() -> Any:
+    """What holds the operations: the kernels' own module, or in a traced graph nodes of it."""
+    return _nodes() if torch.compiler.is_compiling() else kernels()
+
+
+@library.constant_while_tracing
+def missing() -> str | None:
+    """Import the kernels once; None when they are there, else the reason why not."""
+    return _import()
+
+
+@functools.cache
+def _import() -> str | None:
+    try:
+        kernels()
+    except ImportError as error:
+        return f"Triton is not installed: {error}"
+    return None
+
+
+def kernels() -> ModuleType:
+    return importlib.import_module("fastmt.kernels")
+
+
+@library.constant_while_tracing
+def _nodes() -> Any:
+    return _defined()
+
+
+@functools.cache
+def _defined() -> Any:
+    kernels().nodes = library.define("fastmt_triton", kernels())  # they end with what is returned
+    return torch.ops.fastmt_triton
+
+
+@functools.cache
+def launch_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot launch on a device, if it cannot."""
+    if kernels().INTERPRETED:
+        return None
+    if device.type == "cpu":
+        return "on CPU tensors Triton kernels run only with TRITON_INTERPRET=1 set from the start"
+    if not torch.version.hip and (found := torch.cuda.get_device_capability(device)) < (7, 0):
+        return f"compute capability {found[0]}.{found[1]} is below the 7.0 that Triton serves"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "Triton needs a C compiler to launch kernels: gcc or clang on PATH, or CC"
+    return None

@@ -1,0 +1,187 @@
+"""Up-sampling that never happens: how output pixels are shared out, and gradients put together.
+
+A program walks down a strip of output columns through a band, the output rows between two
+low-resolution ones. It holds these two rows at its columns, and the gradients of both, which go to
+a scratch at low resolution. A second kernel adds up what the programs left for each low-resolution
+pixel in a fixed order: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from fastmt.kernels.columns import MAX_FLOATS, tiles_of
+from fastmt.kernels.grid import Axis, first_beyond, grid_of, neighbours
+from fastmt.kernels.views import NARROW, device_of
+
+ROWS = 6  # columns of a band: two of the student, two of the teacher, two of the gradient
+WINDOW = 16  # low-resolution columns that a matrix product makes at once
+JOINED = 1024  # low-resolution gradients of one program
+
+
+class Strips(NamedTuple):
+    """Pixels across a strip, threads / 32 on it, and heights of the tiles of its columns."""
+
+    pixels: int
+    warps: int
+    tiles: tuple[int, ...]
+
+
+@functools.cache
+def strips_for(classes: int, columns: float) -> Strips:
+    """The strip for an operation that holds `columns` at once, at least 16 pixels wide."""
+    most = int(MAX_FLOATS / columns)
+    warps = 1
+    while classes * 16 > most * 32 * warps and warps < 8:
+        warps *= 2
+    pixels = 32 if classes * 32 <= most * 32 * warps else 16
+    return Strips(pixels, warps, tiles_of(classes, 32 * warps // pixels))
+
+
+class Walk(NamedTuple):
+    """Programs over (images, bands, strips) and the scratch that their gradients take."""
+
+    first: tuple[Axis, Axis, tuple[int, ...]]  # what the bands are made of, and gets the gradient
+    others: tuple[tuple[Axis, Axis, tuple[int, ...]], ...]
+    size: tuple[int, int]
+    images: int
+    bands: int
+    strips: int
+    span: int  # low-resolution columns that a strip touches
+
+    @property
+    def programs(self) -> int:
+        return self.images * self.bands * self.strips
+
+    def scratch(self, logits: Tensor) -> Tensor:
+        shape = (self.programs, 2, logits.shape[1], self.span)
+        return logits.new_empty(shape, dtype=torch.float32)
+
+    def wide(self, classes: int, *maps: Tensor | None) -> bool:
+        """Whether offsets within an image's row, or positions on an axis, need 64 bits."""
+        grids = (self.first, *self.others)
+        offsets = [classes * abs(s[1]) + axis[0] * abs(s[3]) for _, axis, s in grids]
+        offsets += [self.size[1] * abs(m.stride(2)) for m in maps if m is not None]
+        offsets += [
+            (out + 1) * axis[1] + axis[0] * axis[3]
+            for grid in grids
+            for axis, out in zip(grid[:2], self.size, strict=True)
+        ]
+        return max(offsets) >= NARROW
+
+
+def walk_of(
+    first: Tensor, others: list[Tensor], size: tuple[int, int], align_corners: bool, pixels: int
+) -> Walk:
+    height, width = first.shape[2:]
+    strips = triton.cdiv(size[1], pixels)
+    grid = grid_of(first, size, align_corners)
+    _, step, _, unit = grid[1]
+    span = min((pixels - 1) * step // unit + 3, width)
+    grids = tuple(grid_of(other, size, align_corners) for other in others)
+    return Walk(grid, grids, size, first.shape[0], height, strips, span)
+
+
+def precision() -> str:
+    """Of the products that share out gradients: tensor cores where they reach float32."""
+    if not isinstance(join_kernel, triton.JITFunction):
+        return "ieee"
+    target = driver.active.get_current_target()
+    return "tf32x3" if target.backend == "cuda" and target.arch >= 80 else "ieee"
+
+
+@triton.jit
+def strip_of(strips, bands, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """(image, band, output columns) of this program."""
+    program = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    columns = (program % strips) * BLOCK + (lanes.to(tl.int64) if WIDE else lanes)
+    row = program // strips
+    return (row // bands).to(tl.int64), row % bands, columns
+
+
+@triton.jit
+def map_row(data, strides, image, row, columns, inside):
+    """Values of an optional map (N, H, W) in an output row; 1 where there is no map."""
+    if data is None:
+        return tl.full(columns.shape, 1.0, tl.float32)
+    else:
+        at = data + image * strides[0] + row.to(tl.int64) * strides[1]
+        return tl.load(at + columns * strides[2], mask=inside, other=0)
+
+
+@triton.jit
+def join_kernel(
+    scratch,
+    gradient,
+    strides,
+    columns,
+    out_width,
+    height,
+    strips,
+    span,
+    spread,
+    CLASSES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The gradient of each low-resolution pixel: the parts of the strips and bands around it."""
+    width = columns[0]
+    in_row = tl.cdiv(CLASSES * width, BLOCK)
+    row = tl.program_id(0) // in_row
+    index = (tl.program_id(0) % in_row) * BLOCK + tl.arange(0, BLOCK)
+    image = (row // height).to(tl.int64)
+    y = row % height
+    inside = index < CLASSES * width
+    c = index // width
+    x = index % width
+    if WIDE:
+        x = x.to(tl.int64)
+    begin = first_beyond(x - 1, columns, out_width)
+    end = first_beyond(x + 1, columns, out_width)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(spread):
+        strip = begin // PIXELS + i
+        here = inside & (strip * PIXELS < end) & (end > begin)
+        first, _, _ = neighbours(strip * PIXELS, columns)
+        part = scratch + c * span + x - first
+        program = (image * height + y) * strips + strip
+        total += tl.load(part + 2 * program * (CLASSES * span), mask=here, other=0.0)
+        program -= strips  # of the band above, where this row is the lower one
+        at = part + (2 * program + 1) * (CLASSES * span)
+        total += tl.load(at, mask=here & (y > 0), other=0.0)
+    to = gradient + image * strides[0] + y.to(tl.int64) * strides[2]
+    to += c.to(tl.int64) * strides[1] + x * strides[3]
+    tl.store(to, total.to(gradient.dtype.element_ty), mask=inside)
+
+
+def join(walk: Walk, scratch: Tensor, gradient: Tensor, pixels: int, wide: bool) -> None:
+    """Fills the gradient (N, C, height, width) from the scratch of a walk."""
+    images, classes, height, width = gradient.shape
+    _, step, _, unit = walk.first[1]
+    touching = walk.size[1] if width == 1 else 5 * unit // (2 * step) + 2  # columns that touch one
+    spread = min((touching + pixels - 2) // pixels + 1, walk.strips)
+    with device_of(gradient):
+        join_kernel[(images * height * triton.cdiv(classes * width, JOINED),)](
+            scratch,
+            gradient,
+            gradient.stride(),
+            walk.first[1],
+            walk.size[1],
+            height,
+            walk.strips,
+            walk.span,
+            spread,
+            CLASSES=classes,
+            PIXELS=pixels,
+            BLOCK=JOINED,
+            WIDE=wide,
+        )

@@ -1,0 +1,140 @@
+"""cross_entropy with the up-sampling inside, and the gradient at low resolution."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels.calls import CrossEntropyCall
+from fastmt.kernels.cells import WINDOW, join, map_row, precision, strip_of, strips_for, walk_of
+from fastmt.kernels.columns import classes_of
+from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_rows
+from fastmt.kernels.labels import class_weights, label_loss, label_weight
+from fastmt.kernels.views import device_of
+from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
+
+ROWS = 4  # columns of a band: two of the logits, two of the gradient
+
+
+@triton.jit
+def cells_cross_entropy_kernel(
+    logits,
+    grid,
+    labels,
+    labels_strides,
+    pixel_weight,
+    pixel_weight_strides,
+    class_weight,
+    partials,
+    wrong_labels,
+    scratch,
+    out_height,
+    out_width,
+    strips,
+    span,
+    ignore_index,
+    smoothing,
+    gradient_scale,
+    PLAIN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    classes = classes_of(TILES, WIDE)
+    w, mean_weight = class_weights(class_weight, classes, CLASSES)
+    image, band, columns = strip_of(strips, grid[0][0], BLOCK, WIDE)
+    inside = columns < out_width
+    before, after, t = neighbours(columns, grid[1])
+    data = logits + image * grid[2][0]
+    loss_sum = tl.zeros((BLOCK,), tl.float32)
+    weight_sum = tl.zeros((BLOCK,), tl.float32)
+    valid_sum = tl.zeros((BLOCK,), tl.float32)
+    wrong_sum = tl.zeros((BLOCK,), tl.float32)
+    lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
+    upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
+    upper_sum = zeros(classes, columns)
+    lower_sum = zeros(classes, columns)
+    first = first_beyond(band, grid[0], out_height)
+    for j in range(first_beyond(band + 1, grid[0], out_height) - first):
+        row = first + j
+        _, _, down = neighbours(row, grid[0])
+        given = map_row(labels, labels_strides, image, row, columns, inside).to(tl.int64)
+        factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
+        label, keep, wrong, weight, own_weight = label_weight(
+            given, inside, factor, ignore_index, class_weight, CLASSES
+        )
+        active = weight != 0.0
+        weight_sum += tl.where(active, weight * own_weight, 0.0)
+        valid_sum += keep.to(tl.float32)
+        wrong_sum += wrong.to(tl.float32)
+        lowest = tl.minimum(lowest, tl.where(wrong, given, 2**63 - 1))
+        if any_of(active):
+            z = between(upper, step, down, classes, CLASSES)
+            value, slope = label_loss(
+                z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+            )
+            loss_sum += tl.where(active, weight * value, 0.0)
+            if GRADIENT:
+                slope = weighted(slope, weight * gradient_scale, active)
+                upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
+                lower_sum = add_scaled(lower_sum, down, slope)
+    if GRADIENT:
+        to = scratch + tl.program_id(0).to(tl.int64) * (2 * CLASSES * span)
+        sums = (upper_sum, lower_sum)
+        put_rows(to, sums, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
+    put_sum(partials, 0, loss_sum)
+    put_sum(partials, 1, weight_sum)
+    put_sum(partials, 2, valid_sum)
+    put_sum(partials, 3, wrong_sum)
+    tl.store(wrong_labels + tl.program_id(0), tl.min(lowest, 0))
+
+
+def cross_entropy(
+    call: CrossEntropyCall, logits: Tensor, align_corners: bool, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
+    classes, size = logits.shape[1], tuple(call.labels.shape[1:])
+    block, warps, tiles = strips_for(classes, ROWS + (2 if call.plain else 3))
+    walk = walk_of(logits, [], size, align_corners, block)
+    wide = walk.wide(classes, call.labels, call.pixel_weight)
+    partials = logits.new_empty((4, walk.programs), dtype=torch.float32)
+    wrong_labels = logits.new_empty(walk.programs, dtype=torch.int64)
+    scratch = partials if gradient is None else walk.scratch(logits)
+    with device_of(logits):
+        cells_cross_entropy_kernel[(walk.programs,)](
+            logits,
+            walk.first,
+            call.labels,
+            call.labels.stride(),
+            call.pixel_weight,
+            None if call.pixel_weight is None else call.pixel_weight.stride(),
+            call.class_weight,
+            partials,
+            wrong_labels,
+            scratch,
+            *size,
+            walk.strips,
+            walk.span,
+            call.ignore_index,
+            call.smoothing,
+            call.scale.inside,
+            PLAIN=call.plain,
+            GRADIENT=gradient is not None,
+            CLASSES=classes,
+            TILES=tiles,
+            BLOCK=block,
+            WINDOW=WINDOW,
+            PRECISION=precision(),
+            WIDE=wide,
+            num_warps=warps,
+            num_stages=1,
+        )
+    if gradient is not None:
+        join(walk, scratch, gradient, block, wide)
+    return partials, wrong_labels

@@ -1,0 +1,103 @@
+"""Blocks of pixels with all their classes in registers: how they are shared out, read and written.
+
+A block is as many consecutive pixels as let the columns of all networks stay in registers, so that
+each logit is read once. With one warp to a block, a thread reads a few neighbouring pixels at a
+time, and a sum over the classes takes few exchanges between threads or none, no shared memory and
+no barrier.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+MAX_FLOATS = 176  # that a thread holds of all its columns; 255 registers is the most it has
+MAX_WARPS = 8
+
+
+class Blocks(NamedTuple):
+    """Pixels in a block, threads / 32 that work on it, and heights of the tiles of its columns."""
+
+    pixels: int
+    warps: int
+    tiles: tuple[int, ...]
+    vector: int  # neighbouring pixels in a thread
+
+
+@functools.cache
+def blocks_for(classes: int, itemsize: int, columns: float) -> Blocks:
+    """The block for logits of `itemsize` bytes and an operation that holds `columns` at once.
+
+    A thread takes 16 bytes at a time, but at most 4 pixels (8 bytes in half precision) where it
+    holds two columns or more: then a thread has whole columns of 19 or 21 classes, with no padding
+    and no exchange, and the registers that 8 pixels' own values would take. A warp still asks for
+    256 bytes in a row.
+    """
+    most = int(MAX_FLOATS / columns)  # logits of one column in a thread
+    sector = 32 // itemsize  # pixels that memory hands over at once
+    warps = 1
+    while classes * sector > most * 32 * warps and warps < MAX_WARPS:
+        warps *= 2
+    pixels = 256
+    while pixels > 1 and classes * pixels > most * 32 * warps:
+        pixels //= 2
+    vector = min(16 // itemsize, 4 if columns > 1 else 8, pixels)
+    rows_at_once = max(32 * warps * vector // pixels, 1)
+    return Blocks(pixels, warps, tiles_of(classes, rows_at_once), vector)
+
+
+def tiles_of(classes: int, rows_at_once: int, most: int = 3) -> tuple[int, ...]:
+    """Powers of two, highest first, that hold the classes; the padding is within the last one."""
+    left = -(-classes // rows_at_once) * rows_at_once
+    tiles: list[int] = []
+    while left > 0:
+        last = len(tiles) == most - 1
+        height = 1 << ((left - 1).bit_length() if last else left.bit_length() - 1)
+        tiles.append(height)
+        left -= height
+    return tuple(tiles)
+
+
+@triton.jit
+def lanes_of(BLOCK: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+    """The pixels of a block, (BLOCK,): VECTOR neighbours in a thread; 64-bit if WIDE."""
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
+    return lanes.to(tl.int64) if WIDE else lanes
+
+
+@triton.jit
+def classes_of(TILES: tl.constexpr, WIDE: tl.constexpr):
+    """Which class each row of each tile is, (rows, 1)."""
+    classes = ()
+    first = 0
+    for i in tl.static_range(len(TILES)):
+        rows = (tl.arange(0, TILES[i]) + first)[:, None]
+        classes = classes + (rows.to(tl.int64) if WIDE else rows,)
+        first += TILES[i]
+    return classes
+
+
+@triton.jit
+def load_column(pointers, class_stride, classes, inside, CLASSES: tl.constexpr):
+    """Logits in float32 from pointers to their class 0; -inf in the padding."""
+    column = ()
+    for i in tl.static_range(len(classes)):
+        mask = inside[None, :]
+        if i == len(classes) - 1:
+            mask = mask & (classes[i] < CLASSES)
+        at = pointers[None, :] + classes[i] * class_stride
+        column = column + (tl.load(at, mask=mask, other=float("-inf")).to(tl.float32),)
+    return column
+
+
+@triton.jit
+def store_column(pointers, class_stride, classes, column, inside, CLASSES: tl.constexpr):
+    for i in tl.static_range(len(classes)):
+        mask = inside[None, :]
+        if i == len(classes) - 1:
+            mask = mask & (classes[i] < CLASSES)
+        at = pointers[None, :] + classes[i] * class_stride
+        tl.store(at, column[i].to(pointers.dtype.element_ty), mask=mask)

@@ -1,0 +1,77 @@
+"""softmax_confidence of logits at output resolution. Mirrors reference.softmax_confidence."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels.columns import blocks_for, classes_of, lanes_of
+from fastmt.kernels.teachers import dense_teacher
+from fastmt.kernels.views import describe, device_of, pixels_at, place_of
+
+
+@triton.jit
+def confidence_kernel(
+    teachers,
+    score,
+    label,
+    sizes,
+    layouts,
+    inverse_temperature,
+    KIND: tl.constexpr,
+    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WHICH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    lanes = lanes_of(BLOCK, VECTOR, WIDE)
+    classes = classes_of(TILES, WIDE)
+    place = place_of(tl.program_id(0), sizes, BLOCK)
+    inside = place[3] + lanes < sizes[3]
+    value, best, _ = dense_teacher(
+        teachers,
+        layouts,
+        place,
+        lanes,
+        classes,
+        inside,
+        inverse_temperature,
+        WHICH,
+        0,
+        KIND,
+        CLASSES,
+    )
+    tl.store(pixels_at(score, layouts[WHICH[-2]], place, lanes), value, mask=inside)
+    at = pixels_at(label, layouts[WHICH[-1]], place, lanes)
+    tl.store(at, best.to(tl.int64), mask=inside)
+
+
+def confidence(
+    logits: list[Tensor], kind: str, inverse_temperature: float, score: Tensor, label: Tensor
+) -> None:
+    """Fills score (N, *spatial) float32 and label (N, *spatial) int64."""
+    classes = logits[0].shape[1]
+    columns = 1 if kind == "max_prob" and logits[0].itemsize == 2 and len(logits) == 1 else 2
+    block, warps, tiles, vector = blocks_for(classes, min(t.itemsize for t in logits), columns)
+    pixels = describe(logits, [score, label], block)
+    with device_of(score):
+        confidence_kernel[(pixels.blocks,)](
+            tuple(logits),
+            score,
+            label,
+            pixels.sizes,
+            pixels.layouts,
+            inverse_temperature,
+            KIND=kind,
+            CLASSES=classes,
+            TILES=tiles,
+            BLOCK=block,
+            VECTOR=vector,
+            WHICH=pixels.which,
+            WIDE=pixels.wide(classes, block),
+            num_warps=warps,
+            num_stages=1,
+        )

@@ -1,0 +1,124 @@
+"""consistency_loss of logits at output resolution, with the gradient: each logit is read once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels import pixel
+from fastmt.kernels.calls import ConsistencyCall
+from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
+from fastmt.kernels.teachers import dense_teacher
+from fastmt.kernels.views import describe, device_of, map_at, pixels_at, place_of
+from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
+
+
+@triton.jit
+def consistency_kernel(
+    student,
+    gradient,
+    teachers,
+    pixel_weight,
+    valid,
+    threshold,
+    partials,
+    sizes,
+    layouts,
+    inverse_temperature,
+    gradient_scale,
+    LOSS: tl.constexpr,
+    CLASS_SHARE: tl.constexpr,
+    KIND: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    STRICT: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    SUM_WEIGHTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WHICH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    lanes = lanes_of(BLOCK, VECTOR, WIDE)
+    classes = classes_of(TILES, WIDE)
+    place = place_of(tl.program_id(0), sizes, BLOCK)
+    inside = place[3] + lanes < sizes[3]
+    score, label, q = dense_teacher(
+        teachers,
+        layouts,
+        place,
+        lanes,
+        classes,
+        inside,
+        inverse_temperature,
+        WHICH,
+        2,
+        KIND,
+        CLASSES,
+    )
+    keep = inside & (map_at(valid, layouts[WHICH[-1]], place, lanes, inside) != 0)
+    factor = map_at(pixel_weight, layouts[WHICH[-2]], place, lanes, inside)
+    weight, passing = consistency_weight(
+        score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
+    )
+    put_sum(partials, 1, weight if SUM_WEIGHTS else tl.zeros_like(weight))
+    put_sum(partials, 2, tl.where(keep, score, 0.0))
+    put_sum(partials, 3, passing.to(tl.float32))
+    put_sum(partials, 4, keep.to(tl.float32))
+
+    active = weight != 0.0
+    loss = tl.zeros_like(weight)
+    gradient_at = pixels_at(gradient, layouts[WHICH[1]], place, lanes)
+    if any_of(active):
+        z_at = pixels_at(student, layouts[WHICH[0]], place, lanes)
+        z = load_column(z_at, layouts[WHICH[0]][0], classes, inside, CLASSES)
+        value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
+        share = weight * CLASS_SHARE
+        loss = tl.where(active, share * value, 0.0)
+        if GRADIENT:
+            tiles = weighted(slope, share * gradient_scale, active)
+            store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+    elif GRADIENT:
+        tiles = zeros(classes, lanes)
+        store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+    put_sum(partials, 0, loss)
+
+
+def consistency(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> Tensor:
+    """Fills the gradient and returns the partial sums (5, programs)."""
+    classes = student.shape[1]
+    itemsize = min(t.itemsize for t in (student, *call.teacher))
+    block, warps, tiles, vector = blocks_for(classes, itemsize, call.columns)
+    written = student if gradient is None else gradient
+    columns = [student, written, *call.teacher]
+    pixels = describe(columns, [call.pixel_weight, call.valid], block)
+    partials = student.new_empty((5, pixels.blocks), dtype=torch.float32)
+    with device_of(student):
+        consistency_kernel[(pixels.blocks,)](
+            student,
+            written,
+            tuple(call.teacher),
+            call.pixel_weight,
+            call.valid,
+            call.threshold,
+            partials,
+            pixels.sizes,
+            pixels.layouts,
+            call.inverse_temperature,
+            call.scale.inside,
+            **call.constants,
+            GRADIENT=gradient is not None,
+            CLASSES=classes,
+            TILES=tiles,
+            BLOCK=block,
+            VECTOR=vector,
+            WHICH=pixels.which,
+            WIDE=pixels.wide(classes, block),
+            num_warps=warps,
+            num_stages=1,
+        )
+    return partials

@@ -1,0 +1,110 @@
+"""cross_entropy of logits at output resolution, with the gradient: each logit is read once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels.calls import CrossEntropyCall
+from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
+from fastmt.kernels.labels import class_weights, label_loss, label_weight
+from fastmt.kernels.views import describe, device_of, map_at, pixels_at, place_of
+from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits,
+    gradient,
+    labels,
+    pixel_weight,
+    class_weight,
+    partials,
+    wrong_labels,
+    sizes,
+    layouts,
+    ignore_index,
+    smoothing,
+    gradient_scale,
+    PLAIN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WHICH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    lanes = lanes_of(BLOCK, VECTOR, WIDE)
+    classes = classes_of(TILES, WIDE)
+    w, mean_weight = class_weights(class_weight, classes, CLASSES)
+    place = place_of(tl.program_id(0), sizes, BLOCK)
+    inside = place[3] + lanes < sizes[3]
+    given = map_at(labels, layouts[WHICH[2]], place, lanes, inside).to(tl.int64)
+    factor = map_at(pixel_weight, layouts[WHICH[3]], place, lanes, inside)
+    label, keep, wrong, weight, own_weight = label_weight(
+        given, inside, factor, ignore_index, class_weight, CLASSES
+    )
+    active = weight != 0.0
+    put_sum(partials, 1, tl.where(active, weight * own_weight, 0.0))
+    put_sum(partials, 2, keep.to(tl.float32))
+    put_sum(partials, 3, wrong.to(tl.float32))
+    lowest = tl.min(tl.where(wrong, given, 2**63 - 1), 0)
+    tl.store(wrong_labels + tl.program_id(0), lowest)
+
+    loss = tl.zeros_like(weight)
+    gradient_at = pixels_at(gradient, layouts[WHICH[1]], place, lanes)
+    if any_of(active):
+        z_at = pixels_at(logits, layouts[WHICH[0]], place, lanes)
+        z = load_column(z_at, layouts[WHICH[0]][0], classes, inside, CLASSES)
+        value, slope = label_loss(
+            z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+        )
+        loss = tl.where(active, weight * value, 0.0)
+        if GRADIENT:
+            tiles = weighted(slope, weight * gradient_scale, active)
+            store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+    elif GRADIENT:
+        tiles = zeros(classes, lanes)
+        store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+    put_sum(partials, 0, loss)
+
+
+def cross_entropy(
+    call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
+    classes = logits.shape[1]
+    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2 if call.plain else 3)
+    written = logits if gradient is None else gradient
+    pixels = describe([logits, written], [call.labels, call.pixel_weight], block)
+    partials = logits.new_empty((4, pixels.blocks), dtype=torch.float32)
+    wrong_labels = logits.new_empty(pixels.blocks, dtype=torch.int64)
+    with device_of(logits):
+        cross_entropy_kernel[(pixels.blocks,)](
+            logits,
+            written,
+            call.labels,
+            call.pixel_weight,
+            call.class_weight,
+            partials,
+            wrong_labels,
+            pixels.sizes,
+            pixels.layouts,
+            call.ignore_index,
+            call.smoothing,
+            call.scale.inside,
+            PLAIN=call.plain,
+            GRADIENT=gradient is not None,
+            CLASSES=classes,
+            TILES=tiles,
+            BLOCK=block,
+            VECTOR=vector,
+            WHICH=pixels.which,
+            WIDE=pixels.wide(classes, block),
+            num_warps=warps,
+            num_stages=1,
+        )
+    return partials, wrong_labels

@@ -1,0 +1,153 @@
+"""The moving average of many tensors in one launch, from a table of their addresses."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels.views import device_of
+
+CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema.py
+BLOCK = 2048
+COLUMNS = 5  # of the table: teacher address, student address, length, teacher type, student type
+ALIGNMENT = tl.constexpr(16)  # bytes of one access
+
+
+@triton.jit
+def row_of(chunk, starts, rows, BLOCK: tl.constexpr):
+    """The row of the table that a chunk belongs to; starts[row] counts the chunks before it."""
+    row = 0
+    for first in range(0, rows, BLOCK):
+        lanes = first + tl.arange(0, BLOCK)
+        ends = tl.load(starts + 1 + lanes, mask=lanes < rows, other=2**62)
+        row += tl.sum((ends <= chunk).to(tl.int32), 0)
+    return row
+
+
+@triton.jit
+def pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """A typed pointer; a table cannot tell the compiler what its addresses are multiples of."""
+    typed = address.to(tl.pointer_type(dtype), bitcast=True)
+    return tl.multiple_of(typed, ALIGNMENT) if ALIGNED else typed
+
+
+@triton.jit
+def read(address, at, mask, kind, ALIGNED: tl.constexpr):
+    if kind == 0:
+        value = tl.load(pointer(address, tl.float32, ALIGNED) + at, mask=mask)
+    elif kind == 1:
+        value = tl.load(pointer(address, tl.bfloat16, ALIGNED) + at, mask=mask).to(tl.float32)
+    else:
+        value = tl.load(pointer(address, tl.float16, ALIGNED) + at, mask=mask).to(tl.float32)
+    return value
+
+
+@triton.jit
+def write(address, at, mask, kind, value, ALIGNED: tl.constexpr):
+    if kind == 0:
+        tl.store(pointer(address, tl.float32, ALIGNED) + at, value, mask=mask)
+    elif kind == 1:
+        tl.store(pointer(address, tl.bfloat16, ALIGNED) + at, value.to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(pointer(address, tl.float16, ALIGNED) + at, value.to(tl.float16), mask=mask)
+
+
+@triton.jit
+def average(teacher, student, teacher_kind, student_kind, at, mask, decay, ALIGNED: tl.constexpr):
+    """As torch.lerp from the nearer end, so that decay 1 keeps exactly; decay 0 is a copy."""
+    old = read(teacher, at, mask, teacher_kind, ALIGNED)
+    new = read(student, at, mask, student_kind, ALIGNED)
+    near_student = decay < 0.5
+    step = tl.where(near_student, decay, 1.0 - decay).to(tl.float32)
+    mixed = tl.where(near_student, new + step * (old - new), old + step * (new - old))
+    write(teacher, at, mask, teacher_kind, tl.where(decay == 0, new, mixed), ALIGNED)
+
+
+@triton.jit
+def ema_kernel(
+    table,
+    starts,
+    rows,
+    decay,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOKUP: tl.constexpr,
+):
+    """teacher <- decay * teacher + (1 - decay) * student, chunk by chunk."""
+    decay = tl.load(decay).to(tl.float64)
+    lanes = tl.max_contiguous(tl.arange(0, BLOCK), 4)  # one layout in registers for every dtype
+    for chunk in range(tl.program_id(0), tl.load(starts + rows), tl.num_programs(0)):
+        row = row_of(chunk, starts, rows, LOOKUP)
+        entry = table + row.to(tl.int64) * COLUMNS
+        teacher = tl.load(entry)
+        student = tl.load(entry + 1)
+        length = tl.load(entry + 2)
+        teacher_kind = tl.load(entry + 3)
+        student_kind = tl.load(entry + 4)
+        first = (chunk - tl.load(starts + row)) * CHUNK
+        aligned = (teacher % ALIGNMENT == 0) & (student % ALIGNMENT == 0)
+        if aligned & (first + CHUNK <= length):
+            for offset in range(0, CHUNK, BLOCK):
+                at = first + offset + lanes
+                average(teacher, student, teacher_kind, student_kind, at, None, decay, True)
+        else:
+            for offset in range(0, tl.minimum(CHUNK, length - first).to(tl.int32), BLOCK):
+                at = first + offset + lanes
+                mask = at < length
+                average(teacher, student, teacher_kind, student_kind, at, mask, decay, False)
+
+
+def ema_update_(table: Tensor, starts: Tensor, decay: Tensor) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student for each row of the table, in place.
+
+    The number of chunks is read on the device; the grid only has to fill it.
+    """
+    if len(table) == 0:
+        return
+    with device_of(table):
+        ema_kernel[(programs_on(table.device),)](
+            table,
+            starts,
+            len(table),
+            decay,
+            COLUMNS=COLUMNS,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            LOOKUP=1024,
+            num_warps=8,
+            num_stages=1,
+        )
+
+
+@functools.cache
+def programs_on(device: torch.device) -> int:
+    """Enough programs of eight warps to fill every multiprocessor."""
+    if device.type != "cuda":
+        return 1
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def scale_kernel(data, elements, scale, factor, BLOCK: tl.constexpr):
+    product = tl.load(scale) * tl.load(factor)
+    if product != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < elements
+        value = tl.load(data + at, mask=mask).to(tl.float32)
+        scaled = tl.where(product == 0, 0.0, value * product)  # nothing to learn, even from a NaN
+        tl.store(data + at, scaled.to(data.dtype.element_ty), mask=mask)
+
+
+def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
+    """data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32."""
+    elements = data.numel()
+    if elements:
+        with device_of(data):
+            scale_kernel[(triton.cdiv(elements, BLOCK),)](
+                data, elements, scale, factor, BLOCK=BLOCK, num_warps=8
+            )

@@ -1,0 +1,131 @@
+"""Low-resolution logits at output pixels: bilinear interpolation and its transpose, in registers.
+
+An axis is (size, step, start, unit) in whole numbers: output position o lies at
+(o * step + start) / unit low-resolution positions, as in F.interpolate but without its rounding.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Axis = tuple[int, int, int, int]
+
+
+def axis_of(size: int, out: int, align_corners: bool) -> Axis:
+    if align_corners:
+        return size, max(size - 1, 1), 0, max(out - 1, 1)
+    return size, 2 * size, size - out, 2 * out
+
+
+def grid_of(
+    logits: Tensor, size: tuple[int, int], align_corners: bool
+) -> tuple[Axis, Axis, tuple[int, ...]]:
+    """Row axis, column axis and strides (N, C, H, W) of logits that are up-sampled to `size`."""
+    rows, columns = (
+        axis_of(low, out, align_corners) for low, out in zip(logits.shape[2:], size, strict=True)
+    )
+    return rows, columns, logits.stride()
+
+
+@triton.jit
+def neighbours(position, axis):
+    """The low-resolution positions on both sides of an output position, and its distance t."""
+    place = position * axis[1] + axis[2]
+    place = tl.minimum(tl.maximum(place, 0), (axis[0] - 1) * axis[3])
+    before = place // axis[3]
+    t = (place - before * axis[3]).to(tl.float32) / axis[3]
+    return before, tl.minimum(before + 1, axis[0] - 1), t
+
+
+@triton.jit
+def first_beyond(before, axis, out):
+    """The first output position whose neighbour before it is `before` or a later one."""
+    position = (tl.maximum(before * axis[3] - axis[2], 0) + axis[1] - 1) // axis[1]
+    position = tl.where(before <= 0, 0, tl.minimum(position, out))
+    return tl.where(before >= axis[0], out, position)
+
+
+@triton.jit
+def row_of(image, row, strides, before, after, t, classes, CLASSES: tl.constexpr):
+    """A low-resolution row at the output columns of a block; 0 in the padding."""
+    data = image + row.to(tl.int64) * strides[2]
+    column = ()
+    for i in tl.static_range(len(classes)):
+        at = data + classes[i] * strides[1]
+        left = at + (before * strides[3])[None, :]
+        right = at + (after * strides[3])[None, :]
+        if i == len(classes) - 1:
+            exists = (classes[i] < CLASSES) & (before >= 0)[None, :]
+            left = tl.load(left, mask=exists, other=0).to(tl.float32)
+            right = tl.load(right, mask=exists, other=0).to(tl.float32)
+        else:
+            left = tl.load(left).to(tl.float32)
+            right = tl.load(right).to(tl.float32)
+        column = column + (left + t[None, :] * (right - left),)
+    return column
+
+
+@triton.jit
+def band_of(image, row, grid, before, after, t, classes, CLASSES: tl.constexpr):
+    """The rows `row` and the next at the output columns of a block: the first, and the step."""
+    upper = row_of(image, row, grid[2], before, after, t, classes, CLASSES)
+    tl.debug_barrier()  # or the compiler holds the corners of both rows at once, which spills
+    below = tl.minimum(row + 1, grid[0][0] - 1)
+    lower = row_of(image, below, grid[2], before, after, t, classes, CLASSES)
+    step = ()
+    for i in tl.static_range(len(classes)):
+        step = step + (lower[i] - upper[i],)
+    return upper, step
+
+
+@triton.jit
+def between(upper, step, t, classes, CLASSES: tl.constexpr):
+    """The column of output pixels at distance t below the upper row; -inf in the padding."""
+    column = ()
+    for i in tl.static_range(len(classes)):
+        tile = upper[i] + t * step[i]
+        if i == len(classes) - 1:
+            tile = tl.where(classes[i] < CLASSES, tile, float("-inf"))
+        column = column + (tile,)
+    return column
+
+
+@triton.jit
+def add_scaled(sums, factor, column):
+    tiles = ()
+    for i in tl.static_range(len(sums)):
+        tiles = tiles + (sums[i] + factor * column[i],)
+    return tiles
+
+
+@triton.jit
+def put_rows(
+    scratch,
+    rows,
+    before,
+    after,
+    t,
+    span,
+    classes,
+    CLASSES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The transposed interpolation of rows: gradients at output columns to low-resolution ones.
+
+    scratch: (rows, C, span) of this program, from the first low-resolution column it touches on.
+    """
+    first = tl.min(before, 0)
+    for begin in range(0, span, WINDOW):
+        lanes = begin + tl.arange(0, WINDOW)
+        column = (first + lanes)[None, :]
+        share = tl.where(before[:, None] == column, 1.0 - t[:, None], 0.0)
+        share += tl.where(after[:, None] == column, t[:, None], 0.0)
+        for r in tl.static_range(len(rows)):
+            to = scratch + r * CLASSES * span
+            for i in tl.static_range(len(classes)):
+                part = tl.dot(rows[r][i], share, input_precision=PRECISION)
+                mask = (classes[i] < CLASSES) & (lanes < span)[None, :]
+                tl.store(to + classes[i] * span + lanes[None, :], part, mask=mask)

@@ -1,0 +1,67 @@
+"""Labels of pixels as classes, and the cross-entropy that goes with them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmt.kernels import pixel
+
+
+@triton.jit
+def class_weights(class_weight, classes, CLASSES: tl.constexpr):
+    """Weights of the classes, one tile (rows, 1) each, 0 in the padding; and their mean."""
+    weights = ()
+    mean = 0.0
+    for i in tl.static_range(len(classes)):
+        exists = classes[i] < CLASSES
+        if class_weight is not None:
+            tile = tl.load(class_weight + classes[i], mask=exists, other=0.0)
+        else:
+            tile = tl.where(exists, 1.0, 0.0)
+        mean += tl.sum(tl.sum(tile, 1), 0) / CLASSES
+        weights = weights + (tile,)
+    return weights, mean
+
+
+@triton.jit
+def label_weight(
+    given,
+    inside,
+    pixel_weight,
+    ignore_index,
+    class_weight,
+    CLASSES: tl.constexpr,
+):
+    """(label, kept, out of range, weight, weight of its class) of each pixel.
+
+    A label out of range is read as class 0 and told apart: nothing out of bounds is touched.
+    """
+    keep = inside & (given != ignore_index)
+    wrong = keep & ((given < 0) | (given >= CLASSES))
+    label = tl.where(keep & ~wrong, given, 0).to(tl.int32)
+    weight = tl.where(keep, pixel_weight, 0.0)
+    own_weight = tl.full(weight.shape, 1.0, tl.float32)
+    if class_weight is not None:
+        own_weight = tl.load(class_weight + label)
+    return label, keep, wrong, weight, own_weight
+
+
+@triton.jit
+def label_loss(
+    z,
+    label,
+    classes,
+    class_weight,
+    own_weight,
+    mean_weight,
+    smoothing,
+    PLAIN: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    if PLAIN:
+        return pixel.ce_pixel(z, label, classes)
+    else:
+        return pixel.weighted_ce_pixel(
+            z, label, classes, class_weight, own_weight, mean_weight, smoothing, CLASSES
+        )

@@ -1,0 +1,232 @@
+"""Partial sums of programs added up in a fixed order, and the scalars that follow from them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels.views import device_of
+
+ROWS = 8  # of partial sums that are added up at once
+NORMALIZATIONS = ("all", "valid", "selected", "weight")
+BLOCK = 1024
+FEW = 4096  # partial sums that one program adds up
+
+
+class GradientScale:
+    """How a gradient is scaled: `inside` the kernel, and by the rest when backward hands it out.
+
+    A gradient takes its denominator, the number of pixels, inside where that is known, which saves
+    the backward pass its scaling. In float16 it would drown in the subnormals before the caller's
+    loss scale lifts it; there only the pixels of one low-resolution cell are divided out, so that
+    their sum stays in range.
+    """
+
+    def __init__(self, logits: Tensor, pixels: int, known: bool) -> None:
+        self.complete = known and logits.dtype != torch.float16
+        cells = logits.numel() / logits.shape[1]
+        in_cell = pixels / cells if logits.dtype == torch.float16 else 1.0
+        self.inside = 1 / pixels if self.complete else 1 / max(in_cell, 1.0)
+
+
+def scalars(like: Tensor, count: int) -> list[Tensor]:
+    return [torch.empty((), dtype=torch.float32, device=like.device) for _ in range(count)]
+
+
+@triton.jit
+def add_up(partials, begin, end, programs, COUNT, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Float64 sums (ROWS,) over the programs [begin, end) of partials (COUNT, programs)."""
+    rows = tl.arange(0, ROWS)
+    totals = tl.zeros((ROWS, BLOCK), tl.float64)
+    for first in range(begin, end, BLOCK):
+        lanes = first + tl.arange(0, BLOCK)
+        at = partials + rows[:, None] * programs + lanes[None, :]
+        mask = (rows < COUNT)[:, None] & (lanes < end)[None, :]
+        totals += tl.load(at, mask=mask, other=0.0).to(tl.float64)
+    return tl.sum(totals, 1)
+
+
+@triton.jit
+def lowest_of(values, begin, end, BLOCK: tl.constexpr):
+    """The lowest of values [begin, end)."""
+    lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
+    for first in range(begin, end, BLOCK):
+        lanes = first + tl.arange(0, BLOCK)
+        value = tl.load(values + lanes, mask=lanes < end, other=2**63 - 1)
+        lowest = tl.minimum(lowest, value)
+    return tl.min(lowest, 0)
+
+
+@triton.jit
+def fold_kernel(
+    partials,
+    labels,
+    programs,
+    folded,
+    folded_labels,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums of BLOCK programs each, in float64, and the lowest of their labels, if any."""
+    begin = tl.program_id(0) * BLOCK
+    end = tl.minimum(begin + BLOCK, programs)
+    totals = add_up(partials, begin, end, programs, COUNT, ROWS, BLOCK)
+    rows = tl.arange(0, ROWS)
+    at = folded + rows * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, totals, mask=rows < COUNT)
+    if labels is not None:
+        tl.store(folded_labels + tl.program_id(0), lowest_of(labels, begin, end, BLOCK))
+
+
+@triton.jit
+def pick(totals, row: tl.constexpr, ROWS: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, ROWS) == row, totals, 0.0), 0)
+
+
+@triton.jit
+def ratio(numerator, denominator):
+    """numerator / denominator, 0 where there is nothing to divide by."""
+    empty = denominator == 0
+    return tl.where(empty, 0.0, numerator / tl.where(empty, 1.0, denominator))
+
+
+@triton.jit
+def consistency_total_kernel(
+    partials,
+    programs,
+    loss,
+    selected,
+    mean_score,
+    scale,
+    pixels,
+    inside,
+    NORMALIZE: tl.constexpr,
+    RATIO: tl.constexpr,
+    COMPLETE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """From (loss, weight, score, selected, valid) of each program, the scalars of the call."""
+    totals = add_up(partials, 0, programs, programs, 5, ROWS, BLOCK)
+    passing = pick(totals, 3, ROWS)
+    valid = pick(totals, 4, ROWS)
+    fraction = ratio(passing, valid)
+    factor = fraction if RATIO else fraction * 0 + 1
+    if NORMALIZE == "all":
+        denominator = valid * 0 + pixels
+    elif NORMALIZE == "valid":
+        denominator = valid
+    elif NORMALIZE == "selected":
+        denominator = passing
+    else:
+        denominator = factor * pick(totals, 1, ROWS)
+    value = tl.where(factor == 0, 0.0, ratio(factor * pick(totals, 0, ROWS), denominator))
+    outside = ratio(factor, denominator) / inside
+    tl.store(loss, value.to(tl.float32))
+    tl.store(selected, fraction.to(tl.float32))
+    tl.store(mean_score, ratio(pick(totals, 2, ROWS), valid).to(tl.float32))
+    tl.store(scale, 1.0 if COMPLETE else outside.to(tl.float32))
+
+
+@triton.jit
+def cross_entropy_total_kernel(
+    partials,
+    wrong_labels,
+    programs,
+    loss,
+    scale,
+    wrong,
+    wrong_label,
+    pixels,
+    inside,
+    NORMALIZE: tl.constexpr,
+    COMPLETE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """From (loss, weight, valid, wrong) of each program, the scalars of the call.
+
+    A label out of range makes loss and gradient NaN. `wrong` such labels came, the lowest of them
+    is `wrong_label`.
+    """
+    totals = add_up(partials, 0, programs, programs, 4, ROWS, BLOCK)
+    valid = pick(totals, 2, ROWS)
+    count = pick(totals, 3, ROWS)
+    if NORMALIZE == "all":
+        denominator = valid * 0 + pixels
+    elif NORMALIZE == "valid":
+        denominator = valid
+    else:
+        denominator = pick(totals, 1, ROWS)
+    poison = tl.where(count > 0, float("nan"), 1.0)
+    value = ratio(pick(totals, 0, ROWS), denominator) * poison
+    outside = ratio(1.0, denominator) / inside
+    if COMPLETE:
+        outside = outside * 0 + 1
+    tl.store(loss, value.to(tl.float32))
+    tl.store(scale, (outside * poison).to(tl.float32))
+    tl.store(wrong, count.to(tl.int64))
+    tl.store(wrong_label, lowest_of(wrong_labels, 0, programs, BLOCK))
+
+
+def folded(partials: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Partial sums, and lowest labels, of few enough programs for one of them to add up."""
+    count, programs = partials.shape
+    if programs <= FEW:
+        return partials, labels
+    fewer = triton.cdiv(programs, BLOCK)
+    sums = partials.new_empty((count, fewer), dtype=torch.float64)
+    lowest = None if labels is None else labels.new_empty(fewer)
+    fold_kernel[(fewer,)](
+        partials, labels, programs, sums, lowest, COUNT=count, ROWS=ROWS, BLOCK=BLOCK, num_warps=8
+    )
+    return sums, lowest
+
+
+def consistency_total(
+    partials: Tensor, scale: GradientScale, pixels: int, normalize: str, ratio: bool
+) -> list[Tensor]:
+    """(loss, selected, mean_score, scale) on the device."""
+    results = scalars(partials, 4)
+    with device_of(partials):
+        partials, _ = folded(partials)
+        consistency_total_kernel[(1,)](
+            partials,
+            partials.shape[1],
+            *results,
+            float(pixels),
+            scale.inside,
+            NORMALIZE=normalize,
+            RATIO=ratio,
+            COMPLETE=scale.complete,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+    return results
+
+
+def cross_entropy_total(
+    partials: Tensor, wrong_labels: Tensor, scale: GradientScale, pixels: int, normalize: str
+) -> list[Tensor]:
+    """(loss, scale, labels out of range, the lowest of them) on the device."""
+    results = [*scalars(partials, 2), *(wrong_labels.new_empty(()) for _ in range(2))]
+    with device_of(partials):
+        partials, wrong_labels = folded(partials, wrong_labels)
+        cross_entropy_total_kernel[(1,)](
+            partials,
+            wrong_labels,
+            partials.shape[1],
+            *results,
+            float(pixels),
+            scale.inside,
+            NORMALIZE=normalize,
+            COMPLETE=scale.complete,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+    return results

@@ -1,0 +1,107 @@
+"""Output pixels and the tensors over them, as the dense kernels walk them; where a kernel runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NARROW = 2**31  # offsets within a block below this are 32-bit
+OUTER = 3  # dimensions of pixels around the inner one
+
+
+class Pixels(NamedTuple):
+    """Pixels (N, *spatial), dimensions merged where every tensor allows it, in blocks of a row.
+
+    Tensors that lie in memory alike share a layout, and kernels the offsets that follow from it.
+    """
+
+    sizes: tuple[int, ...]  # OUTER sizes and the inner one
+    layouts: tuple[tuple[int, ...], ...]  # a class stride, then one stride for each size
+    which: tuple[int, ...]  # the layout of each tensor
+    blocks: int
+
+    def wide(self, classes: int, block: int) -> bool:
+        """Whether offsets within a block need 64 bits."""
+        return any(
+            (classes - 1) * abs(class_stride) + block * abs(inner) >= NARROW
+            for class_stride, *_, inner in self.layouts
+        )
+
+
+def describe(columns: Sequence[Tensor], maps: Sequence[Tensor | None], block: int) -> Pixels:
+    """Pixels of tensors (N, C, *spatial) and maps (N, *spatial); None has strides of 0."""
+    shape = (columns[0].shape[0], *columns[0].shape[2:])
+    rows = [(t.stride(0), *t.stride()[2:]) for t in columns]
+    rows += [(0,) * len(shape) if m is None else m.stride() for m in maps]
+    sizes, merged = merge(shape, rows)
+    lead = OUTER + 1 - len(sizes)
+    if lead < 0:
+        raise ValueError(f"more than {OUTER + 1} dimensions of pixels that cannot be merged")
+    class_strides = [t.stride(1) for t in columns] + [0] * len(maps)
+    strides = [(c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True)]
+    layouts = tuple(dict.fromkeys(strides))
+    which = tuple(layouts.index(row) for row in strides)
+    blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
+    return Pixels((1,) * lead + tuple(sizes), layouts, which, blocks)
+
+
+def merge(shape: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """Sizes and strides without the dimensions of one pixel or that continue the one before."""
+    kept = [d for d, size in enumerate(shape) if size != 1] or [len(shape) - 1]
+    sizes, strides = [shape[kept[0]]], [[row[kept[0]]] for row in rows]
+    for d in kept[1:]:
+        pairs = list(zip(strides, rows, strict=True))
+        if all(outer[-1] == row[d] * shape[d] for outer, row in pairs):
+            sizes[-1] *= shape[d]
+            for outer, row in pairs:
+                outer[-1] = row[d]
+        else:
+            sizes.append(shape[d])
+            for outer, row in pairs:
+                outer.append(row[d])
+    return sizes, strides
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+@triton.jit
+def place_of(block, sizes, BLOCK: tl.constexpr):
+    """Where a block begins, one index for each size."""
+    in_row = tl.cdiv(sizes[3], BLOCK)
+    row = block // in_row
+    first = (block % in_row).to(tl.int64) * BLOCK
+    middle = row // sizes[2]
+    return (
+        (middle // sizes[1]).to(tl.int64),
+        (middle % sizes[1]).to(tl.int64),
+        (row % sizes[2]).to(tl.int64),
+        first,
+    )
+
+
+@triton.jit
+def pixels_at(data, strides, place, lanes):
+    """Pointers to the pixels of a block, at class 0."""
+    base = data + place[0] * strides[1] + place[1] * strides[2] + place[2] * strides[3]
+    return base + place[3] * strides[4] + lanes * strides[4]
+
+
+@triton.jit
+def map_at(data, strides, place, lanes, inside):
+    """Values of an optional map at the pixels of a block; 1 where there is no map."""
+    if data is None:
+        return tl.full(lanes.shape, 1.0, tl.float32)
+    else:
+        return tl.load(pixels_at(data, strides, place, lanes), mask=inside, other=0)

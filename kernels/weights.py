@@ -1,0 +1,58 @@
+"""Weights of pixels and what they add to the sums of a loss."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def consistency_weight(
+    score,
+    label,
+    keep,
+    pixel_weight,
+    threshold,
+    BY_LABEL: tl.constexpr,
+    STRICT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+):
+    """The weight of each pixel, and which pixels pass the threshold.
+
+    "ratio" is 1 here: its factor is only known when every pixel has been counted.
+    """
+    limit = tl.load(threshold + label) if BY_LABEL else tl.load(threshold)
+    passing = keep & (score > limit if STRICT else score >= limit)
+    counts = passing if WEIGHT == "mask" or WEIGHT == "confidence" else keep
+    base = score if WEIGHT == "confidence" else tl.full(score.shape, 1.0, tl.float32)
+    weight = tl.where(counts & (base != 0.0), base * pixel_weight, 0.0)
+    return weight, passing
+
+
+@triton.jit
+def put_sum(partials, row: tl.constexpr, values):
+    """This program's part of the sum `row` of partials (rows, programs)."""
+    tl.store(partials + row * tl.num_programs(0) + tl.program_id(0), tl.sum(values, 0))
+
+
+@triton.jit
+def any_of(mask):
+    return tl.max(mask.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def weighted(gradient, coefficient, active):
+    """coefficient * gradient where active, exactly 0 elsewhere."""
+    tiles = ()
+    for i in tl.static_range(len(gradient)):
+        tiles = tiles + (tl.where(active[None, :], coefficient[None, :] * gradient[i], 0.0),)
+    return tiles
+
+
+@triton.jit
+def zeros(classes, lanes):
+    """A column of zeros."""
+    tiles = ()
+    for i in tl.static_range(len(classes)):
+        tiles = tiles + (tl.zeros((classes[i].shape[0], lanes.shape[0]), tl.float32),)
+    return tiles

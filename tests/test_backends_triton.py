@@ -1,0 +1,96 @@
+"""When Triton answers a call, and the stated reason when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from operands import random_logits
+
+import fastmt
+from fastmt import backends, triton_backend
+from fastmt.confidence import upsampling_obstacle
+
+STUDENT, TEACHER = random_logits((2, 5, 6, 7), 1), random_logits((2, 5, 6, 7), 2)
+pytestmark = [
+    pytest.mark.usefixtures("forgotten_warnings"),
+    pytest.mark.skipif(triton_backend.missing() is not None, reason="Triton is not installed"),
+]
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(interpreted, reason="the interpreter serves CPU tensors")
+def test_cpu_tensors_need_the_interpreter_and_are_told_so():
+    with fastmt.backend("triton"):
+        choice = fastmt.explain(fastmt.consistency_loss, STUDENT, TEACHER)
+        assert choice.backend == "eager"
+        assert "TRITON_INTERPRET=1" in choice.reason
+        with pytest.warns(RuntimeWarning, match="'triton' falls back to eager .*INTERPRET"):
+            fastmt.consistency_loss(STUDENT, TEACHER)
+    with (
+        fastmt.backend("triton", strict=True),
+        pytest.raises(RuntimeError, match="^cross_entropy: backend 'triton' cannot serve"),
+    ):
+        fastmt.cross_entropy(STUDENT, torch.zeros(2, 6, 7, dtype=torch.uint8))
+
+
+def test_auto_keeps_cpu_tensors_with_the_cpp_kernels():
+    assert fastmt.explain(fastmt.consistency_loss, STUDENT, TEACHER).backend != "triton"
+
+
+def test_an_old_gpu_is_named_with_what_is_expected(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    reason = triton_backend.launch_obstacle.__wrapped__(torch.device("cuda", 0))
+    assert reason == "compute capability 6.1 is below the 7.0 that Triton serves"
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    look = triton_backend.launch_obstacle.__wrapped__
+    assert "Triton needs a C compiler" in look(torch.device("cuda", 0))
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    assert look(torch.device("cuda", 0)) is None
+
+
+def test_float64_subclasses_devices_and_ranks_are_stated_reasons():
+    meta = STUDENT.to("meta")
+    reasons = {
+        "float64 is computed by the reference": (STUDENT, TEACHER.double()),
+        "tensors on different devices: cpu and meta": (STUDENT, meta),
+        "no kernel for device 'meta'": (meta, meta),
+    }
+    for reason, tensors in reasons.items():
+        assert backends._resolve("consistency_loss", "triton", tensors, None, False) == (
+            "eager",
+            reason,
+        )
+
+
+def test_a_machine_without_triton_runs_and_says_what_is_missing():
+    program = """
+import sys, warnings
+sys.modules["triton"] = None
+import fastmt, torch
+z = torch.zeros(2, 3)
+assert not fastmt.consistency_loss(z, z, threshold=0.0)
+with fastmt.backend("triton"):
+    print(fastmt.explain(fastmt.consistency_loss, z, z))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "backend='eager', reason='Triton is not installed: " in done.stdout
+
+
+def test_more_classes_than_registers_hold_are_a_stated_reason_on_a_gpu():
+    logits = SimpleNamespace(shape=(1, 300, 4, 4), ndim=4, is_cuda=True)
+    reason = "on a GPU more than 256 classes are up-sampled by the reference"
+    assert upsampling_obstacle([logits], (8, 8)) == reason
+    assert upsampling_obstacle([logits], (4, 4)) is None
+    logits.is_cuda = False
+    assert upsampling_obstacle([logits], (8, 8)) is None

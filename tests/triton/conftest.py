@@ -1,0 +1,73 @@
+"""The Triton kernels under their interpreter; tests/test_triton.py runs this folder in a process.
+
+TRITON_INTERPRET has to be set before triton is imported, so the folder is left out elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import fastmt
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+KEPT = 5  # of the cases of a test that was written for the fast kernels, every fifth is run here
+
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patched: set[int] = set()
+
+    def call_device_function(self, *args, **kwargs):
+        # triton.language is patched once a module, not once a call: a third of the time.
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    def convert_float(values, source, target, rounding):
+        # To bfloat16 the interpreter truncates; every GPU rounds to the nearest.
+        if source != tl.float32 or target != tl.bfloat16:
+            return truncating(values, source, target, rounding)
+        rounded = torch.from_numpy(np.array(values, np.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    truncating = interpreter._convert_float
+    interpreter._convert_float = convert_float
+    interpreter.InterpretedFunction.__call__ = call_device_function
+
+
+def pytest_configure(config):
+    # The interpreter computes padding as NumPy does, and NumPy warns of every NaN.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+
+
+def pytest_collection_modifyitems(items):
+    """Thins out the cases of tests that are imported from the folder above."""
+    seen: dict[str, int] = {}
+    for item in list(items):
+        function = getattr(item, "function", None)
+        if function is None or function.__module__ == item.module.__name__:
+            continue
+        seen[item.originalname] = seen.get(item.originalname, -1) + 1
+        if seen[item.originalname] % KEPT:
+            items.remove(item)
+
+
+@pytest.fixture
+def kernels(poisoned, one_thread):
+    """Every call is answered by the Triton kernels, or raises."""
+    with fastmt.backend("triton", strict=True):
+        yield
+
+
+@pytest.fixture(params=["triton"])
+def either(request, kernels):
+    """The Triton kernels, for tests that other folders run on several implementations."""
+    return request.param

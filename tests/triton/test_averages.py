@@ -1,0 +1,60 @@
+"""The moving average and the scaling of gradients, one launch each."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from operands import DTYPES, random_logits
+from test_ema import *  # noqa: F403
+from tolerances import assert_average_close
+
+import fastmt
+from fastmt import kernels
+
+
+@pytest.fixture(autouse=True)
+def implementation(one_thread):
+    """The Triton launch, with the reference for what it does not serve."""
+    with fastmt.backend("triton"):
+        yield
+
+
+def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatch):
+    launches = []
+    launch = kernels.ema_update_
+    monkeypatch.setattr(kernels, "ema_update_", lambda *a: (launches.append(a), launch(*a)))
+    lengths = (1, 7, 16 * 1024, 40_000)
+    pairs = [
+        (random_logits([n + skip], i, dtype=t)[skip:], random_logits([n], i + 1, dtype=s))
+        for i, (t, s, n, skip) in enumerate(itertools.product(DTYPES, DTYPES, lengths, (0, 1)))
+    ]
+    teacher, student = map(list, zip(*pairs, strict=True))
+    expected = [0.9 * t.double() + 0.1 * s.double() for t, s in pairs]
+    fastmt.ema_update_(teacher, student, torch.tensor(0.9))
+    for average, mean in zip(teacher, expected, strict=True):
+        assert_average_close(average, mean)
+    assert len(launches) == 1
+    table, starts, decay = launches[0]
+    assert table.shape == (len(pairs), 5)
+    assert starts[-1] == sum(-(-len(t) // (16 * 1024)) for t in teacher)
+    assert decay.ndim == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("elements", [1, 2048, 5000])
+def test_a_gradient_is_scaled_by_both_factors(dtype, elements):
+    data = random_logits([elements], 0, dtype=dtype)
+    expected = (data.float() * 0.5 * 3).to(dtype)
+    kernels.scale_(data, torch.tensor(0.5), torch.tensor(3.0))
+    assert torch.equal(data, expected)
+
+
+def test_a_scale_of_1_leaves_the_gradient_and_one_of_0_clears_it_even_of_nan():
+    data = torch.tensor([1.0, torch.nan, torch.inf])
+    before = data.clone()
+    kernels.scale_(data, torch.tensor(0.5), torch.tensor(2.0))
+    assert torch.equal(data.nan_to_num(7), before.nan_to_num(7))
+    kernels.scale_(data, torch.tensor(0.0), torch.tensor(2.0))
+    assert not data.any()

@@ -1,0 +1,6 @@
+"""What the operations promise for hard inputs and under autograd, asked of the Triton kernels."""
+
+from __future__ import annotations
+
+from test_autograd import *  # noqa: F403
+from test_semantics import *  # noqa: F403
