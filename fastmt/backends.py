@@ -163,7 +163,7 @@ def cuda_obstacle(operation: str, tensors: int, upsampled: bool) -> str | None:
     if operation == "softmax_confidence":
         return "no CUDA C++ kernel serves softmax_confidence"
     if operation == "ema_update_":
-        return "the table of ema_update_ is made on the CPU"
+        return None
     if not upsampled:
         return "the CUDA C++ kernels serve logits that they up-sample"
     if tensors > MAX_TEACHERS + 1:
@@ -207,19 +207,24 @@ def _load() -> str | None:
     return None
 
 
-@functools.cache
+@library.constant_while_tracing
 def cuda_extension_missing() -> str | None:
     """Load the CUDA C++ kernels once; None when they are there, else the reason why not."""
+    return _load_cuda()
+
+
+@functools.cache
+def _load_cuda() -> str | None:
     if missing := extension_missing():
         return missing
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    library = _PACKAGE / "_CUDA.abi3.so"
-    if not library.exists():
+    kernels = _PACKAGE / "_CUDA.abi3.so"
+    if not kernels.exists():
         reason = build_info().get("cuda", {}).get("reason", "no build record")
         return f"the CUDA C++ kernels are not built: {reason}"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(kernels))
     except (OSError, RuntimeError) as error:
         return f"the CUDA C++ kernels do not load: {str(error).splitlines()[0]}"
     return None

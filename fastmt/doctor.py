@@ -169,11 +169,17 @@ def _versions() -> dict[str, str]:
 
 
 def _build() -> dict[str, str]:
-    """What the build recorded, and whether its library loads."""
-    missing = backends.extension_missing()
-    state = missing or f"loaded, {backends.instruction_set()}"
-    recorded = {k: str(v) for k, v in backends.build_info().items() if v not in ("", None)}
-    return {"kernels": state, **{k: v for k, v in recorded.items() if k not in ("cpp", "reason")}}
+    """What the build recorded, and whether its libraries load."""
+    found = {
+        "kernels": backends.extension_missing() or f"loaded, {backends.instruction_set()}",
+        "CUDA kernels": backends.cuda_extension_missing() or "loaded",
+    }
+    recorded = backends.build_info()
+    for prefix, part in (("", recorded), ("CUDA ", recorded.get("cuda", {}))):
+        for name in ("compiler", "torch_target"):
+            if part.get(name):
+                found[prefix + name] = str(part[name])
+    return found
 
 
 def _lines(report: Report) -> list[str]:

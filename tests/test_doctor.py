@@ -56,6 +56,18 @@ def test_the_report_tells_versions_devices_and_what_serves_each_operation_and_wh
     assert "FAILED" not in text
 
 
+def test_what_was_built_is_told_without_the_figures_of_each_kernel(monkeypatch):
+    cuda = {"built": True, "reason": "", "compiler": "nvcc 12.8", "resources": [{"registers": 64}]}
+    record = {"cpp": True, "reason": "", "compiler": "c++ 12", "cuda": cuda}
+    monkeypatch.setattr(backends, "build_info", lambda: record)
+    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: "no CUDA device is available")
+    build = fastmt.doctor(timing=False).build
+    assert build["compiler"] == "c++ 12"
+    assert build["CUDA compiler"] == "nvcc 12.8"
+    assert build["CUDA kernels"] == "no CUDA device is available"
+    assert "registers" not in str(build)
+
+
 @built
 def test_kernels_are_timed_against_eager(monkeypatch):
     module = importlib.import_module("fastmt.doctor")
