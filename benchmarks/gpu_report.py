@@ -43,12 +43,14 @@ def markdown(result: dict) -> str:
     ]
     for group, cases in groupby(result["cases"], key=lambda case: case["group"]):
         lines += ["", f"## {group.capitalize()}", "", *_table(list(cases))]
-    left_out = {
-        **result["left_out"],
-        **{f"{b}, {c['name']}": r for c in result["cases"] for b, r in c["left_out"].items()},
-    }
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for case in result["cases"]:
+        for told in case["left_out"].items():
+            by_reason.setdefault(told, []).append(case["name"])
+    left_out = [f"- {name}: {why}" for name, why in result["left_out"].items()]
+    left_out += [f"- {b}: {why} ({', '.join(names)})" for (b, why), names in by_reason.items()]
     if left_out:
-        lines += ["", "Left out:", "", *(f"- {name}: {why}" for name, why in left_out.items())]
+        lines += ["", "Left out:", "", *left_out]
     return "\n".join(lines) + "\n"
 
 

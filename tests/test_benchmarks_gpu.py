@@ -219,7 +219,7 @@ def test_table_json_and_plot_are_made_from_results(no_gpu_needed, tmp_path):
     assert row in text
     assert "| consistency | cpp | 1.25 ms | 800 | 80% | 8.0 x | 1.6 x | 5.0 MB | 3 |" in text
     assert "| confidence | triton * | 500.0 us | 2000 | 200% | 20.0 x | - | 5.0 MB | 3 |" in text
-    assert "- cpp, confidence: no CUDA kernel" in text
+    assert "- cpp: no CUDA kernel (confidence)" in text
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
     assert json.loads(json.dumps(result)) == result
 
