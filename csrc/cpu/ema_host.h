@@ -15,7 +15,11 @@ inline int64_t chunks_of(int64_t elements) { return (elements + CHUNK - 1) / CHU
 template <class F>
 void for_each_chunk(const int64_t* start, int64_t rows, const int64_t* length, int64_t stride,
                     const F& f) {
-  for_each_stretch(start[rows], 8, [&](int64_t begin, int64_t end) {
+  int64_t elements = 1;
+  for (int64_t row = 0; row < rows; ++row) elements += length[row * stride];
+  // Small tensors fill no chunk; what is less than two is sooner done than handed to a thread.
+  const int64_t stretch = std::max<int64_t>(8, 2 * CHUNK * start[rows] / elements);
+  for_each_stretch(start[rows], stretch, [&](int64_t begin, int64_t end) {
     int64_t row = std::upper_bound(start, start + rows + 1, begin) - start - 1;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (start[row + 1] <= chunk) ++row;
