@@ -6,28 +6,29 @@
 
 namespace fastmt::cuda {
 
-constexpr int FIXED_TILE =
-    128;  // columns of a block, at most, where the number of classes is constant
-constexpr int FIXED_PITCH =
-    FIXED_TILE + 1;  // odd: threads read down the rows without bank conflicts
+// Where the number of classes is constant: columns of a block, at most, and the distance between
+// rows of them in shared memory, odd, so that threads read down the rows without bank conflicts.
+constexpr int FIXED_TILE = 128, FIXED_PITCH = FIXED_TILE + 1;
 
-// The gradient of a column, as two sums over its rows: all of it, and the share of the lower row.
+// The gradient of a column and class, as two sums over rows: of g, and of t g for the lower one.
+struct Corner {
+  float &both, &lower;
+  float t;
+  FASTMT_INLINE void operator=(float gradient) const {
+    both += gradient;
+    lower += t * gradient;
+  }
+};
+
+// The sums of a column in registers.
 template <int C>
 struct Corners {
   float both[C], lower[C];
 
-  struct Place {
-    float &both, &lower;
-    float t;
-    FASTMT_INLINE void operator=(float gradient) const {
-      both += gradient;
-      lower += t * gradient;
-    }
-  };
   struct Row {
     Corners& corners;
     float t;
-    FASTMT_INLINE Place operator[](int c) const { return {corners.both[c], corners.lower[c], t}; }
+    FASTMT_INLINE Corner operator[](int c) const { return {corners.both[c], corners.lower[c], t}; }
   };
   FASTMT_INLINE Row at(float t) { return {*this, t}; }
 };
@@ -128,24 +129,16 @@ struct Block {
   }
 };
 
-// The same two sums in shared memory, for pixels that need the registers.
+// The sums of a column in shared memory, [both, lower][C], for pixels that need the registers.
 template <int C>
 struct SharedCorners {
-  float *both, *lower;  // of the thread's column, class by class
+  float *both, *lower;
 
   struct Row {
     const SharedCorners& corners;
     float t;
-    FASTMT_INLINE auto operator[](int c) const {
-      return Place{corners.both[c * FIXED_PITCH], corners.lower[c * FIXED_PITCH], t};
-    }
-  };
-  struct Place {
-    float &both, &lower;
-    float t;
-    FASTMT_INLINE void operator=(float gradient) const {
-      both += gradient;
-      lower += t * gradient;
+    FASTMT_INLINE Corner operator[](int c) const {
+      return {corners.both[c * FIXED_PITCH], corners.lower[c * FIXED_PITCH], t};
     }
   };
   FASTMT_INLINE explicit SharedCorners(const Block& block)
