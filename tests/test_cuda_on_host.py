@@ -114,7 +114,10 @@ def cuda(operations):
 
     def cross_entropy(*call):
         *tensors, wrong, label = operations.cross_entropy(*call)
-        return *tensors, int(wrong), int(label)
+        returns = torch.ops.fastmt.cross_entropy.default._schema.returns
+        if str(returns[-1].type) == "int":
+            wrong, label = int(wrong), int(label)
+        return *tensors, wrong, label
 
     answers = torch.library.Library("fastmt", "IMPL")
     for answer in (consistency_loss, cross_entropy, operations.ema_update_, operations.scale_):
