@@ -1,0 +1,57 @@
+"""What the compilers make of the Triton kernels is what the committed table says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from benchmarks import aot  # noqa: E402
+
+RESULTS = json.loads((aot.RESULTS / "aot.json").read_text())
+ROWS = {aot.key_of(row): row for row in RESULTS["rows"]}
+QUICK = ("dense consistency mse", "dense confidence max_prob", "cells cross_entropy", "ema_update_")
+same_compiler = pytest.mark.skipif(
+    RESULTS["triton"] != triton.__version__,
+    reason=f"the table is of Triton {RESULTS['triton']}, here is {triton.__version__}",
+)
+
+
+@same_compiler
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compiling_again_gives_the_committed_figures(target):
+    rows = aot.measured(target, [19], ["bfloat16"], wanted=QUICK.__contains__)
+    assert len(rows) == len(QUICK) + 1  # the gradients of cells are joined by a second kernel
+    for row in rows:
+        assert row == ROWS[aot.key_of(row)]
+
+
+def test_the_table_covers_every_target_number_of_classes_and_dtype():
+    found = {(row["target"], row["classes"], row["dtype"]) for row in ROWS.values()}
+    for target in aot.TARGETS:
+        for classes in aot.CLASSES:
+            for dtype in aot.DTYPES:
+                assert (target, classes, dtype) in found
+
+
+def test_the_table_is_written_from_the_figures():
+    assert (aot.RESULTS / "aot.md").read_text() == aot.table(RESULTS)
+
+
+def test_aligned_contiguous_logits_are_read_and_written_in_vectors():
+    for row in ROWS.values():
+        if row["call"].startswith(("dense", "ema")):
+            assert row["load"] >= 8
+            assert row["store"] >= 8
+        if row["dtype"] == "float32" and row["call"].startswith("dense"):
+            assert row["load"] == 16
+
+
+def test_19_classes_never_spill_and_others_seldom_and_a_few_registers():
+    spilling = [row for row in ROWS.values() if row["stack"]]
+    assert len(spilling) <= 0.05 * len(ROWS)
+    for row in spilling:
+        assert row["classes"] != 19
+        assert row["stack"] <= 96
