@@ -43,11 +43,22 @@ def kernel_serves(average: Tensor, value: Tensor) -> bool:
     )
 
 
+def _check_memory(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Refuse dense tensors whose storage was freed or cut, before an address of them is used."""
+    for pair in pairs:
+        for name, tensor in zip(("teacher", "student"), pair, strict=True):
+            end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+            held = tensor.untyped_storage().nbytes()
+            if end > held:
+                raise ValueError(f"{name}: its storage holds {held} bytes, expected {end}")
+
+
 class Table:
     """Addresses of tensor pairs on one device, and what shows that they still hold."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
         """pairs: that kernel_serves, on `device`."""
+        _check_memory(pairs)
         rows = [
             (t.data_ptr(), s.data_ptr(), t.numel(), TYPES[t.dtype], TYPES[s.dtype])
             for t, s in pairs
@@ -124,7 +135,7 @@ class Lists:
     def __init__(
         self, teacher: list[Tensor], student: list[Tensor], positions: Sequence[int]
     ) -> None:
-        device = next(t.device for t in teacher if t.dtype in TYPES)
+        device = next((t.device for t in teacher if t.dtype in TYPES), torch.device("cpu"))
         fits = {i for i in positions if kernel_serves(teacher[i], student[i])}
         fits = {i for i in fits if teacher[i].device == device}
         self.table = Table([(teacher[i], student[i]) for i in sorted(fits)], device)
