@@ -256,7 +256,7 @@ def test_tensors_that_become_tied_are_averaged_once():
     assert torch.equal(teacher[1], torch.full((8,), 0.5))
 
 
-def test_memory_that_is_gone_is_never_touched(implementation):
+def test_memory_that_is_gone_is_never_touched(kernels):
     teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
     fastmt.ema_update_(teacher, student, 0.5)
     student[1].untyped_storage().resize_(0)

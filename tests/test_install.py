@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ SHIPPED, NOT_SHIPPED = ("fastmt", "kernels", "csrc"), ("tests", "benchmarks", "e
 GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or find_spec("pip") is None, reason="builds Linux wheels with pip"
+    sys.platform != "linux" or not any(distributions(name="pip")),
+    reason="builds Linux wheels with pip",
 )
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
