@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmt.threefry import random_words
+
 
 class Confidence(NamedTuple):
     """What the teacher believes at each pixel, and how surely."""
@@ -309,29 +311,4 @@ def gaussian_noise(images: Tensor, seed: Tensor, sigma: float, clip: float, clam
     return (noisy.clamp(0.0, 1.0) if clamp else noisy).to(images.dtype)
 
 
-def random_words(counters: Tensor, seed: Tensor) -> Tensor:
-    """Four random words (4, n), int32, for each of n int64 counters: Threefry-4x32, 13 rounds.
-
-    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
-    """
-    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
-    key = (low, high, torch.zeros_like(low), torch.zeros_like(low), low ^ high ^ 0x1BD11BDA)
-    x = torch.zeros((4, len(counters)), dtype=torch.int32, device=counters.device)
-    x[0], x[1] = counters.to(torch.int32) + low, (counters >> 32).to(torch.int32) + high
-    for i in range(13):
-        partners = (3, 1) if i % 2 else (1, 3)
-        for even, odd, left in zip((0, 2), partners, _ROTATIONS[i % 8], strict=True):
-            x[even] += x[odd]
-            # A shift to the right brings copies of the sign, which are masked off.
-            out_left = (x[odd] >> (32 - left)).bitwise_and_((1 << left) - 1)
-            x[odd].bitwise_left_shift_(left).bitwise_or_(out_left).bitwise_xor_(x[even])
-        if i % 4 == 3:
-            block = i // 4 + 1
-            for j in range(4):
-                x[j] += key[(block + j) % 5]
-            x[3] += block
-    return x
-
-
 _COUNTERS = 32  # of a group of 128 elements: word w of counter i is element 32 w + i
-_ROTATIONS = ((10, 26), (11, 21), (13, 27), (23, 5), (6, 20), (17, 11), (25, 10), (18, 20))
