@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distributions
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -114,10 +114,8 @@ def clean_environment(folder: Path) -> Path:
     made = python("-m", "venv", "--without-pip", str(folder), folder=folder.parent)
     assert made.returncode == 0, made.stderr
     (packages,) = folder.glob("lib/python*/site-packages")
-    origins = (Path(find_spec(name).origin) for name in ("torch", "numpy", "pip"))
-    packages.joinpath("packages.pth").write_text(
-        "\n".join(dict.fromkeys(str(origin.parents[1]) for origin in origins))
-    )
+    folders = (distribution(name).locate_file("") for name in ("torch", "numpy", "pip"))
+    packages.joinpath("packages.pth").write_text("\n".join(dict.fromkeys(map(str, folders))))
     return folder / "bin/python"
 
 
@@ -255,7 +253,7 @@ def test_isolated_build_fetches_torch_only_where_its_headers_are_missing(
     executable = tmp_path / "env/bin/python"
     python("-m", "venv", "--without-pip", str(tmp_path / "env"), folder=tmp_path)
     (packages,) = tmp_path.glob("env/lib/python*/site-packages")
-    ours = Path(find_spec("setuptools").origin).parents[1]
+    ours = Path(distribution("setuptools").locate_file(""))
     for path in (ours / "setuptools", ours / "_distutils_hack", *ours.glob("setuptools-*")):
         (packages / path.name).symlink_to(path)
     if installed:
