@@ -10,7 +10,6 @@ from fastmt import arguments, backends, reference
 from fastmt.reference import Confidence
 
 KINDS = ("max_prob", "entropy", "margin")
-MOST_UPSAMPLED = 256  # classes, on a GPU
 
 
 def softmax_confidence(
@@ -44,17 +43,18 @@ def softmax_confidence(
     arguments.check_choice("kind", kind, KINDS)
     arguments.check_positive("temperature", temperature)
     arguments.output_shape([("logits", member) for member in members], size)
+    inside = upsampled_inside(members, size)
     choice = backends.choose(
         "softmax_confidence",
         members,
         obstacle=upsampling_obstacle(members, size)
         or backends.classes_obstacle(members[0].shape[1]),
+        upsampled=inside is not None,
     )
     if choice.backend == "eager":
         return reference.softmax_confidence(
             members, kind=kind, temperature=temperature, size=size, align_corners=align_corners
         )
-    inside = upsampled_inside(members, size)
     kernels = backends.operations(choice.backend)
     return Confidence(
         *kernels.softmax_confidence(
@@ -71,12 +71,7 @@ def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> li
 
 
 def upsampling_obstacle(logits: Sequence[Tensor], size: Sequence[int] | None) -> str | None:
-    """Up-sampling inside the kernels is bilinear, and on a GPU of classes that registers hold."""
-    if upsampled_inside(logits, size) is None:
-        return None
-    if logits[0].ndim != 4:
+    """Up-sampling inside the kernels is bilinear."""
+    if upsampled_inside(logits, size) is not None and logits[0].ndim != 4:
         return f"up-sampling {logits[0].ndim - 2}-D logits is done by the reference"
-    classes = logits[0].shape[1]
-    if logits[0].is_cuda and classes > MOST_UPSAMPLED:
-        return f"on a GPU more than {MOST_UPSAMPLED} classes are up-sampled by the reference"
     return None

@@ -74,12 +74,13 @@ def consistency_loss(
     out = _check_call(student, members, size, pixel_weight, valid, threshold)
     _check_options(loss, class_reduction, confidence, weight, normalize, temperature)
     classes = student.shape[1]
+    inside = upsampled_inside([student, *members], size)
     choice = backends.choose(
         "consistency_loss",
         [student, *members],
         obstacle=upsampling_obstacle([student, *members], size)
         or backends.classes_obstacle(classes),
-        upsampled=upsampled_inside([student, *members], size) is not None,
+        upsampled=inside is not None,
     )
     if choice.backend == "eager":
         return reference.consistency_loss(
@@ -107,7 +108,6 @@ def consistency_loss(
         int(strict),
         NORMALIZATIONS.index(normalize),
     ]
-    inside = upsampled_inside([student, *members], size)
     maps = [
         None if pixel_weight is None else pixel_weight.float().reshape(out),
         valid,

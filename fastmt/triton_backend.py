@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastmt import library
 
+_MOST_UPSAMPLED = 256  # classes, which stay in registers
 _MOST_DIMENSIONS = 5  # (N, C, *spatial) that the kernels walk
 
 
-def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
+def obstacle(operation: str, tensors: Sequence[Tensor], upsampled: bool) -> str | None:
     """Why no Triton kernel serves a call on these tensors, if none does."""
     if reason := missing():
         return reason
@@ -29,6 +30,8 @@ def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
             return reason
         if tensor.ndim > _MOST_DIMENSIONS and operation != "ema_update_":
             return f"{tensor.ndim - 2}-D images are computed by the reference"
+    if upsampled and tensors[0].shape[1] > _MOST_UPSAMPLED:
+        return f"Triton kernels up-sample at most {_MOST_UPSAMPLED} classes"
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import aot  # noqa: E402
+from benchmarks import aot  # noqa: E402  where Triton is
 
 RESULTS = json.loads((aot.RESULTS / "aot.json").read_text())
 ROWS = {aot.key_of(row): row for row in RESULTS["rows"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from operands import random_logits
 
 import fastmt
 from fastmt import backends, triton_backend
-from fastmt.confidence import upsampling_obstacle
 
 STUDENT, TEACHER = random_logits((2, 5, 6, 7), 1), random_logits((2, 5, 6, 7), 2)
 pytestmark = [
@@ -87,10 +85,10 @@ with fastmt.backend("triton"):
     assert "backend='eager', reason='Triton is not installed: " in done.stdout
 
 
-def test_more_classes_than_registers_hold_are_a_stated_reason_on_a_gpu():
-    logits = SimpleNamespace(shape=(1, 300, 4, 4), ndim=4, is_cuda=True)
-    reason = "on a GPU more than 256 classes are up-sampled by the reference"
-    assert upsampling_obstacle([logits], (8, 8)) == reason
-    assert upsampling_obstacle([logits], (4, 4)) is None
-    logits.is_cuda = False
-    assert upsampling_obstacle([logits], (8, 8)) is None
+@pytest.mark.parametrize(("classes", "upsampled"), [(300, True), (300, False), (256, True)])
+def test_more_classes_than_registers_hold_are_not_up_sampled(monkeypatch, classes, upsampled):
+    monkeypatch.setattr(triton_backend, "launch_obstacle", lambda device: None)
+    logits = torch.zeros(1, classes, 4, 4)
+    reason = triton_backend.obstacle("consistency_loss", [logits], upsampled)
+    refused = classes > 256 and upsampled
+    assert reason == ("Triton kernels up-sample at most 256 classes" if refused else None)
