@@ -188,8 +188,8 @@ FASTMT_INLINE floats mse_pixel(Column z, Column y, const Student& student, float
   p_scale = again(p_scale), inverse = again(inverse);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
-    const floats e = z[c], difference = e * p_scale - y[c] * inverse;
-    gradient[c] = factor * e * (difference - mean);
+    const floats e = z[c];
+    gradient[c] = factor * e * ((e * p_scale - mean) - y[c] * inverse);
   }
   return value;
 }

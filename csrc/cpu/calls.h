@@ -100,19 +100,23 @@ struct Grid {
   int height, width;
   const int32_t *row_index, *column_index;
   const float *row_t, *column_t;
+  float row_delta;             // between two output rows
+  const int32_t* row_origin;   // [output row]: the row from which on each lies row_delta behind
+                               // the one before
 };
 
-// The output columns by cell. A lane is the cell between columns x and x + 1 of the low resolution,
-// the last one that between the last column and the first, which holds the pixels beyond both
-// borders. Step s of chunk k is the output column of each lane of chunk k, -1 where it has no more.
+// The output columns by cell: one lane of a chunk is the cell between columns x and x + 1 of the low
+// resolution, the last one that between the last column and the first, which holds the pixels beyond
+// both borders. A step takes two neighbouring pixels of each cell, first those on the left, then
+// those on the right: entry s of chunk k names their output columns, -1 where a cell has no more.
 struct Lanes {
   int chunks;
   const int32_t* steps;    // of each chunk
   const int32_t* start;    // its first entry in the three tables below
-  const int32_t* column;   // [entry][W]
-  const float* t;          // [entry][W]
-  const uint8_t* follows;  // [entry]: every t is that of the entry before plus delta
-  const float* delta;      // [chunk][W]
+  const int32_t* column;   // [entry][left, right][cell]
+  const float* t;          // [entry][left, right][cell]
+  const int32_t* origin;   // [entry]: the step from which on every t is the one before plus 2 delta
+  const float* delta;      // [chunk][cell]: from one pixel to the next
 };
 
 // A call on cells: images, the bands of rows between two low-resolution rows, and groups of bands
@@ -130,7 +134,7 @@ struct Cells {
 
 struct Kernels {
   const char* name;
-  int lanes;
+  int lanes;  // pixels that are worked on at once
   void (*confidence)(const ConfidenceCall&, int64_t begin_tile, int64_t end_tile);
   void (*consistency)(const ConsistencyCall&, int64_t begin_tile, int64_t end_tile);
   void (*cross_entropy)(const CrossEntropyCall&, int64_t begin_tile, int64_t end_tile);

@@ -11,7 +11,31 @@ using fastmt::Grid;
 
 // Floats between the classes of a low-resolution row in a buffer: whole chunks, and room for the
 // first column once more behind the last.
-inline int64_t row_pitch(int width) { return (width + W - 1) / W * W + W; }
+inline int64_t row_pitch(int width) { return (width + V - 1) / V * V + V; }
+
+// One step of a walk along an output row: two neighbouring pixels in each cell of the chunk that
+// starts at low-resolution column x.
+struct Step {
+  int x, index, count;     // index of `count` steps
+  int origin;              // the step from which on pixels lie twice `delta` behind the step before
+  const int32_t* columns;  // [W]; -1 where a cell has no more
+  const float *t, *delta;  // [W], [V]
+};
+
+// The logits at the four corners of the V cells of a chunk: two columns of each of two rows.
+struct CellCorners {
+  const float *top, *bottom;  // of class 0; the column on the right is the next float
+  int64_t pitch;
+
+  struct Logits {
+    vector_f top_left, top_right, bottom_left, bottom_right;
+  };
+  FASTMT_INLINE Logits operator[](int c) const {
+    const float *upper = top + c * pitch, *lower = bottom + c * pitch;
+    return {load_vector(upper), load_vector_unaligned(upper + 1), load_vector(lower),
+            load_vector_unaligned(lower + 1)};
+  }
+};
 
 // Two rows of one grid, and the row in between that an output row needs.
 class RowSource {
@@ -19,8 +43,9 @@ class RowSource {
   RowSource(const Grid& grid, const Cells& cells)
       : grid_(grid),
         classes_(cells.classes),
+        out_height_(cells.out_height),
         pitch_(row_pitch(grid.width)),
-        same_lanes_(grid.width == cells.first.width),
+        same_cells_(grid.width == cells.first.width),
         top_(aligned_buffer<float>(classes_ * pitch_)),
         bottom_(aligned_buffer<float>(classes_ * pitch_)),
         row_(aligned_buffer<float>(classes_ * pitch_)) {
@@ -31,30 +56,32 @@ class RowSource {
   void go_to(int64_t image, int out_row) {
     const int index = grid_.row_index[out_row];
     if (image != image_ || index != index_) fetch(image, index);
-    const floats t = splat(grid_.row_t[out_row]);
-    for (int c = 0; c < classes_; ++c) {
-      const int64_t first = c * pitch_;
-      for (int64_t i = first; i < first + grid_.width; i += W) {
-        const floats top = load(&top_[i]), bottom = load(&bottom_[i]);
-        store(&row_[i], top + t * (bottom - top));
-      }
-      row_[first + grid_.width] = row_[first];
-    }
+    out_row_ = out_row;
+    has_row_ = false;
   }
 
-  // The logits of W output columns: lanes [x, x + W) by fraction t, or each column on its own.
-  void interpolate(int x, const int32_t* columns, const float* t, Column to) const {
-    if (same_lanes_)
-      interpolate_lanes(x, load(t), to);
+  // The logits of W output pixels.
+  void interpolate(const Step& step, Column to) {
+    if (!has_row_) fill_row();
+    if (same_cells_)
+      interpolate_cells(step.x, load(step.t), to);
     else
-      interpolate_columns(columns, to);
+      interpolate_columns(step.columns, to);
   }
 
-  // Both have the same columns as the lanes, so a cell's right logits are its neighbour's left ones.
-  bool same_lanes() const { return same_lanes_; }
-  // The logits of the output row at the low-resolution columns, [classes][pitch].
-  const float* row() const { return row_.get(); }
-  int64_t pitch() const { return pitch_; }
+  // Whether a step's cells are also those of this grid.
+  bool same_cells() const { return same_cells_; }
+  CellCorners corners(int x) const { return {top_.get() + x, bottom_.get() + x, pitch_}; }
+  // Tells the two rows from those before.
+  int64_t band() const { return band_; }
+  int out_row() const { return out_row_; }
+  float row_t() const { return grid_.row_t[out_row_]; }
+  float row_delta() const { return grid_.row_delta; }
+  // The output row from which on each lies row_delta behind the one before.
+  int row_origin() const { return grid_.row_origin[out_row_]; }
+  bool is_followed() const {
+    return out_row_ + 1 < out_height_ && grid_.row_origin[out_row_ + 1] <= out_row_;
+  }
 
  private:
   void fetch(int64_t image, int index) {
@@ -67,17 +94,28 @@ class RowSource {
     fetch_row(offset + down, bottom_.get());
     image_ = image;
     index_ = index;
+    ++band_;
   }
 
   void fetch_row(int64_t offset, float* to) const {
     load_run_of(grid_.view, offset, grid_.view.stride[2], classes_, to, pitch_, grid_.width);
+    for (int c = 0; c < classes_; ++c) to[c * pitch_ + grid_.width] = to[c * pitch_];
   }
 
-  void interpolate_lanes(int x, floats t, Column to) const {
+  void fill_row() {
+    const floats t = splat(row_t());
+    for (int64_t i = 0; i < classes_ * pitch_; i += V) {
+      const vector_f top = load_vector(&top_[i]), bottom = load_vector(&bottom_[i]);
+      store_vector(&row_[i], top + t.lo * (bottom - top));
+    }
+    has_row_ = true;
+  }
+
+  void interpolate_cells(int x, floats t, Column to) const {
     const float* row = row_.get() + x;
     for (int c = 0; c < classes_; ++c, row += pitch_) {
-      const floats left = load(row), right = load_unaligned(row + 1);
-      to[c] = left + t * (right - left);
+      const vector_f left = load_vector(row), slope = load_vector_unaligned(row + 1) - left;
+      to[c] = floats{left + t.lo * slope, left + t.hi * slope};
     }
   }
 
@@ -98,11 +136,11 @@ class RowSource {
   }
 
   Grid grid_;
-  int classes_;
+  int classes_, out_height_;
   int64_t pitch_;
-  bool same_lanes_;
-  int64_t image_ = -1;
-  int index_ = -1;
+  bool same_cells_, has_row_ = false;
+  int64_t image_ = -1, band_ = 0;
+  int index_ = -1, out_row_ = -1;
   std::unique_ptr<float[], Free> top_, bottom_, row_;
 };
 
@@ -113,22 +151,17 @@ class RowSink {
       : classes_(cells.classes),
         width_(cells.first.width),
         pitch_(row_pitch(width_)),
-        both_(aligned_buffer<float>(classes_ * W)),
-        right_(aligned_buffer<float>(classes_ * W)),
+        both_(aligned_buffer<float>(classes_ * V)),
+        right_(aligned_buffer<float>(classes_ * V)),
         carry_(aligned_buffer<float>(classes_ * pitch_)),
         result_(aligned_buffer<float>(classes_ * pitch_)) {
     for (auto& corner : corner_) corner = aligned_buffer<float>(classes_ * pitch_);
+    for (auto* sum : {&both_, &right_}) std::fill_n(sum->get(), classes_ * V, 0.0f);
     std::fill_n(carry_.get(), classes_ * pitch_, 0.0f);
   }
 
   void begin_band() {
     for (auto& corner : corner_) std::fill_n(corner.get(), classes_ * pitch_, 0.0f);
-  }
-
-  void begin_chunk() {
-    std::fill_n(both_.get(), classes_ * W, 0.0f);
-    std::fill_n(right_.get(), classes_ * W, 0.0f);
-    touched_ = false;
   }
 
   // Takes the gradient of W output pixels; what is not active adds exactly 0.
@@ -142,12 +175,12 @@ class RowSink {
       floats t;
       ints active;
       FASTMT_INLINE void operator=(floats gradient) const {
-        const floats g = select(active, gradient, splat(0));
-        store(both, load(both) + g);
-        store(right, load(right) + t * g);
+        const floats g = select(active, gradient, splat(0)), share = t * g;
+        store_vector(both, load_vector(both) + (g.lo + g.hi));
+        store_vector(right, load_vector(right) + (share.lo + share.hi));
       }
     };
-    FASTMT_INLINE Place operator[](int c) const { return {both + c * W, right + c * W, t, active}; }
+    FASTMT_INLINE Place operator[](int c) const { return {both + c * V, right + c * V, t, active}; }
   };
 
   Corners at(const float* t, ints active) {
@@ -155,26 +188,32 @@ class RowSink {
     return {both_.get(), right_.get(), load(t), active};
   }
 
+  // Shares the sums of a chunk among its corners, and begins anew.
   void end_chunk(int x, float row_t) {
     if (!touched_) return;
-    for (int c = 0; c < classes_; ++c) {
-      const floats right = load(&right_[c * W]), left = load(&both_[c * W]) - right;
-      const int64_t at = c * pitch_ + x;
-      const floats values[4] = {left * (1 - row_t), right * (1 - row_t), left * row_t,
-                                right * row_t};
-      for (int k = 0; k < 4; ++k) store(&corner_[k][at], load(&corner_[k][at]) + values[k]);
+    touched_ = false;
+    const vector_f lower = splat(row_t).lo, upper = 1 - lower, zero = {};
+    float *both = both_.get(), *share = right_.get(), *corner[4];
+    for (int k = 0; k < 4; ++k) corner[k] = corner_[k].get() + x;
+    for (int64_t c = 0, at = 0; c < classes_; ++c, at += pitch_) {
+      const vector_f right = load_vector(share + c * V), left = load_vector(both + c * V) - right;
+      store_vector(both + c * V, zero);
+      store_vector(share + c * V, zero);
+      const vector_f values[4] = {left * upper, right * upper, left * lower, right * lower};
+      for (int k = 0; k < 4; ++k)
+        store_vector(corner[k] + at, load_vector(corner[k] + at) + values[k]);
     }
   }
 
   // The finished gradient of the band's upper row, [classes][pitch]; its lower row is carried on.
   const float* end_band() {
-    for (int c = 0; c < classes_; ++c) {
-      const int64_t at = c * pitch_;
-      join(corner_[0].get() + at, corner_[1].get() + at, carry_.get() + at, result_.get() + at);
-      std::fill_n(carry_.get() + at, width_, 0.0f);
-      join(corner_[2].get() + at, corner_[3].get() + at, carry_.get() + at, carry_.get() + at);
+    float *result = result_.get(), *carry = carry_.get();
+    for (int64_t at = 0; at < classes_ * pitch_; at += pitch_) {
+      join(corner_[0].get() + at, corner_[1].get() + at, result + at);
+      for (int x = 0; x < width_; ++x) result[at + x] += carry[at + x];
+      join(corner_[2].get() + at, corner_[3].get() + at, carry + at);
     }
-    return result_.get();
+    return result;
   }
 
   const float* carried() const { return carry_.get(); }
@@ -182,9 +221,9 @@ class RowSink {
 
  private:
   // A column takes the left share of its own cell and the right share of the cell before it.
-  void join(const float* left, const float* right, const float* before, float* to) const {
-    to[0] = before[0] + left[0] + right[width_ - 1];
-    for (int x = 1; x < width_; ++x) to[x] = before[x] + left[x] + right[x - 1];
+  void join(const float* left, const float* right, float* __restrict to) const {
+    to[0] = left[0] + right[width_ - 1];
+    for (int x = 1; x < width_; ++x) to[x] = left[x] + right[x - 1];
   }
 
   int classes_, width_;

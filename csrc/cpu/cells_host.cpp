@@ -6,6 +6,19 @@
 
 namespace fastmt {
 
+namespace {
+
+// A progression starts afresh every few pixels, so that the rounding of a product does not grow with
+// the scale.
+constexpr int LONGEST = 8;
+
+bool is_even(float t, float before, double step) {
+  constexpr double rounding = 1e-6;
+  return std::abs(double(t) - (double(before) + step)) <= rounding;
+}
+
+}  // namespace
+
 Axis::Axis(int64_t size, int64_t out, bool align_corners)
     : step(!align_corners ? double(size) / double(out)
            : out > 1      ? double(size - 1) / double(out - 1)
@@ -18,6 +31,11 @@ Axis::Axis(int64_t size, int64_t out, bool align_corners)
     index.push_back(lower);
     t.push_back(float(clamped - lower));
     side.push_back(position < 0 ? -1 : position > double(size - 1) ? 1 : 0);
+  }
+  for (int64_t o = 0; o < out; ++o) {
+    const bool follows = o > 0 && index[o] == index[o - 1] && is_even(t[o], t[o - 1], step) &&
+                         o < origin[o - 1] + LONGEST;
+    origin.push_back(follows ? origin[o - 1] : int32_t(o));
   }
 }
 
@@ -60,6 +78,8 @@ Grid CellTables::grid_of(const Tensor& logits, bool align_corners) {
   grid.row_t = rows.t.data();
   grid.column_index = columns.index.data();
   grid.column_t = columns.t.data();
+  grid.row_delta = float(rows.step);
+  grid.row_origin = rows.origin.data();
   return grid;
 }
 
@@ -71,20 +91,13 @@ T* CellTables::keep(int64_t count) {
 }
 
 void CellTables::make_lanes(const Axis& columns) {
-  const int lanes = kernels().lanes, width = cells.first.width;
-  // The pixels beyond both borders share the cell between the last column and the first.
-  std::vector<std::vector<std::pair<int32_t, float>>> of_lane(width);
-  for (int32_t o = 0; o < out_width_; ++o) {
-    if (columns.side[o] == 0)
-      of_lane[columns.index[o]].push_back({o, columns.t[o]});
-    else
-      of_lane[width - 1].push_back({o, columns.side[o] < 0 ? 1.0f : 0.0f});
-  }
+  const int lanes = kernels().lanes, chunk = lanes / 2, width = cells.first.width;
+  const auto of_cell = pixels_of_cells(columns, width);
   int32_t entries = 0;
-  for (int x = 0; x < width; x += lanes) {
+  for (int x = 0; x < width; x += chunk) {
     size_t longest = 0;
-    for (int lane = x; lane < std::min(x + lanes, width); ++lane)
-      longest = std::max(longest, of_lane[lane].size());
+    for (int cell = x; cell < std::min(x + chunk, width); ++cell)
+      longest = std::max(longest, (of_cell[cell].size() + 1) / 2);
     start_.push_back(entries);
     steps_.push_back(int32_t(longest));
     entries += int32_t(longest);
@@ -93,40 +106,51 @@ void CellTables::make_lanes(const Axis& columns) {
   auto* t = keep<float>(int64_t(entries) * lanes);
   std::fill_n(column, int64_t(entries) * lanes, -1);
   std::fill_n(t, int64_t(entries) * lanes, 0.0f);
-  for (int lane = 0; lane < width; ++lane) {
-    int64_t at = int64_t(start_[lane / lanes]) * lanes + lane % lanes;
-    for (const auto& [output, fraction] : of_lane[lane]) {
+  for (int cell = 0; cell < width; ++cell) {
+    int64_t at = int64_t(start_[cell / chunk]) * lanes + cell % chunk;
+    for (const auto& [output, fraction] : of_cell[cell]) {
       column[at] = output;
       t[at] = fraction;
-      at += lanes;
+      at += chunk;
     }
   }
-  auto* delta = keep<float>(int64_t(steps_.size()) * lanes);
-  std::fill_n(delta, int64_t(steps_.size()) * lanes, float(columns.step));
+  auto* delta = keep<float>(int64_t(steps_.size()) * chunk);
+  std::fill_n(delta, int64_t(steps_.size()) * chunk, float(columns.step));
   delta[width - 1] = 0;  // beyond the borders the logits stay the same
   cells.lanes = {int(steps_.size()), steps_.data(), start_.data(), column, t, nullptr, delta};
   make_walk(delta);
 }
 
-// Where a walk through the cells goes on evenly. It starts afresh every few steps, so that the
-// rounding of a product does not grow with the scale.
+// Output column and t of the pixels of each cell. The right one of each two lies evenly behind the
+// left one: where it would not, there is a column -1.
+std::vector<std::vector<std::pair<int32_t, float>>> CellTables::pixels_of_cells(
+    const Axis& columns, int width) const {
+  std::vector<std::vector<std::pair<int32_t, float>>> of_cell(width);
+  for (int32_t o = 0; o < out_width_; ++o) {
+    const bool inside = columns.side[o] == 0;
+    const float t = inside ? columns.t[o] : columns.side[o] < 0 ? 1.0f : 0.0f;
+    const int at = inside ? columns.index[o] : width - 1;
+    auto& cell = of_cell[at];
+    const double delta = at == width - 1 ? 0 : columns.step;
+    if (cell.size() % 2 && !is_even(t, cell.back().second, delta)) cell.push_back({-1, t});
+    cell.push_back({o, t});
+  }
+  return of_cell;
+}
+
 void CellTables::make_walk(const float* delta) {
-  constexpr int longest = 8;
-  constexpr float rounding = 1e-6f;
-  const int lanes = kernels().lanes;
+  const int lanes = kernels().lanes, chunk = lanes / 2;
   const Lanes& table = cells.lanes;
   for (int k = 0; k < table.chunks; ++k)
     for (int s = 0; s < table.steps[k]; ++s) {
-      bool follows = s % longest != 0;
+      bool follows = s % (LONGEST / 2) != 0;
       const int64_t entry = int64_t(table.start[k] + s) * lanes;
-      for (int i = 0; follows && i < lanes; ++i) {
-        const float expected = table.t[entry + i - lanes] + delta[k * lanes + i];
-        const bool even = std::abs(table.t[entry + i] - expected) <= rounding;
-        follows = table.column[entry + i] < 0 || even;
-      }
-      follows_.push_back(follows);
+      for (int64_t i = entry; follows && i < entry + chunk; ++i)
+        follows = table.column[i] < 0 ||
+                  is_even(table.t[i], table.t[i - lanes], 2 * delta[k * chunk + i - entry]);
+      origin_.push_back(follows ? origin_.back() : s);
     }
-  cells.lanes.follows = follows_.data();
+  cells.lanes.origin = origin_.data();
 }
 
 void CellTables::make_bands(const Axis& rows) {

@@ -10,10 +10,11 @@ namespace fastmt {
 
 // One axis of a linear interpolation, as F.interpolate defines it.
 struct Axis {
-  std::vector<int32_t> index;  // of each output position: the lower neighbour, at most size - 2
-  std::vector<float> t;        // its distance from there, in [0, 1]
-  std::vector<int8_t> side;    // -1 before the first input position, 1 behind the last, else 0
-  double step;                 // from one output position to the next
+  std::vector<int32_t> index;   // of each output position: the lower neighbour, at most size - 2
+  std::vector<float> t;         // its distance from there, in [0, 1]
+  std::vector<int8_t> side;     // -1 before the first input position, 1 behind the last, else 0
+  std::vector<int32_t> origin;  // the output position from which on t has grown by step
+  double step;                  // from one output position to the next
 
   Axis(int64_t size, int64_t out, bool align_corners);
 };
@@ -33,6 +34,8 @@ class CellTables {
  private:
   Grid grid_of(const Tensor& logits, bool align_corners);
   void make_lanes(const Axis& columns);
+  std::vector<std::vector<std::pair<int32_t, float>>> pixels_of_cells(const Axis& columns,
+                                                                      int width) const;
   void make_walk(const float* delta);
   void make_bands(const Axis& rows);
 
@@ -42,8 +45,7 @@ class CellTables {
   int out_height_, out_width_;
   std::vector<std::unique_ptr<Axis>> axes_;
   std::vector<Grid> grids_;
-  std::vector<int32_t> steps_, start_, band_start_;
-  std::vector<uint8_t> follows_;
+  std::vector<int32_t> steps_, start_, origin_, band_start_;
   std::vector<std::shared_ptr<void>> kept_;
   Tensor edges_;
 };

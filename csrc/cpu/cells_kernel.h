@@ -52,10 +52,10 @@ inline floats pixel_weight_at(const View& map, int64_t image, int y, const int32
 }
 
 template <Loss LOSS, class Gradient>
-inline void add_loss_of_powers(const ConsistencyCall& call, StudentCells& student,
-                               const TeacherCells& teacher, const Step& step,
-                               const Teacher& belief, floats weight, Gradient gradient,
-                               Tally& tally) {
+FASTMT_INLINE void add_loss_of_powers(const ConsistencyCall& call, StudentCells& student,
+                                      const TeacherCells& teacher, const Step& step,
+                                      const Teacher& belief, floats weight, Gradient gradient,
+                                      Tally& tally) {
   const floats scaled = scaled_weight(call, weight), coefficient = scaled * call.gradient_scale;
   const Student state = student.walk<LOSS == Loss::ce>(step, belief.label);
   const floats value = loss_of_powers<LOSS>(student.powers(), teacher.column(), state, belief,
@@ -64,15 +64,17 @@ inline void add_loss_of_powers(const ConsistencyCall& call, StudentCells& studen
 }
 
 template <class Gradient>
-inline void add_loss_at(const ConsistencyCall& call, StudentCells& student, TeacherCells& teacher,
-                        const Step& step, const Teacher& belief, floats weight, Gradient gradient,
-                        Tally& tally) {
+FASTMT_INLINE void add_loss_at(const ConsistencyCall& call, StudentCells& student,
+                               TeacherCells& teacher, const Step& step, const Teacher& belief,
+                               floats weight, Gradient gradient, Tally& tally) {
   const Loss loss = Loss(call.loss);
-  if ((loss == Loss::mse || loss == Loss::ce) && student.walks(step)) {
-    const auto add = loss == Loss::mse ? add_loss_of_powers<Loss::mse, Gradient>
-                                       : add_loss_of_powers<Loss::ce, Gradient>;
-    return add(call, student, teacher, step, belief, weight, gradient, tally);
-  }
+  const bool walks = (loss == Loss::mse || loss == Loss::ce) && student.walks(step);
+  if (walks && loss == Loss::mse)
+    return add_loss_of_powers<Loss::mse>(call, student, teacher, step, belief, weight, gradient,
+                                         tally);
+  if (walks)
+    return add_loss_of_powers<Loss::ce>(call, student, teacher, step, belief, weight, gradient,
+                                        tally);
   add_loss(call, student.logits(step), teacher.column(), belief, weight, gradient, tally);
   if (loss == Loss::bce || loss == Loss::js) teacher.used_up();
 }
@@ -93,6 +95,7 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, i
       sink.begin_band();
       for (int y = cells.band_start[band]; y < cells.band_start[band + 1]; ++y) {
         Tally tally;
+        const float row_t = cells.first.row_t[y];
         teacher.go_to(group.image, y);
         student.go_to(group.image, y);
         const auto visit = [&](const Step& step) {
@@ -111,9 +114,7 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, i
         const auto begin_chunk = [&] {
           teacher.begin_chunk();
           student.begin_chunk();
-          sink.begin_chunk();
         };
-        const float row_t = cells.first.row_t[y];
         walk_row(cells.lanes, begin_chunk, visit, [&](int x) { sink.end_chunk(x, row_t); });
         tally.add_to(sums);
       }
@@ -198,6 +199,7 @@ inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells
         floats loss = splat(0);
         if (!labels.go_to(group.image, y, sums)) continue;
         student.go_to(group.image, y);
+        const float row_t = cells.first.row_t[y];
         const auto visit = [&](const Step& step) {
           const ints label = labels.classes(step.columns);
           const floats weight = labels.weights(step.columns);
@@ -208,12 +210,8 @@ inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells
           else
             loss += label_loss_at(call, student, step, label, weight, NoGradient());
         };
-        const auto begin_chunk = [&] {
-          student.begin_chunk();
-          sink.begin_chunk();
-        };
-        const float row_t = cells.first.row_t[y];
-        walk_row(cells.lanes, begin_chunk, visit, [&](int x) { sink.end_chunk(x, row_t); });
+        walk_row(cells.lanes, [&] { student.begin_chunk(); }, visit,
+                 [&](int x) { sink.end_chunk(x, row_t); });
         sums.loss += sum_lanes(loss);
       }
       const float* finished = sink.end_band();

@@ -16,7 +16,7 @@ class TeacherCells {
         kind_(kind),
         with_label_(with_label),
         inverse_temperature_(inverse_temperature),
-        powers_(cells.classes, inverse_temperature),
+        powers_(cells, inverse_temperature),
         column_(aligned_buffer<float>(int64_t(classes_) * W)),
         member_(aligned_buffer<float>(int64_t(classes_) * W)) {
     for (int m = 0; m < members; ++m) sources_.emplace_back(grids[m], cells);
@@ -32,20 +32,20 @@ class TeacherCells {
   Column column() const { return walks_ ? powers_.column() : Column{column_.get(), W}; }
   void used_up() { powers_.forget(); }
 
-  Teacher look(const Step& step) {
-    const RowSource& first = sources_[0];
+  FASTMT_INLINE Teacher look(const Step& step) {
+    RowSource& first = sources_[0];
     const bool one = sources_.size() == 1;
     walks_ = one && kind_ != Kind::entropy && powers_.serve(first, step);
     if (walks_) return powers_.read(first, step, [&](auto powers) { return believed(powers); });
     const Column to = column();
     if (one) {
-      first.interpolate(step.x, step.columns, step.t, to);
+      first.interpolate(step, to);
       return scored(to);
     }
     const Column member{member_.get(), W};
     for (int c = 0; c < classes_; ++c) to[c] = splat(0);
-    for (const RowSource& source : sources_) {
-      source.interpolate(step.x, step.columns, step.t, member);
+    for (RowSource& source : sources_) {
+      source.interpolate(step, member);
       add_member(member, to, classes_, inverse_temperature_, 1.0f / float(sources_.size()));
     }
     return scored(to);
@@ -53,7 +53,7 @@ class TeacherCells {
 
  private:
   template <class Reads>
-  Teacher believed(Reads powers) const {
+  FASTMT_INLINE Teacher believed(Reads powers) const {
     if (kind_ == Kind::margin) return teacher_of_powers<Kind::margin, true>(powers, classes_);
     return with_label_ ? teacher_of_powers<Kind::max_prob, true>(powers, classes_)
                        : teacher_of_powers<Kind::max_prob, false>(powers, classes_);
@@ -90,7 +90,7 @@ class StudentCells {
   explicit StudentCells(const Cells& cells)
       : classes_(cells.classes),
         source_(cells.first, cells),
-        powers_(cells.classes, 1.0f),
+        powers_(cells, 1.0f),
         column_(aligned_buffer<float>(int64_t(classes_) * W)) {}
 
   void go_to(int64_t image, int out_row) { source_.go_to(image, out_row); }
@@ -99,15 +99,15 @@ class StudentCells {
   bool walks(const Step& step) { return powers_.serve(source_, step); }
   Column powers() const { return powers_.column(); }
   template <bool WITH_LABEL>
-  Student walk(const Step& step, ints label) {
+  FASTMT_INLINE Student walk(const Step& step, ints label) {
     return powers_.read(source_, step, [&](auto powers) {
       return student_of_powers<WITH_LABEL>(powers, label, classes_);
     });
   }
 
-  Column logits(const Step& step) const {
+  Column logits(const Step& step) {
     const Column to{column_.get(), W};
-    source_.interpolate(step.x, step.columns, step.t, to);
+    source_.interpolate(step, to);
     return to;
   }
 

@@ -18,17 +18,17 @@ struct Group {
         end(std::min(begin + cells.bands_in_group, cells.bands)) {}
 };
 
-// Calls visit(step) for each W output pixels of a row; begin and end around chunks.
+// Calls visit(step) for each W output pixels of a row, begin() and end(x) around the chunks.
 template <class Begin, class Visit, class End>
 inline void walk_row(const Lanes& lanes, Begin begin, Visit visit, End end) {
   for (int k = 0; k < lanes.chunks; ++k) {
     begin();
     for (int s = 0; s < lanes.steps[k]; ++s) {
       const int64_t entry = lanes.start[k] + int64_t(s);
-      visit(Step{k * W, s, lanes.steps[k], lanes.follows[entry] != 0, lanes.column + entry * W,
-                 lanes.t + entry * W, lanes.delta + k * W});
+      visit(Step{k * V, s, lanes.steps[k], lanes.origin[entry], lanes.column + entry * W,
+                 lanes.t + entry * W, lanes.delta + k * V});
     }
-    end(k * W);
+    end(k * V);
   }
 }
 

@@ -19,7 +19,8 @@ namespace FASTMT_ISA {
 typedef float vector_f __attribute__((vector_size(4 * FASTMT_LANES), may_alias));
 typedef int32_t vector_i __attribute__((vector_size(4 * FASTMT_LANES), may_alias));
 
-constexpr int W = 2 * FASTMT_LANES;
+constexpr int V = FASTMT_LANES;
+constexpr int W = 2 * V;
 constexpr float TINY = 1.17549435e-38f;  // smallest normal float
 constexpr float LOG_TINY = -88.0f;       // exp of this is 0
 
@@ -30,24 +31,24 @@ struct ints {
   vector_i lo, hi;
 };
 
-// Each vector is loaded and stored as one: a struct of two GCC would copy piece by piece.
-FASTMT_INLINE floats load(const float* at) {
-  const vector_f* vectors = reinterpret_cast<const vector_f*>(at);
-  return {vectors[0], vectors[1]};
+FASTMT_INLINE vector_f load_vector(const float* at) {
+  return *reinterpret_cast<const vector_f*>(at);
 }
-FASTMT_INLINE floats load_unaligned(const float* at) {
+FASTMT_INLINE vector_f load_vector_unaligned(const float* at) {
   typedef float unaligned __attribute__((vector_size(4 * FASTMT_LANES), aligned(4), may_alias));
-  const unaligned* vectors = reinterpret_cast<const unaligned*>(at);
-  return {vectors[0], vectors[1]};
+  return *reinterpret_cast<const unaligned*>(at);
 }
+FASTMT_INLINE void store_vector(float* at, vector_f x) { *reinterpret_cast<vector_f*>(at) = x; }
+
+// Each vector is loaded and stored as one: a struct of two GCC would copy piece by piece.
+FASTMT_INLINE floats load(const float* at) { return {load_vector(at), load_vector(at + V)}; }
 FASTMT_INLINE ints load(const int32_t* at) {
   const vector_i* vectors = reinterpret_cast<const vector_i*>(at);
   return {vectors[0], vectors[1]};
 }
 FASTMT_INLINE void store(float* at, floats x) {
-  vector_f* vectors = reinterpret_cast<vector_f*>(at);
-  vectors[0] = x.lo;
-  vectors[1] = x.hi;
+  store_vector(at, x.lo);
+  store_vector(at + V, x.hi);
 }
 FASTMT_INLINE void store(int32_t* at, ints x) {
   vector_i* vectors = reinterpret_cast<vector_i*>(at);

@@ -1,119 +1,185 @@
 // Exponentials of logits that are up-sampled on the way, at one multiplication a pixel.
 //
-// Along an output row the logits between two low-resolution columns are linear, so their exponentials
-// are a geometric progression: exp is needed where a walk through the cells starts, and for the ratio.
+// Between four low-resolution logits the logits are bilinear, so along a row as well as down a column
+// their exponentials are geometric progressions: exp is needed where a walk through a cell starts,
+// and for the ratios. The ratio of one row to the next is itself a progression along the row.
 #pragma once
+
+#include <vector>
 
 #include "cpu/cells.h"
 
 namespace FASTMT_ISA {
 
-// One step of a walk: W output pixels, one in each cell of the chunk at low-resolution column x.
-struct Step {
-  int x, index, count;     // index of `count` steps
-  bool follows;            // each pixel lies `delta` behind that of the step before
-  const int32_t* columns;  // -1 where a cell has no more
-  const float *t, *delta;  // [W]
-};
-
 // exp(scale * (z - top)) of W pixels, class by class.
 class Powers {
  public:
-  Powers(int classes, float scale)
-      : classes_(classes),
+  Powers(const Cells& cells, float scale)
+      : classes_(cells.classes),
         scale_(scale),
-        power_(aligned_buffer<float>(int64_t(classes) * W)),
-        ratio_(aligned_buffer<float>(int64_t(classes) * W)) {}
+        power_(aligned_buffer<float>(int64_t(classes_) * W)),
+        square_(aligned_buffer<float>(int64_t(classes_) * V)),
+        top_(aligned_buffer<float>(int64_t(cells.lanes.chunks) * V)),
+        chunks_(cells.lanes.chunks) {}
 
-  void begin_chunk() {
-    looked_ = has_ratio_ = false;
-    at_ = -2;
-  }
+  void begin_chunk() { at_ = NOWHERE; }
 
   // Whether the chunk can be walked: all its logits within reach of one maximum, and finite.
   bool serve(const RowSource& source, const Step& step) {
-    if (step.count < WORTHWHILE || !source.same_lanes()) return false;
-    if (!looked_) serves_ = look(source, step.x);
-    looked_ = true;
-    return serves_;
+    if (step.count < WORTHWHILE || !source.same_cells()) return false;
+    Chunk& chunk = chunks_[step.x / V];
+    if (chunk.band != source.band()) look(source, step, chunk);
+    return chunk.serves;
   }
 
-  // f(powers) for the pixels of a step; its reads of powers[c] fill the column.
+  // f(powers) for the pixels of a step; the powers stand in the column afterwards.
   template <class F>
-  auto read(const RowSource& source, const Step& step, F f) {
-    const bool onward = step.follows && at_ == step.index - 1 && has_ratio_;
+  FASTMT_INLINE auto read(const RowSource& source, const Step& step, F f) {
+    const Onward onward{power_.get(), square_.get()};
+    const bool from_origin = at_ < step.origin;
+    if (from_origin) come_to_origin(source, step);
+    const bool is_there = from_origin && step.origin == step.index;
+    for (; at_ < step.index - 1; ++at_)
+      for (int c = 0; c < classes_; ++c) onward[c];
     at_ = step.index;
-    if (onward) return f(Onward{power_.get(), ratio_.get()});
-    const Start start{source.row() + step.x, source.pitch(), top_, load(step.t), scale_,
-                      power_.get()};
-    if (has_ratio_) return f(start);
-    has_ratio_ = true;
-    return f(StartWithRatio{start, load(step.delta), ratio_.get()});
+    return is_there ? f(column()) : f(onward);
   }
 
   Column column() const { return {power_.get(), W}; }
-  void forget() { at_ = -2; }  // the column has been used up
+  void forget() { at_ = NOWHERE; }  // the column has been used up
 
  private:
-  static constexpr int WORTHWHILE = 3;    // steps; below that a ratio does not pay
-  static constexpr float REACH = 80.0f;   // exp(-80) is a normal number
+  static constexpr int WORTHWHILE = 2;   // steps; below that a ratio does not pay
+  static constexpr int WORTHWHILE_ROWS = 4;  // to come down by products; exp costs as much as five
+  static constexpr float REACH = 80.0f;  // exp(-80) is a normal number
+  static constexpr int NOWHERE = -1;
 
-  struct Start {
-    const float* row;
-    int64_t pitch;
-    floats top, t;
-    float scale;
-    float* power;
-
-    FASTMT_INLINE floats operator[](int c) const {
-      const floats left = load(row + c * pitch), right = load_unaligned(row + c * pitch + 1);
-      const floats e = exp(((left - top) + t * (right - left)) * scale);
-      store(power + c * W, e);
-      return e;
-    }
+  // Of the left pixels of a step: the power, its ratio to the right ones, and those of both to what
+  // they are in the output row below.
+  struct Down {
+    float power[V], ratio[V], down_power[V], down_ratio[V];
   };
-  struct StartWithRatio {
-    Start start;
-    floats delta;
-    float* ratio;
-
-    FASTMT_INLINE floats operator[](int c) const {
-      const float* at = start.row + c * start.pitch;
-      store(ratio + c * W, exp((load_unaligned(at + 1) - load(at)) * (delta * start.scale)));
-      return start[c];
-    }
+  struct Walk {
+    int row = NOWHERE;                   // the output row that it has come down to
+    std::unique_ptr<Down[], Free> down;  // [classes]
   };
+  struct Chunk {
+    int64_t band = -1;
+    bool serves = false;
+    std::vector<Walk> walks;  // [steps]; used for the origins
+  };
+
   struct Onward {
     float* power;
-    const float* ratio;
+    const float* square;
 
     FASTMT_INLINE floats operator[](int c) const {
-      const floats e = load(power + c * W) * load(ratio + c * W);
+      const vector_f ratio = load_vector(square + c * V);
+      floats e = load(power + c * W);
+      e = {e.lo * ratio, e.hi * ratio};
       store(power + c * W, e);
       return e;
     }
   };
 
-  bool look(const RowSource& source, int x) {
-    const float* at = source.row() + x;
-    floats low = load(at), not_finite = splat(0);
-    top_ = low;
-    for (int c = 0; c < classes_; ++c, at += source.pitch()) {
-      const floats left = load(at), right = load_unaligned(at + 1);
-      const floats higher = max(left, right), lower = min(left, right);
-      top_ = max(higher, top_);
-      low = min(lower, low);
-      not_finite += (left + right) * 0.0f;
+  // What a step starts from: the powers and the square of their ratio.
+  struct Put {
+    float *power, *square;
+
+    FASTMT_INLINE void operator()(int c, vector_f left, vector_f ratio) const {
+      store(power + c * W, floats{left, left * ratio});
+      store_vector(square + c * V, ratio * ratio);
     }
-    return !any(~((top_ - low) * scale_ + not_finite < REACH));
+  };
+
+  void come_to_origin(const RowSource& source, const Step& step) {
+    Walk& walk = chunks_[step.x / V].walks[step.origin];
+    const int rows = source.out_row() - walk.row;
+    at_ = step.origin;
+    if (walk.row < source.row_origin() || rows > WORTHWHILE_ROWS)
+      return start(source, step, walk);
+    walk.row = source.out_row();
+    if (rows == 0) go<false>(walk.down.get());
+    for (int k = 0; k < rows; ++k) go<true>(walk.down.get());
+  }
+
+  // To the walk's output row, or the one below it.
+  template <bool DOWN>
+  void go(Down* walk) {
+    const Put put{power_.get(), square_.get()};
+    for (int c = 0; c < classes_; ++c) {
+      vector_f power = load_vector(walk[c].power), ratio = load_vector(walk[c].ratio);
+      if constexpr (DOWN) {
+        store_vector(walk[c].power, power *= load_vector(walk[c].down_power));
+        store_vector(walk[c].ratio, ratio *= load_vector(walk[c].down_ratio));
+      }
+      put(c, power, ratio);
+    }
+  }
+
+  void start(const RowSource& source, const Step& step, Walk& walk) {
+    if (!source.is_followed()) return start_at<false>(source, step, nullptr);
+    if (!walk.down) walk.down = aligned_buffer<Down>(classes_);
+    walk.row = source.out_row();
+    start_at<true>(source, step, walk.down.get());
+  }
+
+  template <bool GOES_DOWN>
+  void start_at(const RowSource& source, const Step& step, Down* walk) {
+    const CellCorners corners = source.corners(step.x);
+    const Put put{power_.get(), square_.get()};
+    const vector_f t = load_vector(step.t - (step.index - step.origin) * W);
+    const vector_f delta = load_vector(step.delta);
+    const vector_f top = load_vector(&top_[step.x]);
+    const float row_t = source.row_t(), row_delta = source.row_delta();
+    for (int c = 0; c < classes_; ++c) {
+      const auto at = corners[c];
+      const vector_f fall_left = at.bottom_left - at.top_left;
+      const vector_f fall_right = at.bottom_right - at.top_right;
+      const vector_f left = (at.top_left - top) + row_t * fall_left;
+      const vector_f slope = (at.top_right - top) + row_t * fall_right - left;
+      const floats e = exp(floats{left + t * slope, delta * slope} * scale_);
+      put(c, e.lo, e.hi);
+      if constexpr (GOES_DOWN) {
+        const vector_f twist = fall_right - fall_left;
+        const floats down =
+            exp(floats{fall_left + t * twist, delta * twist} * (row_delta * scale_));
+        Down& to = walk[c];
+        store_vector(to.power, e.lo);
+        store_vector(to.ratio, e.hi);
+        store_vector(to.down_power, down.lo);
+        store_vector(to.down_ratio, down.hi);
+      }
+    }
+  }
+
+  void look(const RowSource& source, const Step& step, Chunk& chunk) {
+    const CellCorners corners = source.corners(step.x);
+    vector_f top = corners[0].top_left, low = top, not_finite = {};
+    const auto higher = [](vector_f a, vector_f b) { return a > b ? a : b; };
+    const auto lower = [](vector_f a, vector_f b) { return a < b ? a : b; };
+    for (int c = 0; c < classes_; ++c) {
+      const auto at = corners[c];
+      for (vector_f logit : {at.top_left, at.top_right, at.bottom_left, at.bottom_right}) {
+        top = higher(logit, top);
+        low = lower(logit, low);
+        not_finite += logit * 0.0f;
+      }
+    }
+    const vector_f range = (top - low) * scale_ + not_finite;
+    const floats both{range, range};
+    chunk.band = source.band();
+    chunk.walks.resize(step.count);
+    for (Walk& walk : chunk.walks) walk.row = NOWHERE;
+    store_vector(&top_[step.x], top);
+    chunk.serves = !any(~(both < REACH));
   }
 
   int classes_;
   float scale_;
-  std::unique_ptr<float[], Free> power_, ratio_;
-  floats top_;
-  bool looked_ = false, serves_ = false, has_ratio_ = false;
-  int at_ = -2;
+  int at_ = NOWHERE;
+  std::unique_ptr<float[], Free> power_, square_, top_;
+  std::vector<Chunk> chunks_;
 };
 
 }  // namespace FASTMT_ISA
