@@ -113,7 +113,8 @@ def choose(
 class Remembered:
     """choose() for tensors whose type, dtype and device stay as they are.
 
-    It is asked anew in another context, and after an answer that it reports: eager.
+    It is asked anew in another context, and after an answer that it reports: eager. The environment
+    is not read again: that takes longer than all else here.
     """
 
     def __init__(self, operation: str, tensors: Sequence[Tensor]) -> None:

@@ -224,6 +224,12 @@ def test_a_new_object_at_the_address_of_an_old_one_is_noticed():
         assert not structure.holds()
 
 
+@needs_kernels
+def test_tensors_that_were_released_hold_no_more():
+    assert not native.ema_holds()(0)
+    assert not native.ema_run()(0, None, None)
+
+
 def test_all_dictionaries_of_a_deep_tree_are_compared():
     network = nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()) for _ in range(40)))
     structure = matching.Structure([network])
