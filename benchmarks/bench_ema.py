@@ -1,7 +1,7 @@
 """The moving average of a network's parameters against the ways PyTorch and others offer.
 
 `kernel` is the launch alone, over a table of addresses that is never checked: what EMATeacher's
-update() takes beyond it is matching, checking and the decay.
+update() takes beyond it is matching, checking and the decay, and the buffers of a tree of modules.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastmt
 from benchmarks import harness, inputs, models
 from benchmarks.harness import Case, Work
+from benchmarks.networks import ResNet50
 from benchmarks.shapes import (
     MANY_SMALL,
     resnet50_parameters,
@@ -35,8 +36,8 @@ except ImportError:
 
 DECAY = 0.999
 TEACHER, KERNEL = "EMATeacher", "kernel"
-SMALL_BYTES = 32 << 20  # of larger lists two runs of the kernel differ by more than the overhead
-Shapes = tuple[tuple[int, ...], ...]
+LARGE_BYTES = 512 << 20  # from here on two runs of the kernel differ by more than the overhead
+Student = tuple[tuple[int, ...], ...] | Callable[[], nn.Module]  # shapes, or what makes one
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ FUNCTIONS = {
 
 
 def cases(which: str) -> list[Case]:
-    """The comparisons of the set "tiny", "quick" or "full"."""
+    """The comparisons of the set "tiny", "quick", or "full" and "ema", which are the same here."""
     if which == "tiny":
         return [_case("5 tensors of 7x3", ((7, 3),) * 5)]
     half = torch.bfloat16
@@ -79,25 +80,30 @@ def cases(which: str) -> list[Case]:
         _case("161 tensors of 8, as many as ResNet-50 has", ((8,),) * 161),
         _case("ResNet-50, 26 M parameters in 161 tensors", resnet50_parameters()),
         _case("ResNet-50, 26 M parameters in 161 tensors", resnet50_parameters(), half),
+        _case("ResNet-50's modules and buffers, an eighth as wide", partial(ResNet50, 8, 10)),
+        _case("ResNet-50's modules and buffers", ResNet50),
         _case("SegFormer-B5, 85 M parameters in 1065 tensors", segformer_b5_parameters()),
         *(
             _case("ViT-L, 304 M parameters in 296 tensors", vit_large_parameters(), dtype)
             for dtype in (torch.float32, half)
-            if which == "full"
+            if which in ("full", "ema")
         ),
     ]
 
 
-def _case(name: str, shapes: Shapes, dtype: torch.dtype = torch.float32) -> Case:
+def _case(name: str, student: Student, dtype: torch.dtype = torch.float32) -> Case:
     suffix = "float32" if dtype == torch.float32 else "bfloat16 student of a float32 teacher"
-    return Case(f"{name}, {suffix}", "EMA", partial(_build, shapes, dtype))
+    return Case(f"{name}, {suffix}", "EMA", partial(_build, student, dtype))
 
 
-def _build(shapes: Shapes, dtype: torch.dtype, device: torch.device, compiled: bool) -> Work:
-    student = nn.ParameterList(inputs.parameters(shapes, device=device, seed=0)).to(dtype)
+def _build(student: Student, dtype: torch.dtype, device: torch.device, compiled: bool) -> Work:
+    if not callable(student):
+        student = partial(nn.ParameterList, inputs.parameters(student, device=device, seed=0))
+    student = student().to(device, dtype)
+    shapes = [parameter.shape for parameter in student.parameters()]
     start = inputs.parameters(shapes, device=device, seed=1)
     teacher = [tensor.clone() for tensor in start]
-    values = [parameter.detach() for parameter in student]
+    values = [parameter.detach() for parameter in student.parameters()]
     ours = fastmt.EMATeacher(student, DECAY, warmup=None)
     updates = {
         name: (partial(function, teacher, values), teacher)
@@ -154,12 +160,13 @@ def _others(student: nn.Module) -> dict[str, tuple[Callable[[], None], list[Tens
     return found | {"ema-pytorch, foreach": (partial(update, True), averages)}
 
 
-def overhead(case: dict) -> float | None:
-    """Seconds that one EMATeacher.update() took beyond the kernel, where that is not all kernel."""
-    if not {TEACHER, KERNEL} <= case["variants"].keys() or case["bytes"] > SMALL_BYTES:
+def overhead(case: dict) -> list[float] | None:
+    """Quartiles of the seconds that EMATeacher.update() took beyond the kernel, by round."""
+    if not {TEACHER, KERNEL} <= case["variants"].keys() or case["bytes"] > LARGE_BYTES:
         return None
     rounds = (case["variants"][name]["samples_s"] for name in (TEACHER, KERNEL))
-    return statistics.median(ours - kernel for ours, kernel in zip(*rounds, strict=True))
+    beyond = [ours - kernel for ours, kernel in zip(*rounds, strict=True)]
+    return statistics.quantiles(beyond, n=4, method="inclusive") if beyond[1:] else beyond * 3
 
 
 def _updated(update: Callable[[], None], teacher: list[Tensor]) -> list[Tensor]:

@@ -99,6 +99,7 @@ def record(device: torch.device) -> dict[str, object]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "triton": _version_of("triton"),
+            "ema-pytorch": _version_of("ema-pytorch"),
             "python": platform.python_version(),
         },
     }

@@ -1,6 +1,8 @@
 """The report: every comparison in one process, as JSON and as a Markdown table next to it.
 
-python -m benchmarks.report [--cases quick|full] [--only TEXT] [--out benchmarks/results/NAME.json]
+python -m benchmarks.report [--cases quick|full|ema] [--only TEXT] [--out FILE.json]
+
+The set "ema" is the full one of the moving average alone.
 """
 
 from __future__ import annotations
@@ -37,19 +39,20 @@ def run(
     with_compile: bool = True,
     rounds: int = 15,
 ) -> dict[str, object]:
-    """Measure the cases of a set ("tiny", "quick", "full") whose group and name contain `only`."""
+    """Measure the cases of a set ("quick", "full", "ema", "tiny") whose name contains `only`."""
     tiny = which == "tiny"
     speed = {"sample_seconds": 0.001, "copy_bytes": 1 << 20} if tiny else {}
     result: dict[str, object] = {"cases_set": which, "rounds": rounds, **machine.record(device)}
     result["cases"] = []
-    for case in (case for module in MODULES for case in module.cases(which)):
+    modules = (bench_ema,) if which == "ema" else MODULES
+    for case in (case for module in modules for case in module.cases(which)):
         if only in f"{case.group}: {case.name}":
             print(f"{case.group}: {case.name}", file=sys.stderr, flush=True)
             result["cases"].append(
                 harness.measure(case, device, with_compile=with_compile, rounds=rounds, **speed)
             )
     setting = bench_trainer.TINY_STEP if tiny else bench_trainer.STEP
-    if only in f"trainer: {setting}":
+    if which != "ema" and only in f"trainer: {setting}":
         print(f"trainer: {setting}", file=sys.stderr, flush=True)
         result["trainer"] = bench_trainer.measure(setting, device, steps=rounds)
     return result
@@ -104,10 +107,15 @@ def _table(cases: list[dict]) -> list[str]:
 
 def _overheads(cases: list[dict]) -> list[str]:
     beyond = {case["name"]: bench_ema.overhead(case) for case in cases}
-    lines = [f"- {name}: {_time(over)}" for name, over in beyond.items() if over is not None]
+    lines = [
+        f"- {name}: {_time(over[1])} ({_time(over[0])} to {_time(over[2])})"
+        for name, over in beyond.items()
+        if over is not None
+    ]
     if not lines:
         return []
-    return ["", "`EMATeacher.update()` beyond the kernel (matching, checks, decay):", "", *lines]
+    what = "matching, checks, decay, and the buffers of modules; median and quartiles of the rounds"
+    return ["", f"`EMATeacher.update()` beyond the kernel ({what}):", "", *lines]
 
 
 def _trainer_table(trainer: dict) -> list[str]:
@@ -142,7 +150,7 @@ def _megabytes(variant: dict | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", choices=("quick", "full"), default="quick")
+    parser.add_argument("--cases", choices=("quick", "full", "ema"), default="quick")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")

@@ -110,6 +110,25 @@ def choose(
     return choice
 
 
+class Remembered:
+    """choose() for tensors whose type, dtype and device stay as they are.
+
+    It is asked anew in another context, and after an answer that it reports: eager. The environment
+    is not read again: that takes longer than all else here.
+    """
+
+    def __init__(self, operation: str, tensors: Sequence[Tensor]) -> None:
+        self._operation, self._tensors = operation, tensors
+        self._backend, self._request = "eager", None
+
+    def backend(self) -> str:
+        request = _state.request
+        if self._backend == "eager" or request is not self._request or _state.explaining:
+            self._backend = choose(self._operation, self._tensors).backend
+            self._request = request
+        return self._backend
+
+
 def _resolve(
     operation: str, name: str, tensors: Sequence[Tensor], obstacle: str | None, upsampled: bool
 ) -> Choice:
@@ -186,6 +205,11 @@ def _report(operation: str, name: str, strict: bool, reason: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def extension() -> Path:
+    """The library of the C++ kernels."""
+    return _PACKAGE / "_C.abi3.so"
+
+
 @library.constant_while_tracing
 def extension_missing() -> str | None:
     """Load the C++ kernels once; None when they are there, else the reason why not."""
@@ -194,13 +218,12 @@ def extension_missing() -> str | None:
 
 @functools.cache
 def _load() -> str | None:
-    kernels = _PACKAGE / "_C.abi3.so"
-    if not kernels.exists():
+    if not extension().exists():
         return f"the C++ kernels are not built: {build_info().get('reason', 'no build record')}"
     from fastmt import kept_memory  # noqa: F401  the kernels call an operation that it registers
 
     try:
-        torch.ops.load_library(str(kernels))
+        torch.ops.load_library(str(extension()))
     except (OSError, RuntimeError) as error:
         return f"the C++ kernels do not load: {str(error).splitlines()[0]}"
     library.register_fakes()

@@ -6,6 +6,7 @@ compare by value and can be pickled; any function of your own serves as well.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,12 @@ class Cosine:
 
 
 WARMUPS = {"reciprocal": Reciprocal, "tenths": Tenths, "power": InversePower}
+
+
+@functools.lru_cache(maxsize=16)
+def warmed_up(warmup: str | None, decay: float) -> Decay:
+    """The schedule of a decay with one of WARMUPS, or without."""
+    return WARMUPS.get(warmup, Constant)(decay)
 
 
 def half_life_decay(half_life: float, per_update: float) -> float:

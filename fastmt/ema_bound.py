@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmt import reference
+from fastmt import native, reference
 
 AVERAGE, COPY, KEEP, STOCHASTIC, KAHAN = range(5)  # as in csrc/cpu/ema_bound.cpp
 _ROUNDINGS = {AVERAGE: "nearest", COPY: "nearest", STOCHASTIC: "stochastic", KAHAN: "kahan"}
@@ -44,6 +45,10 @@ class Bound:
             watch,
         )
         self._launch = torch.ops.fastmt.ema_bound_update_.default
+        teachers = len(rows[0].averages)
+        self._decays, self._draws = (ctypes.c_double * teachers)(), (ctypes.c_int64 * teachers)()
+        self._operands = self._key, *map(ctypes.addressof, (self._decays, self._draws))
+        self._holds, self._run = native.ema_holds(), native.ema_run()
         weakref.finalize(self, torch.ops.fastmt.ema_release, self._key)
 
     def update(
@@ -51,6 +56,19 @@ class Bound:
     ) -> bool:
         """Average with a decay a teacher; False, with nothing done, where a layout has changed."""
         return self._launch(self._key, watched, decays, draws)
+
+    def holds(self) -> bool:
+        """Whether all tensors have kept their layout; reads anew where they lie. Not with `watch`.
+
+        It is the first half of update(), and brings the tensors' records near.
+        """
+        return self._holds(self._key)
+
+    def run(self, decays: Sequence[float], draws: Sequence[int]) -> None:
+        """The second half of update(), right after holds()."""
+        self._decays[:], self._draws[:] = decays, draws
+        if not self._run(*self._operands):
+            raise RuntimeError("the launch failed")
 
 
 def is_served(row: Row) -> bool:

@@ -45,12 +45,13 @@ class Plan:
     def __init__(self, tracks: Sequence[Track], network: nn.Module) -> None:
         self.student = weakref.ref(network)
         networks = [*(track.network for track in tracks), network]
-        self._shards = Shards(networks)
-        self._structure = Structure(networks)
+        shards, structure = Shards(networks), Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
         buffers = _rows(tracks, network, nn.Module.named_buffers)
         unmoved = [pairs for pairs in parameters if all(map(is_unmoved, pairs))]
-        self._unmoved = Unmoved([pair for pairs in unmoved for pair in pairs])
+        frozen = Unmoved([pair for pairs in unmoved for pair in pairs])
+        # The shards first: to look at them puts them back into the structure.
+        self._guards = [shards] * shards.any + [structure] + [frozen] * frozen.any
         left_out = set(map(id, unmoved))
         self.rows = [
             *(
@@ -71,6 +72,7 @@ class Plan:
         averages = [average for row in self.rows for average in row.averages]
         self.device = averages[0].device if averages else torch.device("cpu")
         self._first = [average for average in averages if average.is_floating_point()][:1]
+        self._choice = backends.Remembered("ema_update_", self._first)
         usable = backends.extension_missing() is None
         served = [usable and is_served(row) for row in self.rows]
         bound = [row for row, fits in zip(self.rows, served, strict=True) if fits]
@@ -79,12 +81,7 @@ class Plan:
         self._on_device: list[DeviceUpdate] | None = None  # one a teacher, made when first needed
 
     def holds(self, network: nn.Module) -> bool:
-        return (
-            self.student() is network
-            and self._shards.hold()
-            and self._structure.holds()
-            and self._unmoved.holds()
-        )
+        return self.student() is network and all(map(_holds, self._guards))
 
     def _staged(self) -> Staging:
         """Let the rows read host copies of the student."""
@@ -113,16 +110,17 @@ class Plan:
             self._average(*self.staging.empty())
 
     def _average(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> bool:
-        backend = backends.choose("ema_update_", self._first).backend
+        backend = self._choice.backend()
         if is_read_by(backend, self._first):
             return self._run_on_device(backends.operations(backend), decays, draws)
-        on_host = not any(isinstance(decay, Tensor) for decay in decays)
-        rest = self._rest if on_host and backend != "eager" else self.rows
-        if any(average.shape != row.value.shape for row in rest for average in row.averages):
+        bound, rest = self._bound, self._rest
+        if backend == "eager" or [decay for decay in decays if isinstance(decay, Tensor)]:
+            bound, rest = None, self.rows
+        if not all(map(_fits, rest)) or (bound is not None and not bound.holds()):
             return False
-        increment_version(self._written)  # first: it brings the tensors' records near
-        if rest is self._rest and self._bound and not self._bound.update([], decays, draws):
-            return False
+        increment_version(self._written)
+        if bound is not None:
+            bound.run(decays, draws)
         for row in rest:
             update_eagerly(row, decays, draws)
         return True
@@ -154,6 +152,14 @@ class Plan:
             for row in self.rows
         ]
         return [row for row in rows if row.modes != (KEEP,)]
+
+
+def _holds(guard: Shards | Structure | Unmoved) -> bool:
+    return guard.holds()
+
+
+def _fits(row: Row) -> bool:
+    return all(average.shape == row.value.shape for average in row.averages)
 
 
 def _is_offloaded(row: Row) -> bool:

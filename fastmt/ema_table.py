@@ -24,9 +24,11 @@ _tables: OrderedDict[tuple[int, ...], Lists] = OrderedDict()
 
 def is_read_by(backend: str, tensors: Sequence[Tensor]) -> bool:
     """Whether the kernels of a backend find these tensors by a table; on CPU C++ holds them."""
-    return backend == "triton" or (
-        backend != "eager" and any(tensor.device.type != "cpu" for tensor in tensors)
-    )
+    return backend == "triton" or (backend == "cpp" and not all(map(_is_on_cpu, tensors)))
+
+
+def _is_on_cpu(tensor: Tensor) -> bool:
+    return tensor.is_cpu
 
 
 def kernel_serves(average: Tensor, value: Tensor) -> bool:

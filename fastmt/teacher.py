@@ -109,9 +109,10 @@ class EMATeacher(nn.Module):
         """a_t of the next averaging update."""
         if self.calls < self.start:
             return 0.0
-        schedule = next((s for s in (self.decay, self.warmup) if callable(s)), None)
-        if schedule is None:
-            schedule = decays.WARMUPS.get(self.warmup, decays.Constant)(self.decay)
+        decay, warmup = self.decay, self.warmup
+        if callable(decay):
+            return decay(self.updates)
+        schedule = warmup if callable(warmup) else decays.warmed_up(warmup, decay)
         return schedule(self.updates)
 
     def update(
@@ -190,13 +191,16 @@ class EMATeacher(nn.Module):
 
     def _is_due(self) -> bool:
         """Whether the next call of update() averages."""
-        return self.calls < self.start or (self.calls + 1 - self.start) % self.update_every == 0
+        own = self.__dict__
+        past = own["calls"] - own["start"]
+        return past < 0 or (past + 1) % own["update_every"] == 0
 
     def count(self) -> None:
         """Count a call of update() that something else has made, such as the replay of a graph."""
-        due, own = self._is_due(), self.__dict__  # nn.Module's way to set them is slow
-        own["calls"] += 1
-        own["updates"] += due and self.calls > self.start
+        due, own = self._is_due(), self.__dict__  # nn.Module's way to get and set is slow
+        own["calls"] = calls = own["calls"] + 1
+        if due and calls > own["start"]:
+            own["updates"] += 1
 
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
@@ -239,10 +243,12 @@ class EMATeacher(nn.Module):
         return super()._apply(fn, recurse)
 
     def _resolve(self, student: nn.Module | None) -> nn.Module:
-        student = self._student() if student is None and self._student else student
+        if student is not None:
+            return unwrapped(student)
+        student = self._student and self._student()
         if student is None:
             raise ValueError("student: the student of this teacher is gone; pass update(student=)")
-        return unwrapped(student)
+        return student
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """The averaged network's output, without gradient."""

@@ -34,34 +34,42 @@ def update_together(
     teachers = list(teachers)
     if not teachers:
         raise ValueError("teachers: got none, expected at least one")
-    if any(teacher._swapped for teacher in teachers):
-        raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
+    for teacher in teachers:
+        if teacher._swapped:
+            raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
     network = teachers[0]._resolve(student)
     if finite is not None and finite.device.type == "cpu" and decays is None:
         if not finite:
             return
         finite = None
     recorded = decays is None and _is_capturing()  # advance() counts, at each replay
-    if recorded or any(teacher._is_due() for teacher in teachers):
+    if recorded or True in [teacher._is_due() for teacher in teachers]:
         plan = teachers[0]._plan_for(teachers, network)
         if plan.staging is not None and _is_capturing():
             raise RuntimeError("update: an update of a teacher on the CPU cannot be captured")
-        if decays is not None:
-            draws = [t._captured()[1] if _is_capturing() else t._draw() for t in teachers]
-            given = list(zip(decays, draws, strict=True))
-        elif recorded:
-            given = [teacher._captured() for teacher in teachers]
-        elif plan.device.type == "cpu":
-            given = [(teacher._due_decay(), teacher._draw()) for teacher in teachers]
-        else:
-            given = [teacher.put_decay() for teacher in teachers]
-        now, draws = map(list, zip(*given, strict=True))
+        now, draws = _given(teachers, decays, recorded, plan.device)
         if finite is not None:
             now = [_where(finite, decay) for decay in now]
         if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
             teachers[0]._plan_anew(teachers, network).run(now, draws)
     for teacher in () if recorded else teachers:
         teacher.count()
+
+
+def _given(
+    teachers: Sequence[EMATeacher],
+    decays: Sequence[Tensor] | None,
+    recorded: bool,
+    device: torch.device,
+) -> tuple[list[float | Tensor], list[int | Tensor]]:
+    """Decay and draw of each teacher."""
+    if decays is None and not recorded and device.type == "cpu":
+        return [t._due_decay() for t in teachers], [t._draw() for t in teachers]
+    if decays is not None:
+        draws = [t._captured()[1] if _is_capturing() else t._draw() for t in teachers]
+        return list(decays), draws
+    scalars = [t._captured() if recorded else t.put_decay() for t in teachers]
+    return [decay for decay, _ in scalars], [draw for _, draw in scalars]
 
 
 def _where(finite: Tensor, decay: float | Tensor) -> Tensor:

@@ -156,6 +156,22 @@ def test_contexts_nest_and_end_also_with_an_error():
     assert fastmt.explain(*call) == outside
 
 
+def test_a_remembered_choice_follows_the_context_and_reports_each_time():
+    served = backends.Remembered("ema_update_", [torch.ones(3)])
+    wide = backends.Remembered("ema_update_", [torch.ones(3, dtype=torch.float64)])
+    outside = served.backend()
+    with fastmt.backend("eager"):
+        assert served.backend() == wide.backend() == "eager"
+    assert served.backend() == outside
+    with fastmt.backend("cpp", strict=True):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="float64 is computed by the reference"):
+                wide.backend()
+    with pytest.raises(TypeError, match="not an operation"):
+        fastmt.explain(list)
+    assert fastmt.explain(served.backend).backend == outside
+
+
 def test_unknown_backends_are_refused_by_name():
     with pytest.raises(ValueError, match="^backend: got 'cuda'"), fastmt.backend("cuda"):
         pass

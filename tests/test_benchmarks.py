@@ -11,8 +11,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmt
-from benchmarks import bench_trainer, harness, inputs, machine, models, report, scaling, stopwatch
-from benchmarks.shapes import HEADLINE, Shape, segformer_b5_parameters, unet_parameters
+from benchmarks import (
+    bench_ema,
+    bench_trainer,
+    harness,
+    inputs,
+    machine,
+    models,
+    report,
+    scaling,
+    stopwatch,
+)
+from benchmarks.networks import ResNet50
+from benchmarks.shapes import (
+    HEADLINE,
+    Shape,
+    resnet50_parameters,
+    segformer_b5_parameters,
+    unet_parameters,
+)
 from fastmt import backends
 from fastmt.backends import Choice
 
@@ -174,7 +191,17 @@ def test_threshold_for_upsampled_teachers_stays_clear_of_their_scores():
 def test_parameters_are_those_of_the_papers():
     assert sum(map(math.prod, unet_parameters(classes=2))) == pytest.approx(31.04e6, rel=1e-3)
     assert sum(map(math.prod, segformer_b5_parameters())) == pytest.approx(84.6e6, rel=1e-3)
+    network = ResNet50()
+    shapes = sorted(tuple(parameter.shape) for parameter in network.parameters())
+    assert shapes == sorted(resnet50_parameters()) and len(list(network.buffers())) == 159
     assert HEADLINE.lowered(4).dims == (2, 19, 128, 128)
+
+
+def test_the_set_of_the_moving_average_has_its_own_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    report.main(["--cases", "ema", "--only", "no such case"])
+    assert json.loads((tmp_path / "cpu-ema.json").read_text())["cases"] == []
+    assert any("ViT-L" in case.name for case in bench_ema.cases("ema"))
 
 
 def test_report_writes_json_and_markdown(tmp_path, capsys, one_thread):

@@ -7,94 +7,15 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "cpu/ema_held.h"
 #include "cpu/ema_host.h"
+#include "exported.h"
 
 namespace fastmt {
 
 namespace {
 
 enum class Mode : int64_t { average, copy, keep, stochastic, kahan };
-
-// A tensor, and the layout that it had when it was bound. Whoever holds it keeps it alive.
-struct Held {
-  AtenTensorHandle handle;
-  void* pointer;
-  const int64_t* sizes;  // inside the tensor's own record
-  int64_t layout;        // where in Bound::layouts its sizes start, then strides
-  int32_t dtype, rank;
-};
-
-void* pointer_of(AtenTensorHandle tensor) {
-  void* pointer = nullptr;
-  return aoti_torch_get_data_ptr(tensor, &pointer) ? nullptr : pointer;
-}
-
-bool has_memory(const Held& held, const int64_t* bound, const void* at) {
-  int64_t last = 0, bytes = 0;
-  int32_t device = -1;
-  aoti_torch_get_storage_offset(held.handle, &last);
-  for (int d = 0; d < held.rank; ++d) {
-    if (bound[d] == 0) return true;
-    last += (bound[d] - 1) * bound[held.rank + d];
-  }
-  aoti_torch_get_storage_size(held.handle, &bytes);
-  aoti_torch_get_device_type(held.handle, &device);
-  const auto size = int64_t(aoti_torch_dtype_element_size(held.dtype));
-  return at && device == aoti_torch_device_type_cpu() && (last + 1) * size <= bytes;
-}
-
-// Whether a tensor whose data is at `now` has the layout that it was bound with, and its memory.
-bool holds(Held& held, const int64_t* bound, void* now, std::atomic<bool>& moved) {
-  int32_t dtype = -1;
-  int64_t rank = -1, *strides = nullptr, *sizes = nullptr;
-  aoti_torch_get_dtype(held.handle, &dtype);
-  aoti_torch_get_dim(held.handle, &rank);
-  if (dtype != held.dtype || rank != held.rank) return false;
-  aoti_torch_get_sizes(held.handle, &sizes);
-  aoti_torch_get_strides(held.handle, &strides);
-  for (int64_t d = 0; d < rank; ++d)
-    if (sizes[d] != bound[d] || strides[d] != bound[rank + d]) return false;
-  held.sizes = sizes;
-  if (now && now == held.pointer) return true;
-  if (!has_memory(held, bound, now)) return false;
-  held.pointer = now;
-  moved = true;
-  return true;
-}
-
-// A tensor's record takes three cache lines, its sizes in the middle one. The records of many
-// tensors are in no near cache when they are looked at once an update.
-void fetch_ahead(const Held& held) {
-  const char* middle = reinterpret_cast<const char*>(held.sizes);
-  __builtin_prefetch(held.handle);
-  __builtin_prefetch(middle - 64);
-  __builtin_prefetch(middle);
-  __builtin_prefetch(middle + 64);
-}
-
-bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
-              std::atomic<bool>& moved) {
-  constexpr int64_t block = 8, stretch = 16;  // blocks that a thread takes at once
-  const auto count = int64_t(tensors.size());
-  const int64_t blocks = (count + block - 1) / block;
-  std::atomic<bool> fine{true};
-  const auto check = [&](int64_t first_block, int64_t last_block) {
-    void* now[block];
-    for (int64_t k = first_block; k < last_block && fine.load(std::memory_order_relaxed); ++k) {
-      const int64_t begin = k * block, end = std::min(begin + block, count);
-      for (int64_t i = end; i < std::min(end + block, count); ++i) fetch_ahead(tensors[i]);
-      for (int64_t i = begin; i < end; ++i) now[i - begin] = pointer_of(tensors[i].handle);
-      for (int64_t i = begin; i < end; ++i)
-        if (!holds(tensors[i], layouts.data() + tensors[i].layout, now[i - begin], moved))
-          fine = false;
-    }
-  };
-  if (blocks <= 4 * stretch)
-    check(0, blocks);
-  else
-    for_each_stretch(blocks, stretch, check);
-  return fine;
-}
 
 uint32_t mixed(uint32_t x) {  // as in ema_kernel.h
   x = (x ^ x >> 16) * 0x7feb352du;
@@ -133,15 +54,6 @@ std::shared_ptr<Bound> find(int64_t key) {
   return found->second;
 }
 
-Held described(const Tensor& tensor, std::vector<int64_t>& layouts) {
-  Held held{tensor.get(), nullptr, nullptr, int64_t(layouts.size()), 0, int32_t(tensor.dim())};
-  aoti_torch_get_dtype(held.handle, &held.dtype);
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  layouts.insert(layouts.end(), sizes.begin(), sizes.end());
-  layouts.insert(layouts.end(), strides.begin(), strides.end());
-  return held;
-}
-
 // Tensors of other dtypes are only copied, byte by byte.
 Type type_or_bytes(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
@@ -172,13 +84,6 @@ void update_span(const Bound& bound, int64_t row, const Use& use, double decay, 
   kernels().ema(span, use.mode == Mode::copy ? 0 : decay);
 }
 
-const char* storage_of(const Held& held) {
-  int64_t offset = 0;
-  aoti_torch_get_storage_offset(held.handle, &offset);
-  return static_cast<const char*>(held.pointer) -
-         offset * int64_t(aoti_torch_dtype_element_size(held.dtype));
-}
-
 // Whether no value shares memory with an average, and no average is there twice.
 bool are_apart(const Bound& bound) {
   std::unordered_set<const void*> written, storages;
@@ -197,6 +102,15 @@ bool are_apart(const Bound& bound) {
 bool holds(Bound& bound) {
   std::atomic<bool> moved{false};
   return all_hold(bound.tensors, bound.layouts, moved) && (!moved || are_apart(bound));
+}
+
+void run(const Bound& bound, const double* decays, const int64_t* draws) {
+  for_each_chunk(bound.start.data(), int64_t(bound.length.size()), bound.length.data(), 1,
+                 [&](int64_t row, int64_t first, int64_t last) {
+    for (int64_t t = 0; t < bound.teachers; ++t)
+      update_span(bound, row, bound.uses[row * bound.teachers + t], decays[t], uint32_t(draws[t]),
+                  first, last);
+  });
 }
 
 // Gives the watched tensors their handles for the time of one call.
@@ -279,22 +193,39 @@ void ema_release(int64_t key) {
 bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
                        const std::vector<double>& decays, const std::vector<int64_t>& draws) {
   const std::shared_ptr<Bound> bound = find(key);
-  const int64_t teachers = bound->teachers;
-  STD_TORCH_CHECK(int64_t(decays.size()) == teachers && decays.size() == draws.size(),
+  STD_TORCH_CHECK(int64_t(decays.size()) == bound->teachers && decays.size() == draws.size(),
                   "decays, draws: expected one a teacher");
   const std::lock_guard<std::mutex> guard(bound->lock);
   const Watched handles(*bound, watched);
   if (!holds(*bound)) return false;
-  for_each_chunk(bound->start.data(), int64_t(bound->length.size()), bound->length.data(), 1,
-                 [&](int64_t row, int64_t first, int64_t last) {
-    for (int64_t t = 0; t < teachers; ++t)
-      update_span(*bound, row, bound->uses[row * teachers + t], decays[t], uint32_t(draws[t]),
-                  first, last);
-  });
+  run(*bound, decays.data(), draws.data());
   return true;
 }
 
 }  // namespace fastmt
+
+// ema_bound_update_ without watched tensors in two halves, for what has to lie between them. Both
+// are false where something was thrown, which must not pass through C.
+FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
+  try {
+    const auto bound = fastmt::find(key);
+    const std::lock_guard<std::mutex> guard(bound->lock);
+    return fastmt::holds(*bound);
+  } catch (...) {
+    return false;
+  }
+}
+
+FASTMT_EXPORTED bool fastmt_ema_run(int64_t key, const double* decays, const int64_t* draws) {
+  try {
+    const auto bound = fastmt::find(key);
+    const std::lock_guard<std::mutex> guard(bound->lock);
+    fastmt::run(*bound, decays, draws);
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmt, m) {
   m.def(

@@ -1,0 +1,30 @@
+// Tensors that are held from one update to the next, and what shows that they have kept their layout.
+#pragma once
+
+#include <vector>
+
+#include "cpu/host.h"
+
+namespace fastmt {
+
+// A tensor, and the layout that it had when it was bound. Whoever holds it keeps it alive.
+struct Held {
+  AtenTensorHandle handle;
+  void* pointer;
+  const int64_t* sizes;  // inside the tensor's own record
+  int64_t layout;        // where in Bound::layouts its sizes start, then strides
+  int32_t dtype, rank;
+};
+
+// Appends the tensor's sizes and strides to `layouts`.
+Held described(const Tensor& tensor, std::vector<int64_t>& layouts);
+
+// Where the tensor's storage begins.
+const char* storage_of(const Held& held);
+
+// Reads all pointers anew; `moved` where one is another than before. False where a tensor has another
+// layout than it was bound with, or not the memory for it.
+bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
+              std::atomic<bool>& moved);
+
+}  // namespace fastmt
