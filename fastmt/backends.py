@@ -140,7 +140,7 @@ def _resolve(
     if on_cuda:
         cpp = cpp or cuda_obstacle(operation, len(tensors), upsampled)
     if name == "triton" or (name == "auto" and on_cuda and cpp):
-        reason = obstacle or triton_backend.obstacle(operation, tensors, upsampled)
+        reason = obstacle or triton_backend.obstacle(operation, tensors)
         served = Choice("triton", "Triton kernels serve this call")
         return Choice("eager", reason) if reason else served
     if cpp:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from fastmt import library
 
-_MOST_UPSAMPLED = 256  # classes, which stay in registers
 _MOST_DIMENSIONS = 5  # (N, C, *spatial) that the kernels walk
 
 
-def obstacle(operation: str, tensors: Sequence[Tensor], upsampled: bool) -> str | None:
+def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
     """Why no Triton kernel serves a call on these tensors, if none does."""
     if reason := missing():
         return reason
@@ -30,8 +29,6 @@ def obstacle(operation: str, tensors: Sequence[Tensor], upsampled: bool) -> str 
             return reason
         if tensor.ndim > _MOST_DIMENSIONS and operation != "ema_update_":
             return f"{tensor.ndim - 2}-D images are computed by the reference"
-    if upsampled and tensors[0].shape[1] > _MOST_UPSAMPLED:
-        return f"Triton kernels up-sample at most {_MOST_UPSAMPLED} classes"
     return None
 
 

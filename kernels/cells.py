@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fastmt.kernels.columns import MAX_FLOATS, tiles_of
+from fastmt.kernels.columns import MAX_FLOATS, MAX_WARPS, tiles_of
 from fastmt.kernels.grid import Axis, first_beyond, grid_of, neighbours
 from fastmt.kernels.views import NARROW, device_of
 
@@ -27,22 +27,32 @@ JOINED = 1024  # low-resolution gradients of one program
 
 
 class Strips(NamedTuple):
-    """Pixels across a strip, threads / 32 on it, and heights of the tiles of its columns."""
+    """How a strip is walked: in one piece, unless its classes do not fit into the registers."""
 
-    pixels: int
-    warps: int
-    tiles: tuple[int, ...]
+    pixels: int  # across a strip
+    piece: int  # pixels of it at once
+    warps: int  # threads / 32
+    tiles: tuple[int, ...]  # heights of the tiles of its columns
 
 
 @functools.cache
 def strips_for(classes: int, columns: float) -> Strips:
-    """The strip for an operation that holds `columns` at once, at least 16 pixels wide."""
+    """The strip for an operation that holds `columns` at once, at least 16 pixels wide.
+
+    The wider a strip, the less scratch its gradients take; the narrower a piece, the more classes
+    there is room for. Pieces have half the room: the compiler keeps every class's address from one
+    to the next.
+    """
     most = int(MAX_FLOATS / columns)
     warps = 1
-    while classes * 16 > most * 32 * warps and warps < 8:
+    while classes * 16 > most * 32 * warps and warps < MAX_WARPS:
         warps *= 2
-    pixels = 32 if classes * 32 <= most * 32 * warps else 16
-    return Strips(pixels, warps, tiles_of(classes, 32 * warps // pixels))
+    room = most * 32 * warps
+    pixels = 32 if classes * 32 <= room else 16
+    piece = pixels
+    while piece > 1 and classes * piece > (room if piece == pixels else room // 2):
+        piece //= 2
+    return Strips(pixels, piece, warps, tiles_of(classes, max(32 * warps // piece, 1)))
 
 
 class Walk(NamedTuple):
@@ -60,9 +70,10 @@ class Walk(NamedTuple):
     def programs(self) -> int:
         return self.images * self.bands * self.strips
 
-    def scratch(self, logits: Tensor) -> Tensor:
-        shape = (self.programs, 2, logits.shape[1], self.span)
-        return logits.new_empty(shape, dtype=torch.float32)
+    def scratch(self, logits: Tensor, strip: Strips) -> Tensor:
+        """Room for the gradients of every strip; 0 where its pieces are to be added up."""
+        new = logits.new_empty if strip.piece == strip.pixels else logits.new_zeros
+        return new((self.programs, 2, logits.shape[1], self.span), dtype=torch.float32)
 
     def wide(self, classes: int, *maps: Tensor | None) -> bool:
         """Whether offsets within an image's row, or positions on an axis, need 64 bits."""
@@ -89,22 +100,27 @@ def walk_of(
     return Walk(grid, grids, size, first.shape[0], height, strips, span)
 
 
-def precision() -> str:
-    """Of the products that share out gradients: tensor cores where they reach float32."""
+def precision(warps: int) -> str:
+    """Of the products that share out gradients: tensor cores where they reach float32.
+
+    Not those that four warps of a Blackwell take, by way of tensor memory: they spill and take
+    more instructions than the products themselves.
+    """
     if not isinstance(join_kernel, triton.JITFunction):
         return "ieee"
     target = driver.active.get_current_target()
-    return "tf32x3" if target.backend == "cuda" and target.arch >= 80 else "ieee"
+    if target.backend != "cuda" or target.arch < 80 or (target.arch >= 100 and warps >= 4):
+        return "ieee"
+    return "tf32x3"
 
 
 @triton.jit
-def strip_of(strips, bands, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """(image, band, output columns) of this program."""
+def strip_of(strips, bands, STRIP: tl.constexpr, WIDE: tl.constexpr):
+    """(image, band, first output column) of this program."""
     program = tl.program_id(0)
-    lanes = tl.arange(0, BLOCK)
-    columns = (program % strips) * BLOCK + (lanes.to(tl.int64) if WIDE else lanes)
+    begin = (program % strips) * STRIP
     row = program // strips
-    return (row // bands).to(tl.int64), row % bands, columns
+    return (row // bands).to(tl.int64), row % bands, begin.to(tl.int64) if WIDE else begin
 
 
 @triton.jit

@@ -32,7 +32,8 @@ def cells_confidence_kernel(
     WIDE: tl.constexpr,
 ):
     classes = classes_of(TILES, WIDE)
-    image, band, columns = strip_of(strips, grid[0][0], BLOCK, WIDE)
+    image, band, begin = strip_of(strips, grid[0][0], BLOCK, WIDE)
+    columns = begin + tl.arange(0, BLOCK)
     inside = columns < out_width
     before, after, t = neighbours(columns, grid[1])
     data = teachers[0] + image * grid[2][0]
@@ -71,7 +72,7 @@ def confidence(
 ) -> None:
     """Fills score (N, *size) float32 and label (N, *size) int64."""
     classes = logits[0].shape[1]
-    block, warps, tiles = strips_for(classes, 6 if kind == "entropy" else 5)
+    _, block, warps, tiles = strips_for(classes, 6 if kind == "entropy" else 5)
     walk = walk_of(logits[0], logits, tuple(score.shape[1:]), align_corners, block)
     with device_of(score):
         cells_confidence_kernel[(walk.programs,)](

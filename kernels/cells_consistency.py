@@ -20,7 +20,7 @@ from fastmt.kernels.cells import (
     walk_of,
 )
 from fastmt.kernels.columns import classes_of
-from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_rows
+from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_strip
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
@@ -56,80 +56,98 @@ def cells_consistency_kernel(
     SHARED: tl.constexpr,
     CLASSES: tl.constexpr,
     TILES: tl.constexpr,
+    STRIP: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     classes = classes_of(TILES, WIDE)
-    image, band, columns = strip_of(strips, grid[0][0], BLOCK, WIDE)
-    inside = columns < out_width
-    before, after, t = neighbours(columns, grid[1])
+    image, band, begin = strip_of(strips, grid[0][0], STRIP, WIDE)
     data = student + image * grid[2][0]
+    first = first_beyond(band, grid[0], out_height)
+    rows = first_beyond(band + 1, grid[0], out_height) - first
     loss_sum = tl.zeros((BLOCK,), tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     score_sum = tl.zeros((BLOCK,), tl.float32)
     selected = tl.zeros((BLOCK,), tl.float32)
     valid_sum = tl.zeros((BLOCK,), tl.float32)
-    upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
-    teacher_upper, teacher_step = upper, step
-    if SHARED:
-        teacher_data = teachers[0] + image * grids[0][2][0]
-        teacher_upper, teacher_step = band_of(
-            teacher_data, band, grids[0], before, after, t, classes, CLASSES
-        )
-    upper_sum = zeros(classes, columns)
-    lower_sum = zeros(classes, columns)
-    first = first_beyond(band, grid[0], out_height)
-    rows = first_beyond(band + 1, grid[0], out_height) - first
-    for j in range(rows):
-        row = first + j
-        _, _, down = neighbours(row, grid[0])
-        score, label, q = cells_teacher(
-            teachers,
-            grids,
-            image,
-            row,
-            columns,
-            teacher_upper,
-            teacher_step,
-            down,
-            classes,
-            inverse_temperature,
-            SHARED,
-            KIND,
-            CLASSES,
-        )
-        keep = inside & (map_row(valid, valid_strides, image, row, columns, inside) != 0)
-        factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
-        weight, passing = consistency_weight(
-            score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
-        )
-        if SUM_WEIGHTS:
-            weight_sum += weight
-        score_sum += tl.where(keep, score, 0.0)
-        selected += passing.to(tl.float32)
-        if valid is not None:
-            valid_sum += keep.to(tl.float32)
-        active = weight != 0.0
-        if any_of(active):
-            z = between(upper, step, down, classes, CLASSES)
-            value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
-            share = weight * CLASS_SHARE
-            loss_sum += tl.where(active, share * value, 0.0)
-            if GRADIENT:
-                slope = weighted(slope, share * gradient_scale, active)
-                upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
-                lower_sum = add_scaled(lower_sum, down, slope)
-    if GRADIENT:
-        to = scratch + tl.program_id(0).to(tl.int64) * (2 * CLASSES * span)
-        sums = (upper_sum, lower_sum)
-        put_rows(to, sums, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
+    for piece in range(STRIP // BLOCK):
+        columns = begin + piece * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < out_width
+        before, after, t = neighbours(columns, grid[1])
+        upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
+        teacher_upper, teacher_step = upper, step
+        if SHARED:
+            teacher_data = teachers[0] + image * grids[0][2][0]
+            teacher_upper, teacher_step = band_of(
+                teacher_data, band, grids[0], before, after, t, classes, CLASSES
+            )
+        upper_sum = zeros(classes, columns)
+        lower_sum = zeros(classes, columns)
+        for j in range(rows):
+            row = first + j
+            _, _, down = neighbours(row, grid[0])
+            score, label, q = cells_teacher(
+                teachers,
+                grids,
+                image,
+                row,
+                columns,
+                teacher_upper,
+                teacher_step,
+                down,
+                classes,
+                inverse_temperature,
+                SHARED,
+                KIND,
+                CLASSES,
+            )
+            keep = inside & (map_row(valid, valid_strides, image, row, columns, inside) != 0)
+            factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
+            weight, passing = consistency_weight(
+                score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
+            )
+            if SUM_WEIGHTS:
+                weight_sum += weight
+            score_sum += tl.where(keep, score, 0.0)
+            selected += passing.to(tl.float32)
+            if valid is not None:
+                valid_sum += keep.to(tl.float32)
+            active = weight != 0.0
+            if any_of(active):
+                z = between(upper, step, down, classes, CLASSES)
+                value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
+                share = weight * CLASS_SHARE
+                loss_sum += tl.where(active, share * value, 0.0)
+                if GRADIENT:
+                    slope = weighted(slope, share * gradient_scale, active)
+                    upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
+                    lower_sum = add_scaled(lower_sum, down, slope)
+        if valid is None:
+            valid_sum += inside.to(tl.float32) * rows
+        if GRADIENT:
+            sums = (upper_sum, lower_sum)
+            put_strip(
+                scratch,
+                sums,
+                begin,
+                before,
+                after,
+                t,
+                grid[1],
+                span,
+                classes,
+                CLASSES,
+                STRIP,
+                WINDOW,
+                PRECISION,
+            )
     put_sum(partials, 0, loss_sum)
     put_sum(partials, 1, weight_sum)
     put_sum(partials, 2, score_sum)
     put_sum(partials, 3, selected)
-    put_sum(partials, 4, inside.to(tl.float32) * rows if valid is None else valid_sum)
+    put_sum(partials, 4, valid_sum)
 
 
 def consistency(
@@ -141,11 +159,11 @@ def consistency(
 ) -> Tensor:
     """Fills the gradient and returns the partial sums (5, programs)."""
     classes, teacher = student.shape[1], call.teacher
-    block, warps, tiles = strips_for(classes, ROWS + call.columns)
-    walk = walk_of(student, teacher, size, align_corners, block)
+    strip = strips_for(classes, ROWS + call.columns)
+    walk = walk_of(student, teacher, size, align_corners, strip.pixels)
     wide = walk.wide(classes, call.pixel_weight, call.valid)
     partials = student.new_empty((5, walk.programs), dtype=torch.float32)
-    scratch = partials if gradient is None else walk.scratch(student)
+    scratch = partials if gradient is None else walk.scratch(student, strip)
     with device_of(student):
         cells_consistency_kernel[(walk.programs,)](
             student,
@@ -168,14 +186,15 @@ def consistency(
             GRADIENT=gradient is not None,
             SHARED=len(teacher) == 1 and teacher[0].shape == student.shape,
             CLASSES=classes,
-            TILES=tiles,
-            BLOCK=block,
+            TILES=strip.tiles,
+            STRIP=strip.pixels,
+            BLOCK=strip.piece,
             WINDOW=WINDOW,
-            PRECISION=precision(),
+            PRECISION=precision(strip.warps),
             WIDE=wide,
-            num_warps=warps,
+            num_warps=strip.warps,
             num_stages=1,
         )
     if gradient is not None:
-        join(walk, scratch, gradient, block, wide)
+        join(walk, scratch, gradient, strip.pixels, wide)
     return partials

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.cells import WINDOW, join, map_row, precision, strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
-from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_rows
+from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_strip
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
@@ -41,6 +41,7 @@ def cells_cross_entropy_kernel(
     GRADIENT: tl.constexpr,
     CLASSES: tl.constexpr,
     TILES: tl.constexpr,
+    STRIP: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,46 +49,62 @@ def cells_cross_entropy_kernel(
 ):
     classes = classes_of(TILES, WIDE)
     w, mean_weight = class_weights(class_weight, classes, CLASSES)
-    image, band, columns = strip_of(strips, grid[0][0], BLOCK, WIDE)
-    inside = columns < out_width
-    before, after, t = neighbours(columns, grid[1])
+    image, band, begin = strip_of(strips, grid[0][0], STRIP, WIDE)
     data = logits + image * grid[2][0]
+    first = first_beyond(band, grid[0], out_height)
+    rows = first_beyond(band + 1, grid[0], out_height) - first
     loss_sum = tl.zeros((BLOCK,), tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     valid_sum = tl.zeros((BLOCK,), tl.float32)
     wrong_sum = tl.zeros((BLOCK,), tl.float32)
     lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
-    upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
-    upper_sum = zeros(classes, columns)
-    lower_sum = zeros(classes, columns)
-    first = first_beyond(band, grid[0], out_height)
-    for j in range(first_beyond(band + 1, grid[0], out_height) - first):
-        row = first + j
-        _, _, down = neighbours(row, grid[0])
-        given = map_row(labels, labels_strides, image, row, columns, inside).to(tl.int64)
-        factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
-        label, keep, wrong, weight, own_weight = label_weight(
-            given, inside, factor, ignore_index, class_weight, CLASSES
-        )
-        active = weight != 0.0
-        weight_sum += tl.where(active, weight * own_weight, 0.0)
-        valid_sum += keep.to(tl.float32)
-        wrong_sum += wrong.to(tl.float32)
-        lowest = tl.minimum(lowest, tl.where(wrong, given, 2**63 - 1))
-        if any_of(active):
-            z = between(upper, step, down, classes, CLASSES)
-            value, slope = label_loss(
-                z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+    for piece in range(STRIP // BLOCK):
+        columns = begin + piece * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < out_width
+        before, after, t = neighbours(columns, grid[1])
+        upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
+        upper_sum = zeros(classes, columns)
+        lower_sum = zeros(classes, columns)
+        for j in range(rows):
+            row = first + j
+            _, _, down = neighbours(row, grid[0])
+            given = map_row(labels, labels_strides, image, row, columns, inside).to(tl.int64)
+            factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
+            label, keep, wrong, weight, own_weight = label_weight(
+                given, inside, factor, ignore_index, class_weight, CLASSES
             )
-            loss_sum += tl.where(active, weight * value, 0.0)
-            if GRADIENT:
-                slope = weighted(slope, weight * gradient_scale, active)
-                upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
-                lower_sum = add_scaled(lower_sum, down, slope)
-    if GRADIENT:
-        to = scratch + tl.program_id(0).to(tl.int64) * (2 * CLASSES * span)
-        sums = (upper_sum, lower_sum)
-        put_rows(to, sums, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
+            active = weight != 0.0
+            weight_sum += tl.where(active, weight * own_weight, 0.0)
+            valid_sum += keep.to(tl.float32)
+            wrong_sum += wrong.to(tl.float32)
+            lowest = tl.minimum(lowest, tl.where(wrong, given, 2**63 - 1))
+            if any_of(active):
+                z = between(upper, step, down, classes, CLASSES)
+                value, slope = label_loss(
+                    z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+                )
+                loss_sum += tl.where(active, weight * value, 0.0)
+                if GRADIENT:
+                    slope = weighted(slope, weight * gradient_scale, active)
+                    upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
+                    lower_sum = add_scaled(lower_sum, down, slope)
+        if GRADIENT:
+            sums = (upper_sum, lower_sum)
+            put_strip(
+                scratch,
+                sums,
+                begin,
+                before,
+                after,
+                t,
+                grid[1],
+                span,
+                classes,
+                CLASSES,
+                STRIP,
+                WINDOW,
+                PRECISION,
+            )
     put_sum(partials, 0, loss_sum)
     put_sum(partials, 1, weight_sum)
     put_sum(partials, 2, valid_sum)
@@ -100,12 +117,12 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
     classes, size = logits.shape[1], tuple(call.labels.shape[1:])
-    block, warps, tiles = strips_for(classes, ROWS + (2 if call.plain else 3))
-    walk = walk_of(logits, [], size, align_corners, block)
+    strip = strips_for(classes, ROWS + 2)
+    walk = walk_of(logits, [], size, align_corners, strip.pixels)
     wide = walk.wide(classes, call.labels, call.pixel_weight)
     partials = logits.new_empty((4, walk.programs), dtype=torch.float32)
     wrong_labels = logits.new_empty(walk.programs, dtype=torch.int64)
-    scratch = partials if gradient is None else walk.scratch(logits)
+    scratch = partials if gradient is None else walk.scratch(logits, strip)
     with device_of(logits):
         cells_cross_entropy_kernel[(walk.programs,)](
             logits,
@@ -127,14 +144,15 @@ def cross_entropy(
             PLAIN=call.plain,
             GRADIENT=gradient is not None,
             CLASSES=classes,
-            TILES=tiles,
-            BLOCK=block,
+            TILES=strip.tiles,
+            STRIP=strip.pixels,
+            BLOCK=strip.piece,
             WINDOW=WINDOW,
-            PRECISION=precision(),
+            PRECISION=precision(strip.warps),
             WIDE=wide,
-            num_warps=warps,
+            num_warps=strip.warps,
             num_stages=1,
         )
     if gradient is not None:
-        join(walk, scratch, gradient, block, wide)
+        join(walk, scratch, gradient, strip.pixels, wide)
     return partials, wrong_labels

@@ -17,14 +17,13 @@ def confidence_kernel(
     score,
     label,
     sizes,
-    layouts,
+    strides,
     inverse_temperature,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
-    WHICH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
@@ -33,19 +32,18 @@ def confidence_kernel(
     inside = place[3] + lanes < sizes[3]
     value, best, _ = dense_teacher(
         teachers,
-        layouts,
+        strides,
         place,
         lanes,
         classes,
         inside,
         inverse_temperature,
-        WHICH,
         0,
         KIND,
         CLASSES,
     )
-    tl.store(pixels_at(score, layouts[WHICH[-2]], place, lanes), value, mask=inside)
-    at = pixels_at(label, layouts[WHICH[-1]], place, lanes)
+    tl.store(pixels_at(score, strides[-2], place, lanes), value, mask=inside)
+    at = pixels_at(label, strides[-1], place, lanes)
     tl.store(at, best.to(tl.int64), mask=inside)
 
 
@@ -54,7 +52,7 @@ def confidence(
 ) -> None:
     """Fills score (N, *spatial) float32 and label (N, *spatial) int64."""
     classes = logits[0].shape[1]
-    columns = 1 if kind == "max_prob" and logits[0].itemsize == 2 and len(logits) == 1 else 2
+    columns = 1 if logits[0].itemsize == 2 and len(logits) == 1 else 2
     block, warps, tiles, vector = blocks_for(classes, min(t.itemsize for t in logits), columns)
     pixels = describe(logits, [score, label], block)
     with device_of(score):
@@ -63,14 +61,13 @@ def confidence(
             score,
             label,
             pixels.sizes,
-            pixels.layouts,
+            pixels.strides,
             inverse_temperature,
             KIND=kind,
             CLASSES=classes,
             TILES=tiles,
             BLOCK=block,
             VECTOR=vector,
-            WHICH=pixels.which,
             WIDE=pixels.wide(classes, block),
             num_warps=warps,
             num_stages=1,

@@ -11,7 +11,7 @@ from fastmt.kernels import pixel
 from fastmt.kernels.calls import ConsistencyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.teachers import dense_teacher
-from fastmt.kernels.views import describe, device_of, map_at, pixels_at, place_of
+from fastmt.kernels.views import describe, device_of, map_at, place_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
 
 
@@ -25,7 +25,7 @@ def consistency_kernel(
     threshold,
     partials,
     sizes,
-    layouts,
+    strides,
     inverse_temperature,
     gradient_scale,
     LOSS: tl.constexpr,
@@ -40,7 +40,6 @@ def consistency_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
-    WHICH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
@@ -49,19 +48,18 @@ def consistency_kernel(
     inside = place[3] + lanes < sizes[3]
     score, label, q = dense_teacher(
         teachers,
-        layouts,
+        strides,
         place,
         lanes,
         classes,
         inside,
         inverse_temperature,
-        WHICH,
         2,
         KIND,
         CLASSES,
     )
-    keep = inside & (map_at(valid, layouts[WHICH[-1]], place, lanes, inside) != 0)
-    factor = map_at(pixel_weight, layouts[WHICH[-2]], place, lanes, inside)
+    keep = inside & (map_at(valid, strides[-1], place, lanes, inside) != 0)
+    factor = map_at(pixel_weight, strides[-2], place, lanes, inside)
     weight, passing = consistency_weight(
         score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
     )
@@ -72,19 +70,17 @@ def consistency_kernel(
 
     active = weight != 0.0
     loss = tl.zeros_like(weight)
-    gradient_at = pixels_at(gradient, layouts[WHICH[1]], place, lanes)
     if any_of(active):
-        z_at = pixels_at(student, layouts[WHICH[0]], place, lanes)
-        z = load_column(z_at, layouts[WHICH[0]][0], classes, inside, CLASSES)
+        z = load_column(student, strides[0], place, lanes, classes, inside, CLASSES)
         value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
         share = weight * CLASS_SHARE
         loss = tl.where(active, share * value, 0.0)
         if GRADIENT:
             tiles = weighted(slope, share * gradient_scale, active)
-            store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+            store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
     elif GRADIENT:
         tiles = zeros(classes, lanes)
-        store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+        store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
     put_sum(partials, 0, loss)
 
 
@@ -107,7 +103,7 @@ def consistency(call: ConsistencyCall, student: Tensor, gradient: Tensor | None)
             call.threshold,
             partials,
             pixels.sizes,
-            pixels.layouts,
+            pixels.strides,
             call.inverse_temperature,
             call.scale.inside,
             **call.constants,
@@ -116,7 +112,6 @@ def consistency(call: ConsistencyCall, student: Tensor, gradient: Tensor | None)
             TILES=tiles,
             BLOCK=block,
             VECTOR=vector,
-            WHICH=pixels.which,
             WIDE=pixels.wide(classes, block),
             num_warps=warps,
             num_stages=1,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
-from fastmt.kernels.views import describe, device_of, map_at, pixels_at, place_of
+from fastmt.kernels.views import describe, device_of, map_at, place_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
 
@@ -24,7 +24,7 @@ def cross_entropy_kernel(
     partials,
     wrong_labels,
     sizes,
-    layouts,
+    strides,
     ignore_index,
     smoothing,
     gradient_scale,
@@ -34,7 +34,6 @@ def cross_entropy_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
-    WHICH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
@@ -42,8 +41,8 @@ def cross_entropy_kernel(
     w, mean_weight = class_weights(class_weight, classes, CLASSES)
     place = place_of(tl.program_id(0), sizes, BLOCK)
     inside = place[3] + lanes < sizes[3]
-    given = map_at(labels, layouts[WHICH[2]], place, lanes, inside).to(tl.int64)
-    factor = map_at(pixel_weight, layouts[WHICH[3]], place, lanes, inside)
+    given = map_at(labels, strides[2], place, lanes, inside).to(tl.int64)
+    factor = map_at(pixel_weight, strides[3], place, lanes, inside)
     label, keep, wrong, weight, own_weight = label_weight(
         given, inside, factor, ignore_index, class_weight, CLASSES
     )
@@ -55,20 +54,18 @@ def cross_entropy_kernel(
     tl.store(wrong_labels + tl.program_id(0), lowest)
 
     loss = tl.zeros_like(weight)
-    gradient_at = pixels_at(gradient, layouts[WHICH[1]], place, lanes)
     if any_of(active):
-        z_at = pixels_at(logits, layouts[WHICH[0]], place, lanes)
-        z = load_column(z_at, layouts[WHICH[0]][0], classes, inside, CLASSES)
+        z = load_column(logits, strides[0], place, lanes, classes, inside, CLASSES)
         value, slope = label_loss(
             z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
         )
         loss = tl.where(active, weight * value, 0.0)
         if GRADIENT:
             tiles = weighted(slope, weight * gradient_scale, active)
-            store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+            store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
     elif GRADIENT:
         tiles = zeros(classes, lanes)
-        store_column(gradient_at, layouts[WHICH[1]][0], classes, tiles, inside, CLASSES)
+        store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
     put_sum(partials, 0, loss)
 
 
@@ -77,7 +74,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
     classes = logits.shape[1]
-    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2 if call.plain else 3)
+    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2)
     written = logits if gradient is None else gradient
     pixels = describe([logits, written], [call.labels, call.pixel_weight], block)
     partials = logits.new_empty((4, pixels.blocks), dtype=torch.float32)
@@ -92,7 +89,7 @@ def cross_entropy(
             partials,
             wrong_labels,
             pixels.sizes,
-            pixels.layouts,
+            pixels.strides,
             call.ignore_index,
             call.smoothing,
             call.scale.inside,
@@ -102,7 +99,6 @@ def cross_entropy(
             TILES=tiles,
             BLOCK=block,
             VECTOR=vector,
-            WHICH=pixels.which,
             WIDE=pixels.wide(classes, block),
             num_warps=warps,
             num_stages=1,

@@ -149,5 +149,5 @@ def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
     if elements:
         with device_of(data):
             scale_kernel[(triton.cdiv(elements, BLOCK),)](
-                data, elements, scale, factor, BLOCK=BLOCK, num_warps=8
+                data, elements, scale, factor, BLOCK=BLOCK, num_warps=4
             )

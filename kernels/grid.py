@@ -48,11 +48,19 @@ def first_beyond(before, axis, out):
 
 
 @triton.jit
-def row_of(image, row, strides, before, after, t, classes, CLASSES: tl.constexpr):
-    """A low-resolution row at the output columns of a block; 0 in the padding."""
+def row_of(
+    image, row, strides, before, after, t, classes, APART: tl.constexpr, CLASSES: tl.constexpr
+):
+    """A low-resolution row at the output columns of a block; 0 in the padding.
+
+    The first APART tiles are loaded one after the other, or the compiler holds the addresses and
+    corners of all of them beside what the registers hold already, which spills.
+    """
     data = image + row.to(tl.int64) * strides[2]
     column = ()
     for i in tl.static_range(len(classes)):
+        if i < APART:
+            tl.debug_barrier()
         at = data + classes[i] * strides[1]
         left = at + (before * strides[3])[None, :]
         right = at + (after * strides[3])[None, :]
@@ -70,10 +78,9 @@ def row_of(image, row, strides, before, after, t, classes, CLASSES: tl.constexpr
 @triton.jit
 def band_of(image, row, grid, before, after, t, classes, CLASSES: tl.constexpr):
     """The rows `row` and the next at the output columns of a block: the first, and the step."""
-    upper = row_of(image, row, grid[2], before, after, t, classes, CLASSES)
-    tl.debug_barrier()  # or the compiler holds the corners of both rows at once, which spills
+    upper = row_of(image, row, grid[2], before, after, t, classes, 0, CLASSES)
     below = tl.minimum(row + 1, grid[0][0] - 1)
-    lower = row_of(image, below, grid[2], before, after, t, classes, CLASSES)
+    lower = row_of(image, below, grid[2], before, after, t, classes, 2, CLASSES)
     step = ()
     for i in tl.static_range(len(classes)):
         step = step + (lower[i] - upper[i],)
@@ -101,6 +108,40 @@ def add_scaled(sums, factor, column):
 
 
 @triton.jit
+def share_of(column, before, after, t):
+    """How much of a gradient at an output column each low-resolution column receives."""
+    return tl.where(before == column, 1.0 - t, 0.0) + tl.where(after == column, t, 0.0)
+
+
+@triton.jit
+def put_strip(
+    scratch,
+    rows,
+    begin,
+    before,
+    after,
+    t,
+    axis,
+    span,
+    classes,
+    CLASSES: tl.constexpr,
+    STRIP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The transposed interpolation of rows at the columns of a strip, or of a piece of it.
+
+    scratch: (rows, C, span) of each program, from the first low-resolution column it touches on.
+    """
+    to = scratch + tl.program_id(0).to(tl.int64) * (len(rows) * CLASSES * span)
+    if before.shape[0] == STRIP:
+        put_rows(to, rows, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
+    else:
+        first, _, _ = neighbours(begin, axis)
+        add_rows(to, rows, first, before, after, t, span, classes, CLASSES)
+
+
+@triton.jit
 def put_rows(
     scratch,
     rows,
@@ -113,19 +154,37 @@ def put_rows(
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The transposed interpolation of rows: gradients at output columns to low-resolution ones.
+    """Fills (rows, C, span) of a program: gradients at output columns to low-resolution ones.
 
-    scratch: (rows, C, span) of this program, from the first low-resolution column it touches on.
+    The longer side of a product is its first, as tensor cores have it.
     """
     first = tl.min(before, 0)
     for begin in range(0, span, WINDOW):
         lanes = begin + tl.arange(0, WINDOW)
         column = (first + lanes)[None, :]
-        share = tl.where(before[:, None] == column, 1.0 - t[:, None], 0.0)
-        share += tl.where(after[:, None] == column, t[:, None], 0.0)
+        share = share_of(column, before[:, None], after[:, None], t[:, None])
         for r in tl.static_range(len(rows)):
             to = scratch + r * CLASSES * span
             for i in tl.static_range(len(classes)):
-                part = tl.dot(rows[r][i], share, input_precision=PRECISION)
+                if classes[i].shape[0] > WINDOW:
+                    part = tl.dot(rows[r][i], share, input_precision=PRECISION)
+                else:
+                    columns = tl.trans(rows[r][i])
+                    part = tl.dot(tl.trans(share), columns, input_precision=PRECISION).trans()
                 mask = (classes[i] < CLASSES) & (lanes < span)[None, :]
                 tl.store(to + classes[i] * span + lanes[None, :], part, mask=mask)
+
+
+@triton.jit
+def add_rows(scratch, rows, first, before, after, t, span, classes, CLASSES: tl.constexpr):
+    """Adds a piece of a strip, too narrow for a matrix product; scratch begins at `first`."""
+    for column in range(tl.min(before, 0), tl.max(after, 0) + 1):
+        share = share_of(column, before, after, t)[None, :]
+        for r in tl.static_range(len(rows)):
+            to = scratch + r * CLASSES * span + (column - first)
+            for i in tl.static_range(len(classes)):
+                part = tl.sum(rows[r][i] * share, 1)[:, None]
+                mask = classes[i] < CLASSES
+                at = to + classes[i] * span
+                tl.store(at, tl.load(at, mask=mask, other=0.0) + part, mask=mask)
+    tl.debug_barrier()  # the next piece reads what this one has written

@@ -3,6 +3,7 @@
 A column holds the C values of a block of pixels as a tuple of float32 tiles (rows, BLOCK), and
 `classes` which class each row is, (rows, 1). Rows beyond the last class are padding: their logits
 are -inf, their probabilities 0. Tiles of unlike height leave little padding: 19 = 16 + 2 + 1.
+What needs logits comes before their exponentials, which then take their place in the registers.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def first_of(column, classes, top):
     """The first class whose value is not below `top`: the label, in range also beside a NaN."""
     label = tl.min(tl.where(column[0] < top[None, :], NO_CLASS, classes[0]), 0)
     for i in tl.static_range(1, len(column)):
-        found = tl.min(tl.where(column[i] < top[None, :], NO_CLASS, classes[i]), 0)
-        label = tl.minimum(label, found)
+        found = tl.where(column[i] < top[None, :], NO_CLASS, classes[i])
+        label = tl.minimum(label, tl.min(found, 0))
     return label
 
 
@@ -72,9 +73,8 @@ def exponentials(column, top, scale=1.0):
     total = tl.zeros_like(top)
     powers = ()
     for i in tl.static_range(len(column)):
-        power = exp(column[i] - top[None, :], scale)
-        powers = powers + (power,)
-        total += tl.sum(power, 0)
+        powers = powers + (exp(column[i] - top[None, :], scale),)
+        total += tl.sum(powers[i], 0)
     return powers, total
 
 
@@ -91,12 +91,12 @@ def teacher_pixel(y, classes, inverse_temperature, KIND: tl.constexpr, CLASSES: 
     """Score and label of q = softmax(y / T), and q."""
     top = largest(y)
     label = first_of(y, classes, top)
+    of_top = 1.0
+    if KIND == "margin" and CLASSES > 1:
+        of_top -= exp(largest_but(y, classes, label) - top, inverse_temperature)
     powers, total = exponentials(y, top, inverse_temperature)
     inverse = 1.0 / total
-    score = inverse
-    if KIND == "margin" and CLASSES > 1:
-        second = largest_but(y, classes, label)
-        score = (1.0 - exp(second - top, inverse_temperature)) * inverse
+    score = of_top * inverse
     if KIND == "entropy" and CLASSES > 1:
         moment = tl.zeros_like(top)
         for i in tl.static_range(len(y)):
@@ -161,10 +161,8 @@ def consistency_pixel(z, q, label, classes, LOSS: tl.constexpr, CLASSES: tl.cons
 def mse_pixel(z, q):
     """sum (p - q)^2; its gradient 2 p ((p - q) - sum p (p - q))."""
     powers, total = exponentials(z, largest(z))
-    inverse = 1.0 / total
-    p = scaled(powers, inverse)
-    value = tl.zeros_like(total)
-    mean = tl.zeros_like(total)
+    p = scaled(powers, 1.0 / total)
+    value, mean = tl.zeros_like(total), tl.zeros_like(total)
     for i in tl.static_range(len(z)):
         difference = p[i] - q[i]
         value += tl.sum(difference * difference, 0)
@@ -178,31 +176,33 @@ def mse_pixel(z, q):
 @triton.jit
 def soft_ce_pixel(z, q, LOSS: tl.constexpr):
     """-sum q log p, plus sum q log q for "kl"; the gradient of both is p - q."""
+    expected = tl.zeros_like(tl.max(z[0], 0))
+    if LOSS == "kl":
+        for i in tl.static_range(len(z)):
+            expected -= tl.sum(q[i] * log_positive(q[i]), 0)
     top = largest(z)
+    for i in tl.static_range(len(z)):
+        expected += tl.sum(times(q[i], z[i] - top[None, :]), 0)
     powers, total = exponentials(z, top)
     p = scaled(powers, 1.0 / total)
-    value = tl.log(total)
     gradient = ()
     for i in tl.static_range(len(z)):
-        terms = times(q[i], z[i] - top[None, :])
-        if LOSS == "kl":
-            terms -= q[i] * log_positive(q[i])
-        value -= tl.sum(terms, 0)
         gradient = gradient + (p[i] - q[i],)
-    return value, gradient
+    return tl.log(total) - expected, gradient
 
 
 @triton.jit
 def ce_pixel(z, label, classes):
     """-log p[label]; its gradient p - onehot."""
     top = largest(z)
+    chosen = tl.zeros_like(top)
+    for i in tl.static_range(len(z)):
+        chosen += tl.sum(tl.where(classes[i] == label[None, :], z[i] - top[None, :], 0.0), 0)
     powers, total = exponentials(z, top)
     p = scaled(powers, 1.0 / total)
-    chosen = tl.zeros_like(total)
     gradient = ()
     for i in tl.static_range(len(z)):
         own = classes[i] == label[None, :]
-        chosen += tl.sum(tl.where(own, z[i] - top[None, :], 0.0), 0)
         gradient = gradient + (tl.where(own, p[i] - 1.0, p[i]),)
     return tl.log(total) - chosen, gradient
 
@@ -217,18 +217,21 @@ def weighted_ce_pixel(
     the label, mean_weight the mean of w.
     """
     top = largest(z)
+    chosen, spread = tl.zeros_like(top), tl.zeros_like(top)
+    for i in tl.static_range(len(z)):
+        x = z[i] - top[None, :]
+        chosen += tl.sum(tl.where(classes[i] == label[None, :], x, 0.0), 0)
+        spread += tl.sum(times(class_weight[i], x), 0)
     powers, total = exponentials(z, top)
-    mass = own_weight * (1.0 - smoothing) + mean_weight * smoothing
+    share = own_weight * (1.0 - smoothing)
+    mass = share + mean_weight * smoothing
     p = scaled(powers, mass / total)
-    expected = tl.zeros_like(total)
     gradient = ()
     for i in tl.static_range(len(z)):
-        own = classes[i] == label[None, :]
-        w = class_weight[i]
-        target = tl.where(own, w * (1.0 - smoothing), 0.0) + w * smoothing / CLASSES
-        expected += tl.sum(times(target, z[i] - top[None, :]), 0)
-        gradient = gradient + (p[i] - target,)
-    return mass * tl.log(total) - expected, gradient
+        own = tl.where(classes[i] == label[None, :], share[None, :], 0.0)
+        gradient = gradient + (p[i] - (own + class_weight[i] * (smoothing / CLASSES)),)
+    loss = mass * tl.log(total) - times(share, chosen) - times(smoothing / CLASSES, spread)
+    return loss, gradient
 
 
 @triton.jit

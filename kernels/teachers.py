@@ -8,19 +8,17 @@ import triton.language as tl
 from fastmt.kernels import pixel
 from fastmt.kernels.columns import load_column
 from fastmt.kernels.grid import band_of, between, neighbours
-from fastmt.kernels.views import pixels_at
 
 
 @triton.jit
 def dense_teacher(
     teachers,
-    layouts,
+    strides,
     place,
     lanes,
     classes,
     inside,
     inverse_temperature,
-    WHICH: tl.constexpr,
     FIRST: tl.constexpr,
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -28,8 +26,8 @@ def dense_teacher(
     """(score, label, q) from logits at output resolution, one pointer a member of the ensemble."""
     q = ()
     for m in tl.static_range(len(teachers)):
-        at = pixels_at(teachers[m], layouts[WHICH[FIRST + m]], place, lanes)
-        y = load_column(at, layouts[WHICH[FIRST + m]][0], classes, inside, CLASSES)
+        own = strides[FIRST + m]
+        y = load_column(teachers[m], own, place, lanes, classes, inside, CLASSES)
         if len(teachers) == 1:
             score, label, q = pixel.teacher_pixel(y, classes, inverse_temperature, KIND, CLASSES)
         else:

@@ -19,19 +19,19 @@ OUTER = 3  # dimensions of pixels around the inner one
 class Pixels(NamedTuple):
     """Pixels (N, *spatial), dimensions merged where every tensor allows it, in blocks of a row.
 
-    Tensors that lie in memory alike share a layout, and kernels the offsets that follow from it.
+    Each tensor has strides of its own, also where tensors lie in memory alike: a kernel that takes
+    them as one keeps the offsets of every class in registers from the first tensor to the last.
     """
 
     sizes: tuple[int, ...]  # OUTER sizes and the inner one
-    layouts: tuple[tuple[int, ...], ...]  # a class stride, then one stride for each size
-    which: tuple[int, ...]  # the layout of each tensor
+    strides: tuple[tuple[int, ...], ...]  # of a tensor: its class stride, one for each size
     blocks: int
 
     def wide(self, classes: int, block: int) -> bool:
         """Whether offsets within a block need 64 bits."""
         return any(
             (classes - 1) * abs(class_stride) + block * abs(inner) >= NARROW
-            for class_stride, *_, inner in self.layouts
+            for class_stride, *_, inner in self.strides
         )
 
 
@@ -45,11 +45,9 @@ def describe(columns: Sequence[Tensor], maps: Sequence[Tensor | None], block: in
     if lead < 0:
         raise ValueError(f"more than {OUTER + 1} dimensions of pixels that cannot be merged")
     class_strides = [t.stride(1) for t in columns] + [0] * len(maps)
-    strides = [(c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True)]
-    layouts = tuple(dict.fromkeys(strides))
-    which = tuple(layouts.index(row) for row in strides)
+    strides = tuple((c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True))
     blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
-    return Pixels((1,) * lead + tuple(sizes), layouts, which, blocks)
+    return Pixels((1,) * lead + tuple(sizes), strides, blocks)
 
 
 def merge(shape: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:

@@ -85,10 +85,10 @@ with fastmt.backend("triton"):
     assert "backend='eager', reason='Triton is not installed: " in done.stdout
 
 
-@pytest.mark.parametrize(("classes", "upsampled"), [(300, True), (300, False), (256, True)])
-def test_more_classes_than_registers_hold_are_not_up_sampled(monkeypatch, classes, upsampled):
+@pytest.mark.parametrize("classes", [300, 4096])
+def test_any_number_of_classes_is_up_sampled_inside(monkeypatch, classes):
     monkeypatch.setattr(triton_backend, "launch_obstacle", lambda device: None)
     logits = torch.zeros(1, classes, 4, 4)
-    reason = triton_backend.obstacle("consistency_loss", [logits], upsampled)
-    refused = classes > 256 and upsampled
-    assert reason == ("Triton kernels up-sample at most 256 classes" if refused else None)
+    with fastmt.backend("triton"):
+        for call in (fastmt.consistency_loss, logits, logits), (fastmt.softmax_confidence, logits):
+            assert fastmt.explain(*call, size=(8, 8)).backend == "triton"

@@ -20,7 +20,7 @@ from tolerances import TOLERANCES
 import fastmt
 from fastmt.confidence import KINDS
 from fastmt.consistency import LOSSES, NORMALIZATIONS, WEIGHTS
-from fastmt.kernels import cells
+from fastmt.kernels import calls, cells
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -189,6 +189,34 @@ def test_the_common_numbers_of_classes(classes, dtype):
     assert_cross_entropy_is_the_reference(student, labels, align_corners=False, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize(
+    ("classes", "loss", "size", "align_corners"),
+    [(300, "bce", (3, 37), False), (1000, "mse", (4, 20), True), (4096, "kl", (2, 17), False)],
+)
+def test_more_classes_than_registers_hold_are_walked_in_pieces_of_a_strip(
+    classes, loss, size, align_corners
+):
+    student, teacher = (random_logits((1, classes, 2, 3), seed, 4.0) for seed in (1, 2))
+    strip = cells.strips_for(classes, cells.ROWS + calls.COLUMNS[loss])
+    assert strip.piece < strip.pixels
+    score, valid = decided([teacher], size, align_corners, "max_prob")
+    assert_consistency_is_the_reference(
+        student,
+        [teacher],
+        size,
+        align_corners,
+        loss=loss,
+        threshold=threshold_near(score, 0.3),
+        valid=valid,
+    )
+    assert_confidence_is_the_reference([teacher], "max_prob", size, align_corners)
+    labels = upsampled(teacher, size, align_corners).argmax(1)
+    labels[:, 0] = 255
+    assert_cross_entropy_is_the_reference(
+        student, labels, align_corners=align_corners, label_smoothing=0.1
+    )
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e4])
 def test_logits_of_any_range_are_exact_all_through_wide_cells(scale):
     student, teacher = (random_logits((1, 7, 2, 3), seed, scale) for seed in (1, 2))
@@ -267,7 +295,7 @@ def test_nothing_to_learn_gives_zero_loss_and_gradient(operation):
 
 def test_the_scratch_of_the_gradient_stays_at_low_resolution():
     logits = torch.empty(8, 19, 128, 128, device="meta")
-    pixels = cells.strips_for(19, 8).pixels
-    walk = cells.walk_of(logits, [logits], (1024, 1024), False, pixels)
+    strip = cells.strips_for(19, 8)
+    walk = cells.walk_of(logits, [logits], (1024, 1024), False, strip.pixels)
     full = 8 * 19 * 1024 * 1024
-    assert walk.scratch(logits).numel() < full / 16
+    assert walk.scratch(logits, strip).numel() < full / 16
