@@ -244,6 +244,22 @@ def test_backward_twice_gives_the_same_gradient_twice(loss):
     assert torch.equal(first, torch.autograd.grad(value, z)[0])
 
 
+@pytest.mark.parametrize("loss", ["mse", "ce", "js"])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("columns", [32, 70, 144, 300])
+def test_a_walk_through_the_cells_goes_on_behind_what_is_left_out(rows, columns, loss):
+    student, teacher = (random_logits((2, 7, 4, 19), seed, 4.0) for seed in (1, 2))
+    size = (48, 19 * 16)
+    y, x = torch.arange(size[0])[:, None], torch.arange(size[1])
+    kept = (y // rows % 2 == 0) & (x // columns % 2 == 0) | (y // 3 % 4 == 3)
+    valid = decided([teacher], size, False, "max_prob")[1] & kept
+    assert_consistency_is_the_reference(
+        student, [teacher], size, False, loss=loss, valid=valid, weight="none"
+    )
+    labels = torch.where(valid, upsampled(teacher, size, False).argmax(1), 255).to(torch.uint8)
+    assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
+
+
 @pytest.mark.parametrize("scale", [0.1, 4.0, 30.0, 100.0, 1e4])
 @pytest.mark.parametrize(
     ("low", "size"), [((5, 70), (40, 560)), ((3, 5), (96, 333)), ((2, 2), (64, 256))]
