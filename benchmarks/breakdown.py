@@ -21,16 +21,17 @@ from benchmarks.shapes import Shape
 
 SHAPE, STRIDE = Shape(2, 19, (512, 512)), 8
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
-EXP, INTERPOLATE = 15, 3  # vector instructions of one exp, of a logit between two columns
+EXP = 15  # vector instructions of one exp
 
-# Vector instructions for each class of a pixel. A walk of STRIDE pixels starts with two exps.
+# Vector instructions for each class of a pixel, where a cell has STRIDE x STRIDE pixels. A cell
+# starts with four exps, each of its rows with four products, each pixel with one.
 INSTRUCTIONS = {
-    "exponentials": 2 * (1 + (2 * EXP) / STRIDE),  # both networks: one product a pixel, two exps
-    "interpolation": 2 * (2 * INTERPOLATE + 7) / STRIDE,  # ratio and start, and the range check
+    "exponentials": 2 * (1 + 4 / STRIDE + 4 * EXP / STRIDE**2),  # of both networks
+    "interpolation": 2 * (16 + 12) / STRIDE**2,  # exponents of the four exps, and their range
     "softmax sums and score": 3,
     "loss": 4,
     "gradient": 5,
-    "gradient into the cell's corners": 3,
+    "gradient into the cell's corners": 2.5 + 5 / STRIDE,
 }
 
 

@@ -35,14 +35,16 @@ class Powers {
   // f(powers) for the pixels of a step; the powers stand in the column afterwards.
   template <class F>
   FASTMT_INLINE auto read(const RowSource& source, const Step& step, F f) {
+    if (at_ < step.origin) {
+      const Downward downward{come_to_origin(source, step), put()};
+      const bool is_there = step.origin == step.index;
+      if (is_there) return downward.walk ? f(downward) : f(column());
+      if (downward.walk) pass(downward);
+    }
     const Onward onward{power_.get(), square_.get()};
-    const bool from_origin = at_ < step.origin;
-    if (from_origin) come_to_origin(source, step);
-    const bool is_there = from_origin && step.origin == step.index;
-    for (; at_ < step.index - 1; ++at_)
-      for (int c = 0; c < classes_; ++c) onward[c];
+    for (; at_ < step.index - 1; ++at_) pass(onward);
     at_ = step.index;
-    return is_there ? f(column()) : f(onward);
+    return f(onward);
   }
 
   Column column() const { return {power_.get(), W}; }
@@ -86,35 +88,51 @@ class Powers {
   struct Put {
     float *power, *square;
 
-    FASTMT_INLINE void operator()(int c, vector_f left, vector_f ratio) const {
-      store(power + c * W, floats{left, left * ratio});
+    FASTMT_INLINE floats operator()(int c, vector_f left, vector_f ratio) const {
+      const floats e{left, left * ratio};
+      store(power + c * W, e);
       store_vector(square + c * V, ratio * ratio);
+      return e;
     }
   };
 
-  void come_to_origin(const RowSource& source, const Step& step) {
+  // One output row down.
+  struct Downward {
+    Down* walk;
+    Put put;
+
+    FASTMT_INLINE floats operator[](int c) const {
+      Down& at = walk[c];
+      const vector_f power = load_vector(at.power) * load_vector(at.down_power);
+      const vector_f ratio = load_vector(at.ratio) * load_vector(at.down_ratio);
+      store_vector(at.power, power);
+      store_vector(at.ratio, ratio);
+      return put(c, power, ratio);
+    }
+  };
+
+  Put put() const { return {power_.get(), square_.get()}; }
+
+  template <class Reads>
+  void pass(Reads powers) const {
+    for (int c = 0; c < classes_; ++c) powers[c];
+  }
+
+  // The walk, where it is one row above; else null, and the powers stand in the column.
+  Down* come_to_origin(const RowSource& source, const Step& step) {
     Walk& walk = chunks_[step.x / V].walks[step.origin];
     const int rows = source.out_row() - walk.row;
     at_ = step.origin;
-    if (walk.row < source.row_origin() || rows > WORTHWHILE_ROWS)
-      return start(source, step, walk);
-    walk.row = source.out_row();
-    if (rows == 0) go<false>(walk.down.get());
-    for (int k = 0; k < rows; ++k) go<true>(walk.down.get());
-  }
-
-  // To the walk's output row, or the one below it.
-  template <bool DOWN>
-  void go(Down* walk) {
-    const Put put{power_.get(), square_.get()};
-    for (int c = 0; c < classes_; ++c) {
-      vector_f power = load_vector(walk[c].power), ratio = load_vector(walk[c].ratio);
-      if constexpr (DOWN) {
-        store_vector(walk[c].power, power *= load_vector(walk[c].down_power));
-        store_vector(walk[c].ratio, ratio *= load_vector(walk[c].down_ratio));
-      }
-      put(c, power, ratio);
+    if (walk.row < source.row_origin() || rows > WORTHWHILE_ROWS) {
+      start(source, step, walk);
+      return nullptr;
     }
+    walk.row = source.out_row();
+    for (int k = 1; k < rows; ++k) pass(Downward{walk.down.get(), put()});
+    if (rows > 0) return walk.down.get();
+    for (int c = 0; c < classes_; ++c)
+      put()(c, load_vector(walk.down[c].power), load_vector(walk.down[c].ratio));
+    return nullptr;
   }
 
   void start(const RowSource& source, const Step& step, Walk& walk) {
@@ -127,7 +145,7 @@ class Powers {
   template <bool GOES_DOWN>
   void start_at(const RowSource& source, const Step& step, Down* walk) {
     const CellCorners corners = source.corners(step.x);
-    const Put put{power_.get(), square_.get()};
+    const Put put = this->put();
     const vector_f t = load_vector(step.t - (step.index - step.origin) * W);
     const vector_f delta = load_vector(step.delta);
     const vector_f top = load_vector(&top_[step.x]);
