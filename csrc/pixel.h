@@ -60,10 +60,11 @@ FASTMT_INLINE floats clamp_score(floats score) {
   return KIND == Kind::entropy ? select(score < 0.0f, splat(0), score) : score;
 }
 
-// Replaces the logits y by exp((y - max) / T); score and label of q = softmax(y / T).
-template <Kind KIND, class Column>
+// Replaces the logits y by exp((y - max) / T); score of q = softmax(y / T), and its label if asked.
+template <Kind KIND, bool WITH_LABEL = true, class Column>
 FASTMT_INLINE Teacher teacher_pixel(Column y, int classes, float inverse_temperature) {
-  const Peak top = peak<KIND == Kind::margin, true>(y, classes);
+  constexpr bool with_second = KIND == Kind::margin;
+  const Peak top = peak<with_second, WITH_LABEL || with_second>(y, classes);
   floats sum = splat(0), moment = splat(0);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {

@@ -81,8 +81,7 @@ FASTMT_INLINE void add_loss_at(const ConsistencyCall& call, StudentCells& studen
 
 inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, int64_t begin,
                               int64_t end) {
-  const bool with_label = call.threshold_by_label || Loss(call.loss) == Loss::ce;
-  TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind), with_label,
+  TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind), needs_label(call),
                        call.inverse_temperature);
   StudentCells student(cells);
   const GradientRows rows(call.gradient, cells);

@@ -24,7 +24,7 @@ struct TeacherTile {
   }
 };
 
-template <Kind KIND>
+template <Kind KIND, bool WITH_LABEL>
 inline void teacher_tile_of(const Pixels& pixels, const View* logits, int members, int classes,
                             float inverse_temperature, int64_t first, int count, int tile,
                             TeacherTile& teacher) {
@@ -42,20 +42,23 @@ inline void teacher_tile_of(const Pixels& pixels, const View* logits, int member
   for (int lane = 0; lane < count; lane += W) {
     prefetch_pixels(pixels, logits[0], first + tile + lane, classes);
     const Column column{&teacher.column[lane], row(tile)};
-    const Teacher result = members == 1 ? teacher_pixel<KIND>(column, classes, inverse_temperature)
-                                        : ensemble_pixel<KIND>(column, classes);
+    const Teacher result =
+        members == 1 ? teacher_pixel<KIND, WITH_LABEL>(column, classes, inverse_temperature)
+                     : ensemble_pixel<KIND>(column, classes);
     store(&teacher.score[lane], result.score);
     store(&teacher.inverse[lane], result.inverse);
     store(&teacher.label[lane], result.label);
   }
 }
 
+// The label is only found if asked for.
+template <bool WITH_LABEL>
 inline void teacher_tile(Kind kind, const Pixels& pixels, const View* logits, int members,
                          int classes, float inverse_temperature, int64_t first, int count,
                          int tile, TeacherTile& teacher) {
-  const auto run = kind == Kind::max_prob  ? teacher_tile_of<Kind::max_prob>
-                   : kind == Kind::entropy ? teacher_tile_of<Kind::entropy>
-                                           : teacher_tile_of<Kind::margin>;
+  const auto run = kind == Kind::max_prob  ? teacher_tile_of<Kind::max_prob, WITH_LABEL>
+                   : kind == Kind::entropy ? teacher_tile_of<Kind::entropy, WITH_LABEL>
+                                           : teacher_tile_of<Kind::margin, WITH_LABEL>;
   run(pixels, logits, members, classes, inverse_temperature, first, count, tile, teacher);
 }
 
@@ -64,8 +67,8 @@ inline void confidence(const ConfidenceCall& call, int64_t begin_tile, int64_t e
   for (int64_t t = begin_tile; t < end_tile; ++t) {
     const int64_t first = t * call.tile;
     const int count = int(std::min<int64_t>(call.tile, call.pixels.count - first));
-    teacher_tile(Kind(call.kind), call.pixels, call.logits, call.members, call.classes,
-                 call.inverse_temperature, first, count, call.tile, teacher);
+    teacher_tile<true>(Kind(call.kind), call.pixels, call.logits, call.members, call.classes,
+                       call.inverse_temperature, first, count, call.tile, teacher);
     std::copy_n(teacher.score.get(), count, call.score + first);
     std::copy_n(teacher.label.get(), count, call.label + first);
   }

@@ -59,6 +59,10 @@ struct Tally {
   }
 };
 
+inline bool needs_label(const ConsistencyCall& call) {
+  return call.threshold_by_label || Loss(call.loss) == Loss::ce;
+}
+
 // The weight of each pixel. "ratio" is 1 here: its factor is only known when every pixel has been
 // counted.
 inline floats weigh(const ConsistencyCall& call, const Teacher& teacher, ints valid,
@@ -145,11 +149,12 @@ inline void loss_tile(const ConsistencyCall& call, int64_t first, int count, Con
 
 inline void consistency(const ConsistencyCall& call, int64_t begin_tile, int64_t end_tile) {
   ConsistencyTile tile(call);
+  const auto find_teacher = needs_label(call) ? teacher_tile<true> : teacher_tile<false>;
   const int64_t elements = call.classes * row(call.tile);
   for (int64_t t = begin_tile; t < end_tile; ++t) {
     const int64_t first = t * call.tile;
     const int count = int(std::min<int64_t>(call.tile, call.pixels.count - first));
-    teacher_tile(Kind(call.kind), call.pixels, call.teacher, call.members, call.classes,
+    find_teacher(Kind(call.kind), call.pixels, call.teacher, call.members, call.classes,
                  call.inverse_temperature, first, count, call.tile, tile.teacher);
     Tally tally;
     if (weigh_tile(call, first, count, tile, tally)) {
