@@ -1,6 +1,7 @@
 // What the host tells the kernels of a call, and the table of kernels of each instruction set.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace fastmt {
@@ -105,10 +106,10 @@ struct Grid {
                                // the one before
 };
 
-// The output columns by cell: one lane of a chunk is the cell between columns x and x + 1 of the low
-// resolution, the last one that between the last column and the first, which holds the pixels beyond
-// both borders. A step takes two neighbouring pixels of each cell, first those on the left, then
-// those on the right: entry s of chunk k names their output columns, -1 where a cell has no more.
+// The output columns by cell. A cell lies between columns x and x + 1 of the low resolution, the last
+// one between the last column and the first: it holds the pixels beyond both borders. A chunk is as
+// many cells as a vector has floats, and a step takes two neighbouring pixels of each: entry s of
+// chunk k names the output columns of the left ones, then of the right ones, -1 where there is none.
 struct Lanes {
   int chunks;
   const int32_t* steps;    // of each chunk
@@ -132,15 +133,21 @@ struct Cells {
   float* edges;  // [images][groups][2][classes][width]: gradients of rows that two groups share
 };
 
+// Numbers below `count`, handed to whichever thread is free.
+struct Queue {
+  int64_t count;
+  std::atomic<int64_t> next{0};
+};
+
 struct Kernels {
   const char* name;
   int lanes;  // pixels that are worked on at once
   void (*confidence)(const ConfidenceCall&, int64_t begin_tile, int64_t end_tile);
   void (*consistency)(const ConsistencyCall&, int64_t begin_tile, int64_t end_tile);
   void (*cross_entropy)(const CrossEntropyCall&, int64_t begin_tile, int64_t end_tile);
-  void (*cells_confidence)(const ConfidenceCall&, const Cells&, int64_t begin, int64_t end);
-  void (*cells_consistency)(const ConsistencyCall&, const Cells&, int64_t begin, int64_t end);
-  void (*cells_cross_entropy)(const CrossEntropyCall&, const Cells&, int64_t begin, int64_t end);
+  void (*cells_confidence)(const ConfidenceCall&, const Cells&, Queue& groups);
+  void (*cells_consistency)(const ConsistencyCall&, const Cells&, Queue& groups);
+  void (*cells_cross_entropy)(const CrossEntropyCall&, const Cells&, Queue& groups);
   void (*cells_join)(const View& gradient, const Cells&, int64_t begin, int64_t end);
   void (*gaussian_noise)(const NoiseCall&, int64_t begin_group, int64_t end_group);
   void (*ema)(const EmaSpan&, double decay);

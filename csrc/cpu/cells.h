@@ -157,8 +157,9 @@ class RowSink {
         result_(aligned_buffer<float>(classes_ * pitch_)) {
     for (auto& corner : corner_) corner = aligned_buffer<float>(classes_ * pitch_);
     for (auto* sum : {&both_, &right_}) std::fill_n(sum->get(), classes_ * V, 0.0f);
-    std::fill_n(carry_.get(), classes_ * pitch_, 0.0f);
   }
+
+  void begin_group() { std::fill_n(carry_.get(), classes_ * pitch_, 0.0f); }
 
   void begin_band() {
     for (auto& corner : corner_) std::fill_n(corner.get(), classes_ * pitch_, 0.0f);

@@ -9,13 +9,14 @@
 
 namespace FASTMT_ISA {
 
-inline void cells_confidence(const ConfidenceCall& call, const Cells& cells, int64_t begin,
-                             int64_t end) {
+using fastmt::Queue;
+
+inline void cells_confidence(const ConfidenceCall& call, const Cells& cells, Queue& groups) {
   TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind), true,
                        call.inverse_temperature);
   alignas(64) float score[W];
   alignas(64) int32_t label[W];
-  for (int64_t index = begin; index < end; ++index) {
+  for (int64_t index; (index = groups.next++) < groups.count;) {
     const Group group(cells, index);
     for (int y = cells.band_start[group.begin]; y < cells.band_start[group.end]; ++y) {
       teacher.go_to(group.image, y);
@@ -79,16 +80,16 @@ FASTMT_INLINE void add_loss_at(const ConsistencyCall& call, StudentCells& studen
   if (loss == Loss::bce || loss == Loss::js) teacher.used_up();
 }
 
-inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, int64_t begin,
-                              int64_t end) {
+inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, Queue& groups) {
   TeacherCells teacher(cells, cells.others, call.members, Kind(call.kind), needs_label(call),
                        call.inverse_temperature);
   StudentCells student(cells);
+  RowSink sink(cells);
   const GradientRows rows(call.gradient, cells);
   const bool wants_gradient = call.gradient.data;
-  for (int64_t index = begin; index < end; ++index) {
+  for (int64_t index; (index = groups.next++) < groups.count;) {
     const Group group(cells, index);
-    RowSink sink(cells);
+    sink.begin_group();
     ConsistencySums& sums = call.sums[index] = {};
     for (int band = group.begin; band < group.end; ++band) {
       sink.begin_band();
@@ -182,15 +183,15 @@ inline floats label_loss_at(const CrossEntropyCall& call, StudentCells& student,
   return select(weight != 0.0f, weight * value, splat(0));
 }
 
-inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells, int64_t begin,
-                                int64_t end) {
+inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells, Queue& groups) {
   StudentCells student(cells);
   LabelRow labels(call, cells.out_width);
+  RowSink sink(cells);
   const GradientRows rows(call.gradient, cells);
   const bool wants_gradient = call.gradient.data;
-  for (int64_t index = begin; index < end; ++index) {
+  for (int64_t index; (index = groups.next++) < groups.count;) {
     const Group group(cells, index);
-    RowSink sink(cells);
+    sink.begin_group();
     CrossEntropySums& sums = call.sums[index] = {};
     for (int band = group.begin; band < group.end; ++band) {
       sink.begin_band();

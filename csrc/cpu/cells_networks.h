@@ -1,8 +1,6 @@
 // Teacher and student at W output pixels, from low-resolution logits.
 #pragma once
 
-#include <vector>
-
 #include "cpu/powers.h"
 
 namespace FASTMT_ISA {

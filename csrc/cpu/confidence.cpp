@@ -21,9 +21,8 @@ void run_dense(ConfidenceCall call, const std::vector<Tensor>& logits) {
 void run_cells(const ConfidenceCall& call, const std::vector<Tensor>& logits,
                const std::vector<int64_t>& size, bool align_corners) {
   const CellTables tables(logits[0], logits, size[0], size[1], align_corners);
-  for_each_stretch(tables.groups(), 1, [&](int64_t begin, int64_t end) {
-    kernels().cells_confidence(call, tables.cells, begin, end);
-  });
+  share_out(tables.groups(),
+            [&](Queue& groups) { kernels().cells_confidence(call, tables.cells, groups); });
 }
 
 }  // namespace

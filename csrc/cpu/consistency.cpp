@@ -62,9 +62,8 @@ ConsistencySums run_cells(ConsistencyCall call, const Tensor& student,
   call.valid = map_view(maps.valid);
   std::vector<ConsistencySums> sums(tables.groups());
   call.sums = sums.data();
-  for_each_stretch(tables.groups(), 1, [&](int64_t begin, int64_t end) {
-    kernels().cells_consistency(call, tables.cells, begin, end);
-  });
+  share_out(tables.groups(),
+            [&](Queue& groups) { kernels().cells_consistency(call, tables.cells, groups); });
   if (gradient)
     for_each_stretch(tables.groups(), 4, [&](int64_t begin, int64_t end) {
       kernels().cells_join(call.gradient, tables.cells, begin, end);

@@ -50,9 +50,8 @@ CrossEntropySums run_cells(CrossEntropyCall call, const Tensor& logits, const Te
   call.pixel_weight = map_view(pixel_weight);
   std::vector<CrossEntropySums> sums(tables.groups());
   call.sums = sums.data();
-  for_each_stretch(tables.groups(), 1, [&](int64_t begin, int64_t end) {
-    kernels().cells_cross_entropy(call, tables.cells, begin, end);
-  });
+  share_out(tables.groups(),
+            [&](Queue& groups) { kernels().cells_cross_entropy(call, tables.cells, groups); });
   if (gradient)
     for_each_stretch(tables.groups(), 4, [&](int64_t begin, int64_t end) {
       kernels().cells_join(call.gradient, tables.cells, begin, end);

@@ -47,6 +47,16 @@ void for_each_stretch(int64_t tiles, int64_t stretch, const F& f) {
   torch::stable::parallel_for(0, threads < stretches ? threads : stretches, 1, work);
 }
 
+// f(queue) on as many threads as there is work for, each of which takes numbers below `count` until
+// there are none. Results must not depend on which thread takes which.
+template <class F>
+void share_out(int64_t count, const F& f) {
+  Queue queue{count};
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads < count ? threads : count, 1,
+                              [&](int64_t, int64_t) { f(queue); });
+}
+
 // An uninitialised tensor like `tensor`; a large one uses memory of an earlier result again, or huge
 // pages, because the page faults of a fresh gradient cost as much time as the kernel that fills it.
 Tensor empty_output_like(const Tensor& tensor);
