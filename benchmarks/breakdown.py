@@ -32,7 +32,7 @@ INSTRUCTIONS = {
     "loss": 4,
     "gradient": 5,
     "gradient into the cell's corners": 2.5 + 5 / STRIDE,
-    "weight and sums of a pixel": 23 / SHAPE.classes,  # a division counts as one, though it is slower
+    "weight and sums of a pixel": 23 / SHAPE.classes,  # a division counts as one
 }
 
 
