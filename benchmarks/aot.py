@@ -225,16 +225,13 @@ FOOT = """\
 ## Accesses of less than 16 bytes
 
 - The dense losses take bfloat16 logits 8 bytes a thread, 4 pixels: a warp asks for 256 bytes in a
-  row and the same sectors either way. With 8 pixels a thread no longer holds whole columns; sm_90
-  then takes, in instructions a logit, 38.2 instead of 33.8 (consistency mse, 19 classes, and 253
-  registers instead of 168), 46.7 instead of 38.0 (mse, 81), 29.7 instead of 27.3 (cross_entropy,
-  19).
+  row and the same sectors either way. With 8 pixels a thread no longer holds whole columns, which
+  takes more instructions a logit and more registers.
 - The dense confidence of many classes has one or two pixels for each thread to store, an 8-byte
   label and a 4-byte score each; neighbouring threads store neighbours, one instruction a block.
 - The cells kernels read low-resolution logits, of which neighbouring output pixels share the same:
-  at 19 classes (sm_90, mse, eight-fold) a warp loads 152 times and stores 24 times in 6,300
-  instructions. Wider accesses would save at most 1 in 50 of these, and no byte from memory: all
-  logits together are 1/64 of what the dense kernels read.
+  few of their instructions are accesses, and wider ones would save no byte from memory: eight-fold,
+  all logits together are 1/64 of what the dense kernels read.
 - join_kernel gathers what a few strips left for a low-resolution pixel, 4 bytes each; ema_kernel
   keeps one layout in registers for tensors of every dtype: 16 bytes of float32, 8 of bfloat16.
 """

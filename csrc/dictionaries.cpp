@@ -19,9 +19,8 @@ bool has_entries(void* dictionary, const int64_t* entries, int64_t count, Next* 
   return !next(dictionary, &position, &key, &value);
 }
 
-// Most dictionaries are in no near cache when they are looked at once a training step: of a tree like
-// ResNet-50's this saves a third of the time. That the fifth word of a record leads to its entries
-// is a guess, which is only fetched and never followed.
+// Most dictionaries are in no near cache when they are looked at once a training step. That the fifth
+// word of a record leads to its entries is a guess, which is only fetched and never followed.
 void fetch_record(int64_t dictionary) { __builtin_prefetch(reinterpret_cast<void*>(dictionary)); }
 
 void fetch_entries(int64_t dictionary) {

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -33,20 +32,6 @@ Pixels describe(const std::vector<Operand>& operands);
 // Pixels in a tile: student and teacher buffers of a tile stay in the fast caches.
 int tile_size(int64_t classes);
 
-// f(begin, end) over [0, tiles): short stretches handed to whichever thread is free. Results must
-// not depend on which thread runs which stretch.
-template <class F>
-void for_each_stretch(int64_t tiles, int64_t stretch, const F& f) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(stretch)) < tiles;)
-      f(begin, begin + stretch < tiles ? begin + stretch : tiles);
-  };
-  const int64_t stretches = (tiles + stretch - 1) / stretch;
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads < stretches ? threads : stretches, 1, work);
-}
-
 // f(queue) on as many threads as there is work for, each of which takes numbers below `count` until
 // there are none. Results must not depend on which thread takes which.
 template <class F>
@@ -55,6 +40,17 @@ void share_out(int64_t count, const F& f) {
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads < count ? threads : count, 1,
                               [&](int64_t, int64_t) { f(queue); });
+}
+
+// f(begin, end) over [0, tiles), in short stretches that are shared out.
+template <class F>
+void for_each_stretch(int64_t tiles, int64_t stretch, const F& f) {
+  share_out((tiles + stretch - 1) / stretch, [&](Queue& stretches) {
+    for (int64_t index; (index = stretches.next++) < stretches.count;) {
+      const int64_t begin = index * stretch, end = begin + stretch;
+      f(begin, end < tiles ? end : tiles);
+    }
+  });
 }
 
 // An uninitialised tensor like `tensor`; a large one uses memory of an earlier result again, or huge

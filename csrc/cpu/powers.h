@@ -51,9 +51,9 @@ class Powers {
   void forget() { at_ = NOWHERE; }  // the column has been used up
 
  private:
-  static constexpr int WORTHWHILE = 2;   // steps; below that a ratio does not pay
-  static constexpr int WORTHWHILE_ROWS = 4;  // to come down by products; exp costs as much as five
-  static constexpr float REACH = 80.0f;  // exp(-80) is a normal number
+  static constexpr int WORTHWHILE = 2;       // steps; below that a ratio does not pay
+  static constexpr int WORTHWHILE_ROWS = 4;  // to come down by products instead of exp
+  static constexpr float REACH = 80.0f;      // exp(-80) is a normal number
   static constexpr int NOWHERE = -1;
 
   // Of the left pixels of a step: the power, its ratio to the right ones, and those of both to what
