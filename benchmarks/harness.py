@@ -2,8 +2,9 @@
 
 A comparison runs in one process: every round times each variant once and a plain copy besides, in
 an order that turns from round to round, so that a slow spell of the machine meets all of them. A
-ratio is the median of the rounds' ratios. A gradient is dropped before each call and allocated anew
-in it, as `zero_grad(set_to_none=True)` does in training, and both count.
+ratio is the median of the rounds' ratios. A gradient is allocated anew in each call and dropped at
+its end, as `zero_grad(set_to_none=True)` does in training, and both count for the call that made
+it: giving a large one back to the system takes long enough to spoil the next variant's time.
 """
 
 from __future__ import annotations
@@ -40,23 +41,21 @@ class Work:
     tolerance: float  # largest error, relative to the largest value of the tensor
     bytes: int  # of the byte model
     choice: Choice  # which implementation "fused" is, and why
-    leaves: tuple[Tensor, ...] = ()  # their gradients are dropped before each call
+    leaves: tuple[Tensor, ...] = ()  # their gradients are dropped at the end of each call
     reset: Callable[[], None] = lambda: None  # undoes what calls have written, before a check
     facts: dict[str, float] = field(default_factory=dict)
 
     def runner(self, name: str) -> Callable[[], Sequence[Tensor]]:
-        """The variant as it is timed: without a gradient left from before."""
+        """The variant as it is timed: its gradient goes with its result."""
         call = self.variants[name]
 
         def run() -> Sequence[Tensor]:
-            self.drop_gradients()
-            return call()
+            result = call()
+            for leaf in self.leaves:
+                leaf.grad = None
+            return result
 
         return run
-
-    def drop_gradients(self) -> None:
-        for leaf in self.leaves:
-            leaf.grad = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ def check(work: Work, names: Sequence[str] | None = None) -> dict[str, float]:
                 f"{name}: error {errors[name]:.3g} of the largest value, expected at most "
                 f"{work.tolerance:g}; not timed"
             )
-    work.drop_gradients()
     return errors
 
 
@@ -196,7 +194,6 @@ def _median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> f
 def _peak(work: Work, name: str, device: torch.device) -> int | None:
     run = work.runner(name)
     run()
-    work.drop_gradients()
     return machine.peak_extra_bytes(run, device)
 
 
