@@ -25,7 +25,7 @@ FASTMT_INLINE floats log_one_minus(floats p) {
 
 struct Peak {
   floats first, second;  // the two largest values
-  ints label;            // where the first one stands; the first NaN where there is one
+  ints label;            // where the first one stands
 };
 
 template <bool WITH_SECOND, bool WITH_LABEL, class Column>
@@ -34,19 +34,17 @@ FASTMT_INLINE Peak peak(Column x, int classes) {
   FASTMT_UNROLL
   for (int c = 1; c < classes; ++c) {
     const floats value = x[c];
-    if constexpr (WITH_LABEL) {
-      const ints better = (value > top.first) | ((value != value) & (top.first == top.first));
-      if constexpr (WITH_SECOND) {
-        const floats loser = select(better, top.first, value);
-        top.second = select(loser > top.second, loser, top.second);
-      }
-      top.first = select(better, value, top.first);
-      top.label = iselect(better, isplat(c), top.label);
-    } else {
-      top.first = max(value, top.first);
-    }
+    if constexpr (WITH_LABEL) top.label = iselect(value > top.first, isplat(c), top.label);
+    if constexpr (WITH_SECOND) top.second = max(min(value, top.first), top.second);
+    top.first = max(value, top.first);
   }
   return top;
+}
+
+// Where the sum of the exponentials is NaN every probability is, and the first of them counts as the
+// largest.
+FASTMT_INLINE ints label_of(const Peak& top, floats sum) {
+  return iselect(sum == sum, top.label, isplat(0));
 }
 
 struct Teacher {
@@ -64,7 +62,7 @@ FASTMT_INLINE floats clamp_score(floats score) {
 template <Kind KIND, bool WITH_LABEL = true, class Column>
 FASTMT_INLINE Teacher teacher_pixel(Column y, int classes, float inverse_temperature) {
   constexpr bool with_second = KIND == Kind::margin;
-  const Peak top = peak<with_second, WITH_LABEL || with_second>(y, classes);
+  const Peak top = peak<with_second, WITH_LABEL>(y, classes);
   floats sum = splat(0), moment = splat(0);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
@@ -74,7 +72,7 @@ FASTMT_INLINE Teacher teacher_pixel(Column y, int classes, float inverse_tempera
     sum += e;
     y[c] = e;
   }
-  Teacher teacher{splat(0), 1.0f / sum, top.label};
+  Teacher teacher{splat(0), 1.0f / sum, label_of(top, sum)};
   if constexpr (KIND == Kind::max_prob) teacher.score = teacher.inverse;
   if constexpr (KIND == Kind::margin) {
     const floats runner_up = exp((top.second - top.first) * inverse_temperature);
@@ -102,30 +100,34 @@ FASTMT_INLINE Teacher teacher_of_powers(Powers y, int classes) {
     if constexpr (KIND == Kind::margin) top.second = max(min(e, top.first), top.second);
     top.first = max(e, top.first);
   }
-  const floats inverse = 1.0f / sum;
-  return {(KIND == Kind::margin && classes > 1 ? top.first - top.second : top.first) * inverse,
-          inverse, top.label};
+  const bool is_margin = KIND == Kind::margin && classes > 1;
+  // Divided, so that a certain teacher scores exactly 1.
+  return {(is_margin ? top.first - top.second : top.first) / sum, 1.0f / sum, label_of(top, sum)};
 }
 
-// Adds share * softmax(y / T) of one member of an ensemble to q.
+// Adds softmax(y / T) of one member of an ensemble to q.
 template <class Column>
-FASTMT_INLINE void add_member(Column y, Column q, int classes, float inverse_temperature, float share) {
-  const Teacher member = teacher_pixel<Kind::max_prob>(y, classes, inverse_temperature);
+FASTMT_INLINE void add_member(Column y, Column q, int classes, float inverse_temperature) {
+  const Teacher member = teacher_pixel<Kind::max_prob, false>(y, classes, inverse_temperature);
   FASTMT_UNROLL
-  for (int c = 0; c < classes; ++c) q[c] = q[c] + y[c] * member.inverse * share;
+  for (int c = 0; c < classes; ++c) q[c] = q[c] + y[c] * member.inverse;
 }
 
-// Score and label of probabilities q that an ensemble has averaged.
+// Score and label of probabilities that the members of an ensemble have summed up in q.
 template <Kind KIND, class Column>
-FASTMT_INLINE Teacher ensemble_pixel(Column q, int classes) {
+FASTMT_INLINE Teacher ensemble_pixel(Column q, int classes, int members) {
   const Peak top = peak<KIND == Kind::margin, true>(q, classes);
-  Teacher teacher{top.first, splat(1), top.label};
+  const float count = float(members), inverse = 1.0f / count;
+  floats sum = splat(0);
+  FASTMT_UNROLL
+  for (int c = 0; c < classes; ++c) sum += q[c];
+  Teacher teacher{top.first / count, splat(inverse), label_of(top, sum)};
   if (classes == 1) return teacher;
-  if constexpr (KIND == Kind::margin) teacher.score = top.first - top.second;
+  if constexpr (KIND == Kind::margin) teacher.score = (top.first - top.second) / count;
   if constexpr (KIND == Kind::entropy) {
     floats entropy = splat(0);
     FASTMT_UNROLL
-    for (int c = 0; c < classes; ++c) entropy -= q[c] * log_positive(q[c]);
+    for (int c = 0; c < classes; ++c) entropy -= q[c] * inverse * log_positive(q[c] * inverse);
     teacher.score = clamp_score<KIND>(1.0f - entropy / logf(float(classes)));
   }
   return teacher;
@@ -267,11 +269,16 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
                         int classes) {
   if (classes == 1) {
     gradient[0] = splat(0);
-    return splat(0);
+    return (z[0] - z[0]) + (y[0] - y[0]);
   }
   const Peak top = peak<true, true>(z, classes);
-  // An infinite logit makes everything NaN, as it does in softmax.
-  const floats gap = top.second - top.first + (top.first - top.first);
+  // Where all others are -inf nothing is left to be kept relative to.
+  const floats second = select(top.second == -INFINITY, top.first, top.second);
+  // An infinite logit makes everything NaN, as it does in softmax; so does a NaN, which would be lost
+  // as the largest.
+  floats gap = second - top.first + (top.first - top.first);
+  FASTMT_UNROLL
+  for (int c = 0; c < classes; ++c) gap = select(z[c] == z[c], gap, z[c]);
   floats rest = splat(0), expected = splat(0), q_top = splat(0);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
@@ -279,7 +286,7 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
     const floats q = y[c] * inverse;
     expected += times(q, z[c] - top.first);
     q_top = select(is_top, q, q_top);
-    z[c] = select(is_top, splat(0), exp(z[c] - top.second));
+    z[c] = select(is_top, splat(0), exp(z[c] - second));
     rest += z[c];
   }
   const floats sum = 1.0f + rest * exp(gap), log_sum = log(sum);
@@ -295,7 +302,7 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
     odds += a;
     y[c] = a;
   }
-  const floats share = (1.0f - q_top) * p_top / rest;
+  const floats share = select(rest == 0.0f, splat(0), (1.0f - q_top) * p_top / rest);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;

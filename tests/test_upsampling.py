@@ -289,15 +289,3 @@ def test_one_class_that_rises_from_nothing_to_everything_within_a_cell_is_follow
     assert_consistency_is_the_reference(
         student, [student.flip(1)], (16, 320), False, weight="none", loss="ce"
     )
-
-
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other(poison):
-    teacher = random_logits((1, 5, 4, 40), 0)
-    clean = fastmt.softmax_confidence(teacher, size=(16, 160))
-    teacher[0, 2, 1, 20] = poison
-    score, label = fastmt.softmax_confidence(teacher, size=(16, 160))
-    reached_by_it = upsampled(teacher, (16, 160), False).softmax(1).amax(1).isnan()
-    assert torch.equal(score.isnan(), reached_by_it)
-    torch.testing.assert_close(score[~reached_by_it], clean.score[~reached_by_it])
-    assert torch.equal(label[~reached_by_it], clean.label[~reached_by_it])

@@ -16,23 +16,30 @@ inline void cells_confidence(const ConfidenceCall& call, const Cells& cells, Que
                        call.inverse_temperature);
   alignas(64) float score[W];
   alignas(64) int32_t label[W];
+  const auto add_strip = [&](int64_t image, const Strip& strip) {
+    teacher.go_to_strip(image, strip);
+    for (int k = 0; k < cells.lanes.chunks; ++k) {
+      teacher.begin_chunk();
+      for (int y = strip.begin; y < strip.end; ++y) {
+        teacher.go_to_row(y);
+        const int64_t row = (image * cells.out_height + y) * cells.out_width;
+        walk_chunk(cells.lanes, k, [&](const Step& step) {
+          const Teacher result = teacher.look(step);
+          store(score, result.score);
+          store(label, result.label);
+          for (int i = 0; i < W; ++i) {
+            if (step.columns[i] < 0) continue;
+            call.score[row + step.columns[i]] = score[i];
+            call.label[row + step.columns[i]] = label[i];
+          }
+        });
+      }
+    }
+  };
   for (int64_t index; (index = groups.next++) < groups.count;) {
     const Group group(cells, index);
-    for (int y = cells.band_start[group.begin]; y < cells.band_start[group.end]; ++y) {
-      teacher.go_to(group.image, y);
-      const int64_t row = (group.image * cells.out_height + y) * cells.out_width;
-      const auto visit = [&](const Step& step) {
-        const Teacher result = teacher.look(step);
-        store(score, result.score);
-        store(label, result.label);
-        for (int i = 0; i < W; ++i) {
-          if (step.columns[i] < 0) continue;
-          call.score[row + step.columns[i]] = score[i];
-          call.label[row + step.columns[i]] = label[i];
-        }
-      };
-      walk_row(cells.lanes, [&] { teacher.begin_chunk(); }, visit, [](int) {});
-    }
+    for (int band = group.begin; band < group.end; ++band)
+      for (const Strip strip : Strips(cells, band)) add_strip(group.image, strip);
   }
 }
 
@@ -87,37 +94,40 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, Q
   RowSink sink(cells);
   const GradientRows rows(call.gradient, cells);
   const bool wants_gradient = call.gradient.data;
+  const auto visit = [&](const Step& step, int64_t image, int y, Tally& tally) {
+    const Teacher belief = teacher.look(step);
+    const floats weight = weigh(call, belief, valid_at(call, image, y, step.columns),
+                                pixel_weight_at(call.pixel_weight, image, y, step.columns), tally);
+    const ints active = weight != 0.0f;
+    if (!any(active)) return;
+    if (wants_gradient)
+      add_loss_at(call, student, teacher, step, belief, weight, sink.at(step.t, active), tally);
+    else
+      add_loss_at(call, student, teacher, step, belief, weight, NoGradient(), tally);
+  };
+  const auto add_strip = [&](int64_t image, const Strip& strip, ConsistencySums& sums) {
+    teacher.go_to_strip(image, strip);
+    student.go_to_strip(image, strip);
+    for (int k = 0; k < cells.lanes.chunks; ++k) {
+      Tally tally;
+      teacher.begin_chunk();
+      student.begin_chunk();
+      for (int y = strip.begin; y < strip.end; ++y) {
+        teacher.go_to_row(y);
+        student.go_to_row(y);
+        walk_chunk(cells.lanes, k, [&](const Step& step) { visit(step, image, y, tally); });
+        sink.end_row(k * V, cells.first.row_t[y]);
+      }
+      tally.add_to(sums);
+    }
+  };
   for (int64_t index; (index = groups.next++) < groups.count;) {
     const Group group(cells, index);
     sink.begin_group();
     ConsistencySums& sums = call.sums[index] = {};
     for (int band = group.begin; band < group.end; ++band) {
       sink.begin_band();
-      for (int y = cells.band_start[band]; y < cells.band_start[band + 1]; ++y) {
-        Tally tally;
-        const float row_t = cells.first.row_t[y];
-        teacher.go_to(group.image, y);
-        student.go_to(group.image, y);
-        const auto visit = [&](const Step& step) {
-          const Teacher belief = teacher.look(step);
-          const floats weight =
-              weigh(call, belief, valid_at(call, group.image, y, step.columns),
-                    pixel_weight_at(call.pixel_weight, group.image, y, step.columns), tally);
-          const ints active = weight != 0.0f;
-          if (!any(active)) return;
-          if (wants_gradient)
-            add_loss_at(call, student, teacher, step, belief, weight, sink.at(step.t, active),
-                        tally);
-          else
-            add_loss_at(call, student, teacher, step, belief, weight, NoGradient(), tally);
-        };
-        const auto begin_chunk = [&] {
-          teacher.begin_chunk();
-          student.begin_chunk();
-        };
-        walk_row(cells.lanes, begin_chunk, visit, [&](int x) { sink.end_chunk(x, row_t); });
-        tally.add_to(sums);
-      }
+      for (const Strip strip : Strips(cells, band)) add_strip(group.image, strip, sums);
       const float* finished = sink.end_band();
       if (wants_gradient) rows.put(group, band, finished, sink.pitch());
     }
@@ -125,32 +135,31 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, Q
   }
 }
 
-// The labels and weights of one output row.
-class LabelRow {
+// The labels and weights of the output rows of a strip.
+class LabelStrip {
  public:
-  LabelRow(const CrossEntropyCall& call, int width)
+  LabelStrip(const CrossEntropyCall& call, int width)
       : call_(call),
         width_(width),
-        label_(aligned_buffer<int32_t>(width)),
-        weight_(aligned_buffer<float>(width)),
+        label_(aligned_buffer<int32_t>(int64_t(width) * Strip::LONGEST)),
+        weight_(aligned_buffer<float>(int64_t(width) * Strip::LONGEST)),
         labels_(aligned_buffer<int64_t>(width)) {}
 
-  // False where no pixel of the row has a weight.
-  bool go_to(int64_t image, int row, CrossEntropySums& sums) {
-    load_row(call_.labels, image, row, width_, labels_.get());
-    std::fill_n(weight_.get(), width_, 1.0f);
-    if (call_.pixel_weight.data) {
-      const View& map = call_.pixel_weight;
-      const int64_t offset = image * map.stride[0] + row * map.stride[1];
-      load_run_of(map, offset, map.stride[2], 1, weight_.get(), width_, width_);
-    }
-    return weigh_labels(call_, labels_.get(), width_, label_.get(), weight_.get(), sums);
+  // False where no pixel has a weight.
+  bool go_to_strip(int64_t image, const Strip& strip, CrossEntropySums& sums) {
+    begin_ = strip.begin;
+    bool any = false;
+    for (int y = strip.begin; y < strip.end; ++y) any |= active_[y - begin_] = fill(image, y, sums);
+    return any;
   }
 
-  ints classes(const int32_t* columns) const { return load(pick(label_.get(), columns).at); }
+  bool active(int y) const { return active_[y - begin_]; }
+  ints classes(int y, const int32_t* columns) const {
+    return load(pick(&label_[at(y)], columns).at);
+  }
   // 0 where there is no column.
-  floats weights(const int32_t* columns) const {
-    return select(load(columns) < 0, splat(0), load(pick(weight_.get(), columns).at));
+  floats weights(int y, const int32_t* columns) const {
+    return select(load(columns) < 0, splat(0), load(pick(&weight_[at(y)], columns).at));
   }
 
  private:
@@ -165,8 +174,23 @@ class LabelRow {
     return picked;
   }
 
+  int64_t at(int y) const { return int64_t(y - begin_) * width_; }
+
+  bool fill(int64_t image, int y, CrossEntropySums& sums) {
+    float* weight = &weight_[at(y)];
+    load_row(call_.labels, image, y, width_, labels_.get());
+    std::fill_n(weight, width_, 1.0f);
+    if (call_.pixel_weight.data) {
+      const View& map = call_.pixel_weight;
+      const int64_t offset = image * map.stride[0] + y * map.stride[1];
+      load_run_of(map, offset, map.stride[2], 1, weight, width_, width_);
+    }
+    return weigh_labels(call_, labels_.get(), width_, &label_[at(y)], weight, sums);
+  }
+
   const CrossEntropyCall& call_;
-  int width_;
+  int width_, begin_ = 0;
+  bool active_[Strip::LONGEST];
   std::unique_ptr<int32_t[], Free> label_;
   std::unique_ptr<float[], Free> weight_;
   std::unique_ptr<int64_t[], Free> labels_;
@@ -185,35 +209,41 @@ inline floats label_loss_at(const CrossEntropyCall& call, StudentCells& student,
 
 inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells, Queue& groups) {
   StudentCells student(cells);
-  LabelRow labels(call, cells.out_width);
+  LabelStrip labels(call, cells.out_width);
   RowSink sink(cells);
   const GradientRows rows(call.gradient, cells);
   const bool wants_gradient = call.gradient.data;
+  const auto visit = [&](const Step& step, int y) {
+    const ints label = labels.classes(y, step.columns);
+    const floats weight = labels.weights(y, step.columns);
+    const ints active = weight != 0.0f;
+    if (!any(active)) return splat(0);
+    return wants_gradient
+               ? label_loss_at(call, student, step, label, weight, sink.at(step.t, active))
+               : label_loss_at(call, student, step, label, weight, NoGradient());
+  };
+  const auto add_strip = [&](int64_t image, const Strip& strip, CrossEntropySums& sums) {
+    if (!labels.go_to_strip(image, strip, sums)) return;
+    student.go_to_strip(image, strip);
+    for (int k = 0; k < cells.lanes.chunks; ++k) {
+      floats loss = splat(0);
+      student.begin_chunk();
+      for (int y = strip.begin; y < strip.end; ++y) {
+        if (!labels.active(y)) continue;
+        student.go_to_row(y);
+        walk_chunk(cells.lanes, k, [&](const Step& step) { loss += visit(step, y); });
+        sink.end_row(k * V, cells.first.row_t[y]);
+      }
+      sums.loss += sum_lanes(loss);
+    }
+  };
   for (int64_t index; (index = groups.next++) < groups.count;) {
     const Group group(cells, index);
     sink.begin_group();
     CrossEntropySums& sums = call.sums[index] = {};
     for (int band = group.begin; band < group.end; ++band) {
       sink.begin_band();
-      for (int y = cells.band_start[band]; y < cells.band_start[band + 1]; ++y) {
-        floats loss = splat(0);
-        if (!labels.go_to(group.image, y, sums)) continue;
-        student.go_to(group.image, y);
-        const float row_t = cells.first.row_t[y];
-        const auto visit = [&](const Step& step) {
-          const ints label = labels.classes(step.columns);
-          const floats weight = labels.weights(step.columns);
-          const ints active = weight != 0.0f;
-          if (!any(active)) return;
-          if (wants_gradient)
-            loss += label_loss_at(call, student, step, label, weight, sink.at(step.t, active));
-          else
-            loss += label_loss_at(call, student, step, label, weight, NoGradient());
-        };
-        walk_row(cells.lanes, [&] { student.begin_chunk(); }, visit,
-                 [&](int x) { sink.end_chunk(x, row_t); });
-        sums.loss += sum_lanes(loss);
-      }
+      for (const Strip strip : Strips(cells, band)) add_strip(group.image, strip, sums);
       const float* finished = sink.end_band();
       if (wants_gradient) rows.put(group, band, finished, sink.pitch());
     }

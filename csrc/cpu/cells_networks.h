@@ -20,11 +20,14 @@ class TeacherCells {
     for (int m = 0; m < members; ++m) sources_.emplace_back(grids[m], cells);
   }
 
-  void go_to(int64_t image, int out_row) {
-    for (RowSource& source : sources_) source.go_to(image, out_row);
+  void go_to_strip(int64_t image, const Strip& strip) {
+    for (RowSource& source : sources_) source.go_to_strip(image, strip);
   }
-
   void begin_chunk() { powers_.begin_chunk(); }
+  void go_to_row(int out_row) {
+    for (RowSource& source : sources_) source.go_to_row(out_row);
+    powers_.begin_row();
+  }
 
   // The teacher's column at the last look.
   Column column() const { return walks_ ? powers_.column() : Column{column_.get(), W}; }
@@ -44,7 +47,7 @@ class TeacherCells {
     for (int c = 0; c < classes_; ++c) to[c] = splat(0);
     for (RowSource& source : sources_) {
       source.interpolate(step, member);
-      add_member(member, to, classes_, inverse_temperature_, 1.0f / float(sources_.size()));
+      add_member(member, to, classes_, inverse_temperature_);
     }
     return scored(to);
   }
@@ -58,18 +61,19 @@ class TeacherCells {
   }
 
   Teacher scored(Column column) const {
-    const bool one = sources_.size() == 1;
+    const int members = int(sources_.size());
+    const bool one = members == 1;
     const float scale = inverse_temperature_;
     switch (kind_) {
       case Kind::max_prob:
         return one ? teacher_pixel<Kind::max_prob>(column, classes_, scale)
-                   : ensemble_pixel<Kind::max_prob>(column, classes_);
+                   : ensemble_pixel<Kind::max_prob>(column, classes_, members);
       case Kind::entropy:
         return one ? teacher_pixel<Kind::entropy>(column, classes_, scale)
-                   : ensemble_pixel<Kind::entropy>(column, classes_);
+                   : ensemble_pixel<Kind::entropy>(column, classes_, members);
       default:
         return one ? teacher_pixel<Kind::margin>(column, classes_, scale)
-                   : ensemble_pixel<Kind::margin>(column, classes_);
+                   : ensemble_pixel<Kind::margin>(column, classes_, members);
     }
   }
 
@@ -91,8 +95,12 @@ class StudentCells {
         powers_(cells, 1.0f),
         column_(aligned_buffer<float>(int64_t(classes_) * W)) {}
 
-  void go_to(int64_t image, int out_row) { source_.go_to(image, out_row); }
+  void go_to_strip(int64_t image, const Strip& strip) { source_.go_to_strip(image, strip); }
   void begin_chunk() { powers_.begin_chunk(); }
+  void go_to_row(int out_row) {
+    source_.go_to_row(out_row);
+    powers_.begin_row();
+  }
 
   bool walks(const Step& step) { return powers_.serve(source_, step); }
   Column powers() const { return powers_.column(); }

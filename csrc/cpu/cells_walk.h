@@ -18,17 +18,32 @@ struct Group {
         end(std::min(begin + cells.bands_in_group, cells.bands)) {}
 };
 
-// Calls visit(step) for each W output pixels of a row, begin() and end(x) around the chunks.
-template <class Begin, class Visit, class End>
-inline void walk_row(const Lanes& lanes, Begin begin, Visit visit, End end) {
-  for (int k = 0; k < lanes.chunks; ++k) {
-    begin();
-    for (int s = 0; s < lanes.steps[k]; ++s) {
-      const int64_t entry = lanes.start[k] + int64_t(s);
-      visit(Step{k * V, s, lanes.steps[k], lanes.origin[entry], lanes.column + entry * W,
-                 lanes.t + entry * W, lanes.delta + k * V});
-    }
-    end(k * V);
+// The strips of a band.
+class Strips {
+ public:
+  Strips(const Cells& cells, int band)
+      : begin_(cells.band_start[band]), end_(cells.band_start[band + 1]) {}
+
+  struct Iterator {
+    int at, end;
+    Strip operator*() const { return {at, std::min(at + Strip::LONGEST, end)}; }
+    void operator++() { at = std::min(at + Strip::LONGEST, end); }
+    bool operator!=(const Iterator& other) const { return at != other.at; }
+  };
+  Iterator begin() const { return {begin_, end_}; }
+  Iterator end() const { return {end_, end_}; }
+
+ private:
+  int begin_, end_;
+};
+
+// Calls visit(step) for each W output pixels of chunk k in one row.
+template <class Visit>
+FASTMT_INLINE void walk_chunk(const Lanes& lanes, int k, Visit visit) {
+  for (int s = 0; s < lanes.steps[k]; ++s) {
+    const int64_t entry = lanes.start[k] + int64_t(s);
+    visit(Step{k * V, s, lanes.steps[k], lanes.origin[entry], lanes.column + entry * W,
+               lanes.t + entry * W, lanes.delta + k * V});
   }
 }
 

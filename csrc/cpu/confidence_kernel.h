@@ -36,7 +36,7 @@ inline void teacher_tile_of(const Pixels& pixels, const View* logits, int member
       load_tile(pixels, logits[m], first, count, classes, teacher.member.get(), tile);
       for (int lane = 0; lane < count; lane += W)
         add_member(Column{&teacher.member[lane], row(tile)}, Column{&teacher.column[lane], row(tile)},
-                   classes, inverse_temperature, 1.0f / float(members));
+                   classes, inverse_temperature);
     }
   }
   for (int lane = 0; lane < count; lane += W) {
@@ -44,7 +44,7 @@ inline void teacher_tile_of(const Pixels& pixels, const View* logits, int member
     const Column column{&teacher.column[lane], row(tile)};
     const Teacher result =
         members == 1 ? teacher_pixel<KIND, WITH_LABEL>(column, classes, inverse_temperature)
-                     : ensemble_pixel<KIND>(column, classes);
+                     : ensemble_pixel<KIND>(column, classes, members);
     store(&teacher.score[lane], result.score);
     store(&teacher.inverse[lane], result.inverse);
     store(&teacher.label[lane], result.label);

@@ -139,11 +139,15 @@ inline void loss_tile(const ConsistencyCall& call, int64_t first, int count, Con
     const Column y{&tile.teacher.column[lane], row(call.tile)};
     const floats weight = load(&tile.weight[lane]);
     const ints active = weight != 0.0f;
-    if (any(active))
+    const bool some = any(active);
+    if (!call.gradient.data) {
+      if (some) add_loss(call, z, y, tile.teacher.at(lane), weight, NoGradient(), tally);
+    } else if (some) {
       add_loss(call, z, y, tile.teacher.at(lane), weight, MaskedColumn{z.base, z.row, active},
                tally);
-    else
+    } else {
       for (int c = 0; c < call.classes; ++c) z[c] = splat(0);
+    }
   }
 }
 

@@ -96,12 +96,15 @@ inline double label_loss_tile(const CrossEntropyCall& call, int64_t first, int c
     prefetch_pixels(call.pixels, call.logits, first + call.tile + lane, call.classes);
     const Column z{&tile.logits[lane], row(call.tile)};
     const floats weight = load(&tile.weight[lane]);
-    const ints active = weight != 0.0f;
-    if (any(active))
-      sum += label_loss(call, z, load(&tile.label[lane]), weight,
-                        MaskedColumn{z.base, z.row, active});
-    else
+    const ints label = load(&tile.label[lane]), active = weight != 0.0f;
+    const bool some = any(active);
+    if (!call.gradient.data) {
+      if (some) sum += label_loss(call, z, label, weight, NoGradient());
+    } else if (some) {
+      sum += label_loss(call, z, label, weight, MaskedColumn{z.base, z.row, active});
+    } else {
       for (int c = 0; c < call.classes; ++c) z[c] = splat(0);
+    }
   }
   return sum_lanes(sum);
 }

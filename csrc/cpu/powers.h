@@ -18,18 +18,17 @@ class Powers {
       : classes_(cells.classes),
         scale_(scale),
         power_(aligned_buffer<float>(int64_t(classes_) * W)),
-        square_(aligned_buffer<float>(int64_t(classes_) * V)),
-        top_(aligned_buffer<float>(int64_t(cells.lanes.chunks) * V)),
-        chunks_(cells.lanes.chunks) {}
+        square_(aligned_buffer<float>(int64_t(classes_) * V)) {}
 
-  void begin_chunk() { at_ = NOWHERE; }
+  // A chunk of another strip.
+  void begin_chunk() { looked_ = false; }
+  void begin_row() { at_ = NOWHERE; }
 
   // Whether the chunk can be walked: all its logits within reach of one maximum, and finite.
   bool serve(const RowSource& source, const Step& step) {
     if (step.count < WORTHWHILE || !source.same_cells()) return false;
-    Chunk& chunk = chunks_[step.x / V];
-    if (chunk.band != source.band()) look(source, step, chunk);
-    return chunk.serves;
+    if (!looked_) look(source, step);
+    return serves_;
   }
 
   // f(powers) for the pixels of a step; the powers stand in the column afterwards.
@@ -53,7 +52,7 @@ class Powers {
  private:
   static constexpr int WORTHWHILE = 2;       // steps; below that a ratio does not pay
   static constexpr int WORTHWHILE_ROWS = 4;  // to come down by products instead of exp
-  static constexpr float REACH = 80.0f;      // exp(-80) is a normal number
+  static constexpr float REACH = 60.0f;      // exp(60) times a large weight is still finite
   static constexpr int NOWHERE = -1;
 
   // Of the left pixels of a step: the power, its ratio to the right ones, and those of both to what
@@ -64,11 +63,6 @@ class Powers {
   struct Walk {
     int row = NOWHERE;                   // the output row that it has come down to
     std::unique_ptr<Down[], Free> down;  // [classes]
-  };
-  struct Chunk {
-    int64_t band = -1;
-    bool serves = false;
-    std::vector<Walk> walks;  // [steps]; used for the origins
   };
 
   struct Onward {
@@ -120,7 +114,7 @@ class Powers {
 
   // The walk, where it is one row above; else null, and the powers stand in the column.
   Down* come_to_origin(const RowSource& source, const Step& step) {
-    Walk& walk = chunks_[step.x / V].walks[step.origin];
+    Walk& walk = walks_[step.origin];
     const int rows = source.out_row() - walk.row;
     at_ = step.origin;
     if (walk.row < source.row_origin() || rows > WORTHWHILE_ROWS) {
@@ -148,7 +142,7 @@ class Powers {
     const Put put = this->put();
     const vector_f t = load_vector(step.t - (step.index - step.origin) * W);
     const vector_f delta = load_vector(step.delta);
-    const vector_f top = load_vector(&top_[step.x]);
+    const vector_f top = top_;
     const float row_t = source.row_t(), row_delta = source.row_delta();
     for (int c = 0; c < classes_; ++c) {
       const auto at = corners[c];
@@ -171,7 +165,7 @@ class Powers {
     }
   }
 
-  void look(const RowSource& source, const Step& step, Chunk& chunk) {
+  void look(const RowSource& source, const Step& step) {
     const CellCorners corners = source.corners(step.x);
     vector_f top = corners[0].top_left, low = top, not_finite = {};
     const auto higher = [](vector_f a, vector_f b) { return a > b ? a : b; };
@@ -186,18 +180,20 @@ class Powers {
     }
     const vector_f range = (top - low) * scale_ + not_finite;
     const floats both{range, range};
-    chunk.band = source.band();
-    chunk.walks.resize(step.count);
-    for (Walk& walk : chunk.walks) walk.row = NOWHERE;
-    store_vector(&top_[step.x], top);
-    chunk.serves = !any(~(both < REACH));
+    if (int(walks_.size()) < step.count) walks_.resize(step.count);
+    for (Walk& walk : walks_) walk.row = NOWHERE;
+    top_ = top;
+    looked_ = true;
+    serves_ = !any(~(both < REACH));
   }
 
   int classes_;
   float scale_;
   int at_ = NOWHERE;
-  std::unique_ptr<float[], Free> power_, square_, top_;
-  std::vector<Chunk> chunks_;
+  bool looked_ = false, serves_ = false;
+  vector_f top_;  // of the logits of each cell
+  std::unique_ptr<float[], Free> power_, square_;
+  std::vector<Walk> walks_;  // [steps]; used for the origins
 };
 
 }  // namespace FASTMT_ISA
