@@ -1,7 +1,9 @@
 // The three pixel operations on cells: the same pixel mathematics as the tiles, walked cell by cell.
 #pragma once
 
+#include "cpu/cells_maps.h"
 #include "cpu/cells_networks.h"
+#include "cpu/cells_sink.h"
 #include "cpu/cells_walk.h"
 #include "cpu/confidence_kernel.h"
 #include "cpu/consistency_kernel.h"
@@ -71,19 +73,20 @@ FASTMT_INLINE void add_loss_of_powers(const ConsistencyCall& call, StudentCells&
   tally.loss += select(weight != 0.0f, scaled * value, splat(0));
 }
 
-template <class Gradient>
+// Powers are finite, so that a weight of 0 makes each gradient 0: only what is not walked is masked.
+template <class Gradient, class MaskedGradient>
 FASTMT_INLINE void add_loss_at(const ConsistencyCall& call, StudentCells& student,
                                TeacherCells& teacher, const Step& step, const Teacher& belief,
-                               floats weight, Gradient gradient, Tally& tally) {
+                               floats weight, Gradient gradient, MaskedGradient masked,
+                               Tally& tally) {
   const Loss loss = Loss(call.loss);
-  const bool walks = (loss == Loss::mse || loss == Loss::ce) && student.walks(step);
-  if (walks && loss == Loss::mse)
+  if (loss == Loss::mse && teacher.walks() && student.walks(step))
     return add_loss_of_powers<Loss::mse>(call, student, teacher, step, belief, weight, gradient,
                                          tally);
-  if (walks)
+  if (loss == Loss::ce && student.walks(step))
     return add_loss_of_powers<Loss::ce>(call, student, teacher, step, belief, weight, gradient,
                                         tally);
-  add_loss(call, student.logits(step), teacher.column(), belief, weight, gradient, tally);
+  add_loss(call, student.logits(step), teacher.column(), belief, weight, masked, tally);
   if (loss == Loss::bce || loss == Loss::js) teacher.used_up();
 }
 
@@ -100,10 +103,12 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, Q
                                 pixel_weight_at(call.pixel_weight, image, y, step.columns), tally);
     const ints active = weight != 0.0f;
     if (!any(active)) return;
-    if (wants_gradient)
-      add_loss_at(call, student, teacher, step, belief, weight, sink.at(step.t, active), tally);
-    else
-      add_loss_at(call, student, teacher, step, belief, weight, NoGradient(), tally);
+    if (!wants_gradient)
+      return add_loss_at(call, student, teacher, step, belief, weight, NoGradient(), NoGradient(),
+                         tally);
+    const RowSink::Corners corners = sink.at(step.t);
+    add_loss_at(call, student, teacher, step, belief, weight, corners,
+                RowSink::MaskedCorners{corners, active}, tally);
   };
   const auto add_strip = [&](int64_t image, const Strip& strip, ConsistencySums& sums) {
     teacher.go_to_strip(image, strip);
@@ -112,12 +117,14 @@ inline void cells_consistency(const ConsistencyCall& call, const Cells& cells, Q
       Tally tally;
       teacher.begin_chunk();
       student.begin_chunk();
+      sink.begin_chunk();
       for (int y = strip.begin; y < strip.end; ++y) {
         teacher.go_to_row(y);
         student.go_to_row(y);
         walk_chunk(cells.lanes, k, [&](const Step& step) { visit(step, image, y, tally); });
-        sink.end_row(k * V, cells.first.row_t[y]);
+        sink.end_row(cells.first.row_t[y]);
       }
+      sink.end_chunk(k * V);
       tally.add_to(sums);
     }
   };
@@ -196,11 +203,11 @@ class LabelStrip {
   std::unique_ptr<int64_t[], Free> labels_;
 };
 
-template <class Gradient>
+template <class Gradient, class MaskedGradient>
 inline floats label_loss_at(const CrossEntropyCall& call, StudentCells& student, const Step& step,
-                            ints label, floats weight, Gradient gradient) {
+                            ints label, floats weight, Gradient gradient, MaskedGradient masked) {
   if (!is_plain(call) || !student.walks(step))
-    return label_loss(call, student.logits(step), label, weight, gradient);
+    return label_loss(call, student.logits(step), label, weight, masked);
   const Student state = student.walk<true>(step, label);
   const floats value = ce_pixel(student.powers(), state, label, weight * call.gradient_scale,
                                 gradient, call.classes);
@@ -218,9 +225,11 @@ inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells
     const floats weight = labels.weights(y, step.columns);
     const ints active = weight != 0.0f;
     if (!any(active)) return splat(0);
-    return wants_gradient
-               ? label_loss_at(call, student, step, label, weight, sink.at(step.t, active))
-               : label_loss_at(call, student, step, label, weight, NoGradient());
+    if (!wants_gradient)
+      return label_loss_at(call, student, step, label, weight, NoGradient(), NoGradient());
+    const RowSink::Corners corners = sink.at(step.t);
+    return label_loss_at(call, student, step, label, weight, corners,
+                         RowSink::MaskedCorners{corners, active});
   };
   const auto add_strip = [&](int64_t image, const Strip& strip, CrossEntropySums& sums) {
     if (!labels.go_to_strip(image, strip, sums)) return;
@@ -228,12 +237,14 @@ inline void cells_cross_entropy(const CrossEntropyCall& call, const Cells& cells
     for (int k = 0; k < cells.lanes.chunks; ++k) {
       floats loss = splat(0);
       student.begin_chunk();
+      sink.begin_chunk();
       for (int y = strip.begin; y < strip.end; ++y) {
         if (!labels.active(y)) continue;
         student.go_to_row(y);
         walk_chunk(cells.lanes, k, [&](const Step& step) { loss += visit(step, y); });
-        sink.end_row(k * V, cells.first.row_t[y]);
+        sink.end_row(cells.first.row_t[y]);
       }
+      sink.end_chunk(k * V);
       sums.loss += sum_lanes(loss);
     }
   };

@@ -29,15 +29,16 @@ class TeacherCells {
     powers_.begin_row();
   }
 
-  // The teacher's column at the last look.
+  // The teacher's column at the last look, and whether it holds powers.
   Column column() const { return walks_ ? powers_.column() : Column{column_.get(), W}; }
+  bool walks() const { return walks_; }
   void used_up() { powers_.forget(); }
 
   FASTMT_INLINE Teacher look(const Step& step) {
     RowSource& first = sources_[0];
     const bool one = sources_.size() == 1;
     walks_ = one && kind_ != Kind::entropy && powers_.serve(first, step);
-    if (walks_) return powers_.read(first, step, [&](auto powers) { return believed(powers); });
+    if (walks_) return powers_.read(first, step, [&](auto powers) FASTMT_INLINED { return believed(powers); });
     const Column to = column();
     if (one) {
       first.interpolate(step, to);
@@ -106,7 +107,7 @@ class StudentCells {
   Column powers() const { return powers_.column(); }
   template <bool WITH_LABEL>
   FASTMT_INLINE Student walk(const Step& step, ints label) {
-    return powers_.read(source_, step, [&](auto powers) {
+    return powers_.read(source_, step, [&](auto powers) FASTMT_INLINED {
       return student_of_powers<WITH_LABEL>(powers, label, classes_);
     });
   }

@@ -12,6 +12,7 @@
 
 // Vectors stay in registers only where no call stands between; GCC's own limits are too small.
 #define FASTMT_INLINE inline __attribute__((always_inline))
+#define FASTMT_INLINED __attribute__((always_inline))  // behind the parameters of a lambda
 #define FASTMT_UNROLL
 
 namespace FASTMT_ISA {
