@@ -32,6 +32,9 @@ from fastmt.style import Style, fourier_style
 from fastmt.trainer import MeanTeacher, StepReport
 
 VARIANTS = ("source_only", "adapted")
+CURVES_SUFFIX = (
+    ".fastmt"  # of the names of TensorBoard's files, which say nothing else of their origin
+)
 _CACHE_BYTES = 4 << 30
 _PROGRESS_EVERY = 10  # steps; reading a report waits for a GPU
 
@@ -283,7 +286,9 @@ class _Curves:
         from tqdm import tqdm
 
         folder = out / "tensorboard" / f"{variant}-seed{seed}"
-        self.writer = SummaryWriter(str(folder), purge_step=steps.start)
+        self.writer = SummaryWriter(
+            str(folder), purge_step=steps.start, filename_suffix=CURVES_SUFFIX
+        )
         total = max(steps.stop, steps.start)
         title = f"{variant} (seed {seed})"
         self.bar = tqdm(total=total, initial=steps.start, desc=title, unit="step", disable=None)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from fastmt import adapt, adapt_report
-from fastmt.checkpoint import CheckpointError
+from fastmt.adapt_out import FIGURES, PICTURE, TABLE, check_out, remove_earlier
 from fastmt.options import MIN_SIDE, device, even, integer, number
 from fastmt.pictures import require_pillow
 
@@ -92,7 +93,10 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-every", type=integer(1), metavar="N", help="steps [a fifth of the run]"
     )
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    earlier = group.add_mutually_exclusive_group()
+    add_flag = partial(earlier.add_argument, action="store_true")
+    add_flag("--resume", help="go on with the run in --out, from its checkpoints")
+    add_flag("--overwrite", help="replace the run in --out; files of others stay, and are an error")
 
 
 def run_adapt(args: argparse.Namespace, command: str) -> None:
@@ -103,7 +107,7 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = _settings(args)
     out, seeds = Path(args.out), args.seeds
-    _prepare(out, args.resume)
+    check_out(out, resume=args.resume, overwrite=args.overwrite)
     if args.source:
         folders = (args.source, args.target, args.test)
         domains = adapt.folder_domains(*folders, num_classes=args.num_classes, classes=args.classes)
@@ -111,6 +115,8 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
         domains = adapt.scene_domains(settings.crop)
     print(f"Data: {domains.description}", flush=True)
     every = args.checkpoint_every or max(1, settings.steps // 5)
+    if args.overwrite:
+        remove_earlier(out)
 
     scores = {variant: [] for variant in adapt.VARIANTS}
     for seed in seeds:
@@ -145,10 +151,10 @@ def _report(
     text = adapt_report.table(scores, classes)
     tested = f"{len(domains.test)} test images. {_EVALUATION}"
     print(f"\n{text}\n\n{tested}")
-    picture = out / "adapted.png"
+    picture = out / PICTURE
     adapt_report.picture(picture, networks, domains.test, device)
     note = f"Data: {domains.description}\n\n{tested}"
-    adapt_report.write_text(out / "table.md", f"{note}\n\n{text}\n\n`{command}`\n")
+    adapt_report.write_text(out / TABLE, f"{note}\n\n{text}\n\n`{command}`\n")
     figures = {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -159,23 +165,8 @@ def _report(
         "settings": asdict(settings),
         **adapt_report.results(scores, classes, args.seeds),
     }
-    adapt_report.write_results(out / "results.json", figures)
+    adapt_report.write_results(out / FIGURES, figures)
     print(f"Picture: {picture}; table, figures, curves and checkpoints beside it")
-
-
-def _prepare(out: Path, resume: bool) -> None:
-    """Make the folder; refuse to start over what an interrupted run has left there."""
-    out.mkdir(parents=True, exist_ok=True)
-    if resume:
-        return
-    finished = out / "results.json"
-    unfinished = sorted(out.glob("seed*/*.pt"))
-    if unfinished and not finished.exists():
-        raise CheckpointError(
-            f"{unfinished[0]}: belongs to an unfinished run; add --resume to go on with it, or"
-            " choose another --out"
-        )
-    finished.unlink(missing_ok=True)
 
 
 def _settings(args: argparse.Namespace) -> adapt.Settings:

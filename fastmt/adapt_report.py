@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastmt.adapt import VARIANTS, predict
+from fastmt.adapt_out import SOFTWARE
 from fastmt.data import SegmentationDataset
 from fastmt.files import replacing
 from fastmt.metrics import ConfusionMatrix
@@ -86,7 +87,8 @@ def picture(
         coloured = [colour(ids, dataset.palette) for ids in maps]
         rows.append([image.permute(1, 2, 0).contiguous(), *coloured])
     titles = ["image", "truth", *(_TITLES[variant] for variant in VARIANTS)]
-    panel(rows, titles, path, legend=(dataset.classes, dataset.palette))
+    legend = (dataset.classes, dataset.palette)
+    panel(rows, titles, path, legend=legend, software=SOFTWARE)
 
 
 def _percent(matrices: Sequence[ConfusionMatrix]) -> np.ndarray:

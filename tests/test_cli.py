@@ -11,40 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapt_runs import DIRS, SMALL, command, fail, write_domains, write_pair
 from PIL import Image
 
 from fastmt import adapt, cli
 from fastmt.checkpoint import CheckpointError, load
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--crop", "32", "48", "--batch", "2", "--width", "2", "--threads", "1"]
-
-
-def write_pair(folder, name, seed, classes=3):
-    rng = np.random.default_rng(seed)
-    label = np.repeat(rng.integers(0, classes, (4, 48)), 8, axis=0).astype(np.uint8)
-    image = np.stack([80 * label, 255 - 60 * label, 40 * label], axis=-1)
-    for part, pixels in (("images", image), ("labels", label)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"{name}.png")
 
 
 @pytest.fixture
 def folders(tmp_path):
-    for k, name in enumerate(("day", "dusk", "dusk_test")):
-        for i in range(3):
-            write_pair(tmp_path / name, f"{name}{i}", seed=10 * k + i)
-    (tmp_path / "day" / "classes.txt").write_text("sky\nroad\ncar\n")
-    shutil.rmtree(tmp_path / "dusk" / "labels")
-    return tmp_path
-
-
-def command(folder, *options, steps=2):
-    data = [f"--{n}={folder / d}" for n, d in zip(("source", "target", "test"), DIRS, strict=True)]
-    return ["adapt", *data, "--out", str(folder / "out"), *SMALL, f"--steps={steps}", *options]
-
-
-DIRS = ("day", "dusk", "dusk_test")
+    return write_domains(tmp_path)
 
 
 def run(words):
@@ -52,14 +30,6 @@ def run(words):
     call = [sys.executable, "-m", "fastmt", *words]
     done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
     return done.returncode, done.stdout, done.stderr
-
-
-def fail(capfd, words):
-    """Run in this process; the one line on stderr of a command that must fail with status 2."""
-    assert cli.main(words) == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and "error: " in lines[0], lines
-    return lines[0]
 
 
 def test_example_script_trains_and_scores():
@@ -142,28 +112,20 @@ def interrupt_once_there(path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(folders, capfd):
-    words = command(folders, "--width", "4")
-    assert cli.main(words) == 0
+    words = command(folders, "--width", "4", "--checkpoint-every", "1", steps=30)
     checkpoint = folders / "out" / "seed0" / "source_only.pt"
+    with interrupt_once_there(checkpoint):
+        assert cli.main(words) == 130
     before = checkpoint.read_bytes()
     assert len(before) > 30_000
-    capfd.readouterr()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # writes beyond it fail
     try:
-        line = fail(capfd, words)
+        line = fail(capfd, [*words, "--resume"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(checkpoint) in line and "free space" in line
     assert checkpoint.read_bytes() == before
-
-
-def test_a_run_is_not_started_over_an_unfinished_one(folders, capfd):
-    assert cli.main(command(folders)) == 0
-    (folders / "out" / "results.json").unlink()
-    capfd.readouterr()
-    assert "--resume" in fail(capfd, command(folders))
-    assert cli.main(command(folders, "--resume")) == 0
 
 
 def test_resuming_with_other_options_or_width_names_the_checkpoint(folders, capfd):
