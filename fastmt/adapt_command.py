@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastmt import adapt, adapt_report
+from fastmt.adapt_data import Domains, folder_domains, scene_domains
 from fastmt.adapt_out import FIGURES, PICTURE, TABLE, check_out, remove_earlier
 from fastmt.options import MIN_SIDE, device, even, integer, number
 from fastmt.pictures import require_pillow
@@ -96,7 +97,7 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     earlier = group.add_mutually_exclusive_group()
     add_flag = partial(earlier.add_argument, action="store_true")
     add_flag("--resume", help="go on with the run in --out, from its checkpoints")
-    add_flag("--overwrite", help="replace the run in --out; files of others stay, and are an error")
+    add_flag("--overwrite", help="replace the run in --out; what adapt did not write stays")
 
 
 def run_adapt(args: argparse.Namespace, command: str) -> None:
@@ -110,9 +111,10 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
     check_out(out, resume=args.resume, overwrite=args.overwrite)
     if args.source:
         folders = (args.source, args.target, args.test)
-        domains = adapt.folder_domains(*folders, num_classes=args.num_classes, classes=args.classes)
+        names = {"num_classes": args.num_classes, "classes": args.classes}
+        domains = folder_domains(*folders, crop=settings.crop, **names)
     else:
-        domains = adapt.scene_domains(settings.crop)
+        domains = scene_domains(settings.crop)
     print(f"Data: {domains.description}", flush=True)
     every = args.checkpoint_every or max(1, settings.steps // 5)
     if args.overwrite:
@@ -140,7 +142,7 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
 def _report(
     scores: adapt_report.Scores,
     networks: Mapping[str, nn.Module],
-    domains: adapt.Domains,
+    domains: Domains,
     settings: adapt.Settings,
     device: torch.device,
     args: argparse.Namespace,

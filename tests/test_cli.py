@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from adapt_runs import DIRS, SMALL, command, fail, write_domains, write_pair
 from PIL import Image
 
-from fastmt import adapt, cli
+from fastmt import adapt, adapt_data, cli
+from fastmt.adapt_data import folder_domains
 from fastmt.checkpoint import CheckpointError, load
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +93,22 @@ def test_an_interrupt_saves_the_step_and_resume_continues_to_the_same_figures(fo
         assert figures[variant] == expected[variant]
 
 
+def test_an_interrupt_at_any_moment_is_saved_before_it_is_told(folders, monkeypatch):
+    presses = iter([False, True])  # Ctrl-C comes right after it was first asked for
+
+    @contextlib.contextmanager
+    def pressed():
+        yield lambda: next(presses, True)
+
+    monkeypatch.setattr(adapt, "_interrupts", pressed)
+    domains = folder_domains(*([str(folders / d)] for d in DIRS), crop=(32, 48))
+    settings = adapt.Settings(steps=4, batch=2, crop=(32, 48), width=2)
+    options = {"device": torch.device("cpu"), "checkpoint_every": 9}
+    with pytest.raises(adapt.Interrupted) as stop:
+        adapt.train("source_only", domains, settings, 0, folders / "out", **options)
+    assert load(stop.value.path)["steps"] == stop.value.step
+
+
 @contextlib.contextmanager
 def interrupt_once_there(path):
     """Press Ctrl-C as soon as the file exists."""
@@ -135,7 +153,7 @@ def test_resuming_with_other_options_or_width_names_the_checkpoint(folders, capf
     line = fail(capfd, command(folders, "--resume", steps=3))
     assert "source_only.pt" in line and "steps 2" in line and "3" in line
     line = fail(capfd, command(folders, "--resume", "--width", "4"))
-    assert "source_only.pt" in line and "shape" in line
+    assert "source_only.pt" in line and "width 2, this run has 4" in line
     assert (folders / "out" / "seed0" / "source_only.pt").read_bytes() == before
 
 
@@ -201,7 +219,7 @@ def _test_in_target(folder):
 def _too_small(folder):
     path = folder / "dusk" / "images" / "dusk1.png"
     Image.new("RGB", (24, 24)).save(path)
-    return "dusk1", "smaller than the crop"
+    return path, "smaller than the crop 48x32"
 
 
 @pytest.mark.parametrize(
@@ -222,6 +240,7 @@ def test_data_that_cannot_be_used_is_one_line_naming_the_file(folders, capfd, sp
     name, complaint = spoil(folders)
     line = fail(capfd, command(folders, steps=4))
     assert str(name) in line and complaint in line
+    assert not list((folders / "out").iterdir())  # told before training
 
 
 def test_errors_in_the_data_end_the_process_with_one_line(folders):
@@ -268,8 +287,16 @@ def test_labels_of_the_target_are_never_opened(folders):
     (folders / "dusk" / "labels").mkdir()
     for i in range(3):
         (folders / "dusk" / "labels" / f"dusk{i}.png").write_text("no label map")
-    domains = adapt.folder_domains(*([str(folders / d)] for d in DIRS))
+    domains = folder_domains(*([str(folders / d)] for d in DIRS), crop=(32, 48))
     assert domains.target[0][1] is None and len(domains.test) == 3
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(50_000, False), (51_000, True)])
+def test_data_is_kept_where_all_folders_fit_in_memory_together(folders, monkeypatch, limit, kept):
+    monkeypatch.setattr(adapt_data, "_CACHE_BYTES", limit)  # 9 images and 6 labels take 50,688
+    domains = folder_domains(*([str(folders / d)] for d in DIRS), crop=(32, 48))
+    for folder in (domains.source, domains.target, domains.test):
+        assert (folder[1][0] is folder[1][0]) == kept
 
 
 def test_facts_of_a_checkpoint_must_be_those_of_the_run(tmp_path):

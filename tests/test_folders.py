@@ -72,6 +72,16 @@ def test_the_cache_changes_nothing_but_the_reading(tmp_path):
         fresh[0]
 
 
+def test_an_image_smaller_than_a_crop_is_named_by_its_file(tmp_path):
+    write(tmp_path, "a")
+    data = SegmentationFolder(tmp_path)
+    data.check(crop=(6, 8))
+    for crop in ((7, 8), (6, 9)):
+        message = rf"a\.png: image is 8x6, smaller than the crop {crop[1]}x{crop[0]}; choose"
+        with pytest.raises(DataError, match=message):
+            data.check(crop=crop)
+
+
 def test_an_unlabelled_folder_needs_no_labels(tmp_path):
     write(tmp_path, "a")
     (tmp_path / "labels" / "a.png").unlink()

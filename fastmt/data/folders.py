@@ -90,10 +90,15 @@ class SegmentationFolder:
         """Image file of an item."""
         return self._files[index][0]
 
-    def check(self) -> None:
-        """Read every item once; raises the DataError of the first that cannot be used."""
+    def check(self, *, crop: tuple[int, int] | None = None) -> None:
+        """Read every item once; raises the DataError of the first that cannot be used.
+
+        crop: (h, w) that every image must cover.
+        """
         for index in range(len(self)):
-            self[index]
+            image, _ = self[index]
+            if crop is not None:
+                check_crop(image, crop, str(self.path(index)))
 
     def _image(self, index: int) -> Tensor:
         return self._read(self._images, index, read_image, self._files[index][0])
@@ -113,7 +118,7 @@ class SegmentationFolder:
         path = self._files[index][1]
         if image.shape[1:] != label.shape:
             raise DataError(
-                f"{path}: label is {_size(label)} but its image is {_size(image)};"
+                f"{path}: label is {size_of(label)} but its image is {size_of(image)};"
                 " export both at one size"
             )
         largest = _largest_id(label)
@@ -260,5 +265,15 @@ def _largest_id(label: Tensor) -> int:
     return int(ids.max()) if ids.numel() else -1
 
 
-def _size(tensor: Tensor) -> str:
+def check_crop(image: Tensor, crop: tuple[int, int], name: str) -> None:
+    """DataError naming an image (3, H, W) that is smaller than a crop (h, w)."""
+    if image.shape[1] < crop[0] or image.shape[2] < crop[1]:
+        raise DataError(
+            f"{name}: image is {size_of(image)}, smaller than the crop {crop[1]}x{crop[0]};"
+            " choose a smaller crop or enlarge the image"
+        )
+
+
+def size_of(tensor: Tensor) -> str:
+    """Width x height, as people write it."""
     return f"{tensor.shape[-1]}x{tensor.shape[-2]}"
