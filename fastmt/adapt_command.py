@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
@@ -45,6 +46,14 @@ def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
         if getattr(args, name) is not None and not given:
             option = name.replace("_", "-")
             error(f"--{option} belongs to folders; give --source, --target and --test")
+    settings = _settings(args)
+    if settings.batch == 1 and max(settings.crop) <= MIN_SIDE:
+        error(
+            f"--batch 1 needs a --crop with a side above {MIN_SIDE}, as batch statistics want more"
+            " than one value at the U-Net's coarsest level"
+        )
+    if len(set(args.seeds)) < len(args.seeds):
+        error(f"--seeds: got {args.seeds}, expected each seed once")
 
 
 def _add_data_options(command: argparse.ArgumentParser) -> None:
@@ -103,6 +112,8 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
 def run_adapt(args: argparse.Namespace, command: str) -> None:
     """Train both variants with every seed, then write table, figures and picture."""
     require_pillow()
+    for module in ("tqdm", "torch.utils.tensorboard"):
+        importlib.import_module(module)  # `train` would miss them only after the data is read
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

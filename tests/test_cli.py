@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from adapt_runs import DIRS, SMALL, command, fail, write_domains, write_pair
 from PIL import Image
 
-from fastmt import adapt, adapt_data, cli
+from fastmt import adapt, adapt_command, adapt_data, cli
 from fastmt.adapt_data import folder_domains
 from fastmt.checkpoint import CheckpointError, load
 
@@ -36,12 +37,20 @@ def run(words):
 
 def test_example_script_trains_and_scores():
     script = ROOT / "examples" / "adapt.py"
-    assert len(script.read_text().splitlines()) < 80
+    assert len(script.read_text().splitlines()) < 82
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     call = [sys.executable, script, "--steps", "2"]
     done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "mIoU on 16 test images" in done.stdout
+
+
+def test_example_script_wants_all_folders_or_none(monkeypatch, capfd):
+    example = runpy.run_path(ROOT / "examples" / "adapt.py")
+    monkeypatch.setattr(sys, "argv", ["adapt.py", "--source", "day"])
+    with pytest.raises(SystemExit):
+        example["options"]()
+    assert "--source, --target and --test go together" in capfd.readouterr().err
 
 
 def test_command_leaves_table_figures_picture_curves_and_checkpoints(folders):
@@ -263,6 +272,8 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--style", "cubist"], "--style"),
         (["--seeds", "-1"], "--seeds"),
         (["--device", "toaster"], "--device"),
+        (["--batch", "1", "--crop", "32", "32"], "--batch 1 needs a --crop with a side above 32"),
+        (["--seeds", "0", "1", "0"], "--seeds: got [0, 1, 0], expected each seed once"),
         (["--sources", "x"], "--sources"),
         (["--source", "x"], "--target"),
         (["--num-classes", "3"], "--num-classes"),
@@ -275,6 +286,46 @@ def test_bad_options_are_one_line(capfd, options, complaint):
 def test_an_out_that_is_a_file_is_named(tmp_path, capfd):
     (tmp_path / "out").write_text("")
     assert str(tmp_path / "out") in fail(capfd, ["adapt", "--out", str(tmp_path / "out")])
+
+
+def denied(path):
+    return PermissionError(13, "Permission denied", path)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (denied("day/images"), "day/images: Permission denied; make it readable"),
+        (denied("o/p"), "o/p: Permission denied; choose a writable --out"),
+        (denied("."), ".: Permission denied; choose a writable --out"),
+        (OSError(28, "No space left on device"), "o: No space left on device; choose a writable"),
+        (MemoryError(), "out of memory; choose a smaller --batch"),
+        (torch.OutOfMemoryError("CUDA"), "out of memory; choose a smaller --batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), "out of memory; choose a smaller"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch, capfd, error, told):
+    def spoil(*_):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapt_command, "scene_domains", spoil)
+    assert told in fail(capfd, ["adapt", "--out", "o"])
+
+
+def test_a_mistake_of_its_own_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_command, "scene_domains", lambda _: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli.main(["adapt", "--out", str(tmp_path / "o")])
+
+
+@pytest.mark.parametrize("name", ["tqdm", "tensorboard"])
+def test_a_missing_package_is_told_before_the_data_is_read(folders, monkeypatch, capfd, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(adapt_command, "folder_domains", None)
+    line = fail(capfd, command(folders))
+    assert f'{name} is not installed: pip install "fastmt[train]"' in line
 
 
 def test_a_command_is_required_and_help_succeeds(capfd):
