@@ -11,7 +11,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 .PHONY: demo test bench lint build clean
 
 demo: $(VENV)/kernels.stamp
-	$(BIN)/python -m fastmt adapt --out runs/demo
+	$(BIN)/python -m fastmt adapt --out runs/demo --overwrite
 
 test: $(VENV)/kernels.stamp
 	$(BIN)/python -m pytest tests
@@ -28,7 +28,7 @@ build: $(VENV)/kernels.stamp
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info fastmt/*.so fastmt/_build_info.json
+	rm -rf $(VENV) build dist runs/demo *.egg-info fastmt/*.so fastmt/_build_info.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

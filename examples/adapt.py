@@ -20,7 +20,10 @@ def options() -> argparse.Namespace:
     for name in ("--source", "--target", "--test"):
         parser.add_argument(name)
     parser.add_argument("--steps", type=int, default=200)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if any(folders := (args.source, args.target, args.test)) and not all(folders):
+        parser.error("--source, --target and --test go together")
+    return args
 
 
 def datasets(args: argparse.Namespace):
@@ -46,8 +49,7 @@ def network(classes: int) -> nn.Module:
 def miou(model: nn.Module, test) -> float:
     model.eval()
     matrix = ConfusionMatrix(len(test.classes))
-    for index in range(len(test)):
-        image, label = test[index]
+    for image, label in test:
         logits = model(image[None] / 255)
         matrix.update(fastmt.softmax_confidence(logits, size=label.shape).label[0], label)
     return matrix.miou()

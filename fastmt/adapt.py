@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmt import checkpoint
+from fastmt.adapt_data import Domains
 from fastmt.checkpoint import CheckpointError
 from fastmt.confidence import softmax_confidence
 from fastmt.consistency import ConsistencyLoss
-from fastmt.data import Batches, DataError, Scenes, SegmentationDataset, SegmentationFolder
+from fastmt.data import Batches, SegmentationDataset
 from fastmt.metrics import ConfusionMatrix
 from fastmt.networks import UNet
 from fastmt.schedules import SigmoidRampUp, UncertaintyThreshold
@@ -32,7 +34,9 @@ from fastmt.style import Style, fourier_style
 from fastmt.trainer import MeanTeacher, StepReport
 
 VARIANTS = ("source_only", "adapted")
-_CACHE_BYTES = 4 << 30
+CURVES_SUFFIX = (
+    ".fastmt"  # of the names of TensorBoard's files, which say nothing else of their origin
+)
 _PROGRESS_EVERY = 10  # steps; reading a report waits for a GPU
 
 
@@ -59,63 +63,12 @@ SCENE_SETTINGS = Settings(
 )
 
 
-@dataclass(frozen=True)
-class Domains:
-    """Labelled source, unlabelled target, and labelled target images that are never trained on."""
-
-    source: SegmentationDataset
-    target: SegmentationDataset
-    test: SegmentationDataset
-    description: str
-
-
 class Interrupted(Exception):
     """Training was interrupted after a whole step and saved; holds the checkpoint's path."""
 
     def __init__(self, path: Path, step: int) -> None:
         super().__init__(f"interrupted after step {step}, saved in {path}")
         self.path, self.step = path, step
-
-
-def scene_domains(size: tuple[int, int]) -> Domains:
-    """The embedded data: rendered street scenes by day (source) and on a rainy dusk (target)."""
-    return Domains(
-        source=Scenes("day", 96, seed=0, size=size),
-        target=Scenes("dusk", 96, seed=1, size=size, labelled=False),
-        test=Scenes("dusk", 40, seed=2, size=size),
-        description="synthetic street scenes rendered by fastmt, day -> rainy dusk; no photographs,"
-        " so the figures say little about real streets",
-    )
-
-
-def folder_domains(
-    source: Sequence[str],
-    target: Sequence[str],
-    test: Sequence[str],
-    *,
-    num_classes: int | None = None,
-    classes: Sequence[str] | None = None,
-) -> Domains:
-    """Data from folders as SegmentationFolder reads them; labels of the target are never opened.
-
-    Every file is read once up front where the images fit in memory. Raises DataError naming the
-    file and the remedy, also for a test image that is a training image of the target.
-    """
-    labelled = SegmentationFolder(source, num_classes=num_classes, classes=classes)
-    target_folder = SegmentationFolder(target, labelled=False)
-    test_folder = SegmentationFolder(test, classes=labelled.classes)
-    for folder in (labelled, target_folder, test_folder):
-        folder.cache = folder[0][0].numel() * len(folder) < _CACHE_BYTES
-        folder.check()
-    trained = {target_folder.path(i).resolve() for i in range(len(target_folder))}
-    for i in range(len(test_folder)):
-        if test_folder.path(i).resolve() in trained:
-            raise DataError(
-                f"{test_folder.path(i)}: is in the target and in the test folder; hold the test"
-                " images out of the target"
-            )
-    names = (", ".join(map(str, folders)) for folders in (source, target, test))
-    return Domains(labelled, target_folder, test_folder, "{} -> {}, tested on {}".format(*names))
 
 
 def build(settings: Settings, num_classes: int, seed: int, device: torch.device) -> MeanTeacher:
@@ -170,9 +123,12 @@ def train(
         "classes": list(domains.source.classes),
         "images": [len(domains.source), len(domains.target)],
     }
+    resume = resume and path.exists()
+    if resume:
+        _check_facts(checkpoint.load(path).get("extra", {}), facts, path)
     trainer = build(settings, len(domains.source.classes), seed, device)
-    if resume and path.exists():
-        _check_facts(trainer.resume(path), facts, path)
+    if resume:
+        trainer.resume(path)
     load = _loader(variant, domains, settings, seed, device)
     advance = trainer.step if variant == "adapted" else trainer.supervised_step
     images = settings.batch * (2 if variant == "adapted" else 1)
@@ -181,9 +137,10 @@ def train(
         for step, batch in _ahead(load, remaining):
             report = advance(*batch)
             curves.add(report, trainer.optimizer.param_groups[0]["lr"])
-            if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps or interrupted():
+            stop = interrupted()  # asked once: it may come true at any moment
+            if stop or (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
                 trainer.save(path, facts)
-            if interrupted():
+            if stop:
                 raise Interrupted(path, step + 1)
     return trainer.teacher.module
 
@@ -283,7 +240,9 @@ class _Curves:
         from tqdm import tqdm
 
         folder = out / "tensorboard" / f"{variant}-seed{seed}"
-        self.writer = SummaryWriter(str(folder), purge_step=steps.start)
+        self.writer = SummaryWriter(
+            str(folder), purge_step=steps.start, filename_suffix=CURVES_SUFFIX
+        )
         total = max(steps.stop, steps.start)
         title = f"{variant} (seed {seed})"
         self.bar = tqdm(total=total, initial=steps.start, desc=title, unit="step", disable=None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +15,8 @@ import torch
 from torch import nn
 
 from fastmt import adapt, adapt_report
-from fastmt.checkpoint import CheckpointError
+from fastmt.adapt_data import Domains, folder_domains, scene_domains
+from fastmt.adapt_out import FIGURES, PICTURE, TABLE, check_out, remove_earlier
 from fastmt.options import MIN_SIDE, device, even, integer, number
 from fastmt.pictures import require_pillow
 
@@ -43,6 +46,14 @@ def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
         if getattr(args, name) is not None and not given:
             option = name.replace("_", "-")
             error(f"--{option} belongs to folders; give --source, --target and --test")
+    settings = _settings(args)
+    if settings.batch == 1 and max(settings.crop) <= MIN_SIDE:
+        error(
+            f"--batch 1 needs a --crop with a side above {MIN_SIDE}, as batch statistics want more"
+            " than one value at the U-Net's coarsest level"
+        )
+    if len(set(args.seeds)) < len(args.seeds):
+        error(f"--seeds: got {args.seeds}, expected each seed once")
 
 
 def _add_data_options(command: argparse.ArgumentParser) -> None:
@@ -92,25 +103,33 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint-every", type=integer(1), metavar="N", help="steps [a fifth of the run]"
     )
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    earlier = group.add_mutually_exclusive_group()
+    add_flag = partial(earlier.add_argument, action="store_true")
+    add_flag("--resume", help="go on with the run in --out, from its checkpoints")
+    add_flag("--overwrite", help="replace the run in --out; what adapt did not write stays")
 
 
 def run_adapt(args: argparse.Namespace, command: str) -> None:
     """Train both variants with every seed, then write table, figures and picture."""
     require_pillow()
+    for module in ("tqdm", "torch.utils.tensorboard"):
+        importlib.import_module(module)  # `train` would miss them only after the data is read
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = _settings(args)
     out, seeds = Path(args.out), args.seeds
-    _prepare(out, args.resume)
+    check_out(out, resume=args.resume, overwrite=args.overwrite)
     if args.source:
         folders = (args.source, args.target, args.test)
-        domains = adapt.folder_domains(*folders, num_classes=args.num_classes, classes=args.classes)
+        names = {"num_classes": args.num_classes, "classes": args.classes}
+        domains = folder_domains(*folders, crop=settings.crop, **names)
     else:
-        domains = adapt.scene_domains(settings.crop)
+        domains = scene_domains(settings.crop)
     print(f"Data: {domains.description}", flush=True)
     every = args.checkpoint_every or max(1, settings.steps // 5)
+    if args.overwrite:
+        remove_earlier(out)
 
     scores = {variant: [] for variant in adapt.VARIANTS}
     for seed in seeds:
@@ -134,7 +153,7 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
 def _report(
     scores: adapt_report.Scores,
     networks: Mapping[str, nn.Module],
-    domains: adapt.Domains,
+    domains: Domains,
     settings: adapt.Settings,
     device: torch.device,
     args: argparse.Namespace,
@@ -145,10 +164,10 @@ def _report(
     text = adapt_report.table(scores, classes)
     tested = f"{len(domains.test)} test images. {_EVALUATION}"
     print(f"\n{text}\n\n{tested}")
-    picture = out / "adapted.png"
+    picture = out / PICTURE
     adapt_report.picture(picture, networks, domains.test, device)
     note = f"Data: {domains.description}\n\n{tested}"
-    adapt_report.write_text(out / "table.md", f"{note}\n\n{text}\n\n`{command}`\n")
+    adapt_report.write_text(out / TABLE, f"{note}\n\n{text}\n\n`{command}`\n")
     figures = {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -159,23 +178,8 @@ def _report(
         "settings": asdict(settings),
         **adapt_report.results(scores, classes, args.seeds),
     }
-    adapt_report.write_results(out / "results.json", figures)
+    adapt_report.write_results(out / FIGURES, figures)
     print(f"Picture: {picture}; table, figures, curves and checkpoints beside it")
-
-
-def _prepare(out: Path, resume: bool) -> None:
-    """Make the folder; refuse to start over what an interrupted run has left there."""
-    out.mkdir(parents=True, exist_ok=True)
-    if resume:
-        return
-    finished = out / "results.json"
-    unfinished = sorted(out.glob("seed*/*.pt"))
-    if unfinished and not finished.exists():
-        raise CheckpointError(
-            f"{unfinished[0]}: belongs to an unfinished run; add --resume to go on with it, or"
-            " choose another --out"
-        )
-    finished.unlink(missing_ok=True)
 
 
 def _settings(args: argparse.Namespace) -> adapt.Settings:

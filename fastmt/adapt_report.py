@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ import torch
 from torch import nn
 
 from fastmt.adapt import VARIANTS, predict
+from fastmt.adapt_out import SOFTWARE
 from fastmt.data import SegmentationDataset
+from fastmt.files import replacing
 from fastmt.metrics import ConfusionMatrix
 from fastmt.pictures import colour, panel
 
@@ -63,12 +64,8 @@ def versions() -> dict[str, str]:
 
 def write_text(path: Path, content: str) -> None:
     """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_results(path: Path, figures: Mapping[str, Any]) -> None:
@@ -90,7 +87,8 @@ def picture(
         coloured = [colour(ids, dataset.palette) for ids in maps]
         rows.append([image.permute(1, 2, 0).contiguous(), *coloured])
     titles = ["image", "truth", *(_TITLES[variant] for variant in VARIANTS)]
-    panel(rows, titles, path, legend=(dataset.classes, dataset.palette))
+    legend = (dataset.classes, dataset.palette)
+    panel(rows, titles, path, legend=legend, software=SOFTWARE)
 
 
 def _percent(matrices: Sequence[ConfusionMatrix]) -> np.ndarray:

@@ -7,7 +7,10 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+import torch
 
 from fastmt.adapt import Interrupted
 from fastmt.adapt_command import add_adapt
@@ -15,6 +18,8 @@ from fastmt.checkpoint import CheckpointError
 from fastmt.data import DataError
 from fastmt.doctor import add_doctor
 from fastmt.segment_command import add_segment
+
+_SMALLER = {"adapt": "--batch, --crop or --width", "segment": "--tile"}  # to fit into memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,15 +45,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"; what is finished is in {args.out}" if args.out else ""
         _say(f"{name}: interrupted{kept}{go_on}")
         return 130
-    except (DataError, CheckpointError, ImportError) as error:
-        _say(f"{name}: error: {error}")
-        return 2
-    except OSError as error:
-        place = error.filename or args.out
-        reason = error.strerror or error
-        _say(f"{name}: error: {place}: {reason}; choose a writable --out with free space")
+    except (DataError, CheckpointError, ImportError, OSError, MemoryError, RuntimeError) as error:
+        if (told := _told(error, args)) is None:
+            raise  # a mistake of fastmt itself, which only its traceback explains
+        _say(f"{name}: error: {told}")
         return 2
     return status or 0
+
+
+def _told(error: Exception, args: argparse.Namespace) -> str | None:
+    """One line on what went wrong and what to do; None for what no user can mend."""
+    if isinstance(error, ModuleNotFoundError):
+        return f'{error.name} is not installed: pip install "fastmt[train]"'
+    if isinstance(error, (DataError, CheckpointError, ImportError)):
+        return str(error)
+    if isinstance(error, OSError):
+        written = error.filename is None or _within(error.filename, args.out)
+        remedy = "choose a writable --out with free space" if written else "make it readable"
+        return f"{error.filename or args.out}: {error.strerror or error}; {remedy}"
+    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    exhausted |= "DefaultCPUAllocator" in str(error)  # PyTorch has no class for this one
+    if exhausted and args.command in _SMALLER:
+        return f"out of memory; choose a smaller {_SMALLER[args.command]}"
+    return None
+
+
+def _within(path: str, out: str | None) -> bool:
+    """Whether a path lies in the folder of results, or is one that had to be made for it."""
+    if out is None:
+        return False
+    place, folder = Path(path).resolve(), Path(out).resolve()
+    return place.is_relative_to(folder) or folder.is_relative_to(place)
 
 
 def _say(message: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+
+from fastmt.files import replacing
 
 VOID_COLOUR = (24, 24, 28)
 MAX_CLASSES = 255
@@ -120,7 +121,8 @@ def write_png(
     notes = PngInfo()
     if software is not None:
         notes.add_text("Software", software)
-    _write_atomically(Image.fromarray(_array(pixels)), Path(path), pnginfo=notes)
+    with replacing(path) as temporary:
+        Image.fromarray(_array(pixels)).save(temporary, format="PNG", pnginfo=notes)
 
 
 def software_of(path: str | os.PathLike[str]) -> str | None:
@@ -130,8 +132,8 @@ def software_of(path: str | os.PathLike[str]) -> str | None:
     try:
         with Image.open(path) as picture:
             return picture.info.get("Software")
-    except (OSError, SyntaxError, ValueError):  # damaged, or another kind of file
-        return None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # damaged, another kind of file, or too large to be a result
 
 
 def panel(
@@ -140,6 +142,7 @@ def panel(
     path: str | os.PathLike[str],
     *,
     legend: tuple[Sequence[str], np.ndarray] | None = None,
+    software: str | None = None,
 ) -> None:
     """Write one PNG with rows of images under column titles.
 
@@ -149,6 +152,7 @@ def panel(
         titles: one a column.
         path: file to write; it appears whole or not at all.
         legend: class names and their uint8 (C, 3) palette, drawn below the rows.
+        software: noted in the file, as in `write_png`.
 
     Raises:
         ValueError: no rows, or a row that does not fit the titles, or an image of another kind.
@@ -179,7 +183,7 @@ def panel(
         draw.rectangle(box, paint, (60, 60, 60))
         middle = body + top + _TEXT_SIZE / 2
         draw.text((left + line, middle), name, (20, 20, 20), font, anchor="lm")
-    _write_atomically(sheet, Path(path))
+    write_png(np.asarray(sheet), path, software=software)
 
 
 def _check_rows(rows, titles: Sequence[str]) -> list[list[np.ndarray]]:
@@ -219,15 +223,6 @@ def _legend_layout(legend, width: int, font) -> list[tuple[int, int, str, tuple[
         placed.append((left, top, name, tuple(int(v) for v in paint)))
         left += advance
     return placed
-
-
-def _write_atomically(picture, path: Path, **options) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        picture.save(temporary, format="PNG", **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _font():

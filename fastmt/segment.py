@@ -120,9 +120,12 @@ def _shared(overlap: int | None, side: int | None) -> int:
         return 0 if side is None else side // 4
     if not isinstance(overlap, int):
         raise TypeError(f"overlap: got {type(overlap).__name__}, expected an integer")
-    if overlap < 0 or (side is not None and overlap >= side):
-        least = "" if side is None else f" up to less than the {side} pixels a tile covers"
-        raise ValueError(f"overlap: got {overlap}, expected 0{least or ' or more'}")
+    if side is None:
+        raise ValueError(f"overlap: got {overlap} without a tile, expected None; give tile too")
+    if not 0 <= overlap < side:
+        raise ValueError(
+            f"overlap: got {overlap}, expected 0 up to less than the {side} pixels a tile covers"
+        )
     return overlap
 
 
@@ -189,6 +192,8 @@ def _check(network: nn.Module, images: Tensor, scales: Sequence[float], divisor:
             f"images: got shape {arguments.shape(images)}, expected (3, H, W) or (N, 3, H, W), not"
             " empty"
         )
+    if not isinstance(divisor, int):
+        raise TypeError(f"divisor: got {type(divisor).__name__}, expected an integer")
     if divisor < 1:
         raise ValueError(f"divisor: got {divisor}, expected at least 1")
     if not isinstance(scales, Sequence):

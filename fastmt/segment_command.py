@@ -63,6 +63,8 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
 
 def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     if args.tile is None:
+        if args.overlap is not None:
+            error("--overlap is that of tiles; give --tile too")
         return
     enlarged = max(1, *args.scales)
     covered = int(args.tile / enlarged)
@@ -139,11 +141,12 @@ def check_outputs(paths: Sequence[Path], out: Path) -> None:
     by_stem: dict[str, Path] = {}
     images = {path.resolve() for path in paths}
     for path in paths:
-        if path.stem in by_stem:
+        stem = path.stem.casefold()  # some file systems do not tell A.png from a.png
+        if stem in by_stem:
             raise DataError(
-                f"{path}: same stem as {by_stem[path.stem]}; segment them into different --out"
+                f"{path}: same stem as {by_stem[stem]}; segment them into different --out"
             )
-        by_stem[path.stem] = path
+        by_stem[stem] = path
         for target in _targets(out, path):
             if target.resolve() in images:
                 raise DataError(f"{target}: is one of the images; choose another --out")

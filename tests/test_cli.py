@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -11,40 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from adapt_runs import DIRS, SMALL, command, fail, write_domains, write_pair
 from PIL import Image
 
-from fastmt import adapt, cli
+from fastmt import adapt, adapt_command, adapt_data, cli
+from fastmt.adapt_data import folder_domains
 from fastmt.checkpoint import CheckpointError, load
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--crop", "32", "48", "--batch", "2", "--width", "2", "--threads", "1"]
-
-
-def write_pair(folder, name, seed, classes=3):
-    rng = np.random.default_rng(seed)
-    label = np.repeat(rng.integers(0, classes, (4, 48)), 8, axis=0).astype(np.uint8)
-    image = np.stack([80 * label, 255 - 60 * label, 40 * label], axis=-1)
-    for part, pixels in (("images", image), ("labels", label)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"{name}.png")
 
 
 @pytest.fixture
 def folders(tmp_path):
-    for k, name in enumerate(("day", "dusk", "dusk_test")):
-        for i in range(3):
-            write_pair(tmp_path / name, f"{name}{i}", seed=10 * k + i)
-    (tmp_path / "day" / "classes.txt").write_text("sky\nroad\ncar\n")
-    shutil.rmtree(tmp_path / "dusk" / "labels")
-    return tmp_path
-
-
-def command(folder, *options, steps=2):
-    data = [f"--{n}={folder / d}" for n, d in zip(("source", "target", "test"), DIRS, strict=True)]
-    return ["adapt", *data, "--out", str(folder / "out"), *SMALL, f"--steps={steps}", *options]
-
-
-DIRS = ("day", "dusk", "dusk_test")
+    return write_domains(tmp_path)
 
 
 def run(words):
@@ -54,22 +35,22 @@ def run(words):
     return done.returncode, done.stdout, done.stderr
 
 
-def fail(capfd, words):
-    """Run in this process; the one line on stderr of a command that must fail with status 2."""
-    assert cli.main(words) == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and "error: " in lines[0], lines
-    return lines[0]
-
-
 def test_example_script_trains_and_scores():
     script = ROOT / "examples" / "adapt.py"
-    assert len(script.read_text().splitlines()) < 80
+    assert len(script.read_text().splitlines()) < 82
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     call = [sys.executable, script, "--steps", "2"]
     done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "mIoU on 16 test images" in done.stdout
+
+
+def test_example_script_wants_all_folders_or_none(monkeypatch, capfd):
+    example = runpy.run_path(ROOT / "examples" / "adapt.py")
+    monkeypatch.setattr(sys, "argv", ["adapt.py", "--source", "day"])
+    with pytest.raises(SystemExit):
+        example["options"]()
+    assert "--source, --target and --test go together" in capfd.readouterr().err
 
 
 def test_command_leaves_table_figures_picture_curves_and_checkpoints(folders):
@@ -121,6 +102,22 @@ def test_an_interrupt_saves_the_step_and_resume_continues_to_the_same_figures(fo
         assert figures[variant] == expected[variant]
 
 
+def test_an_interrupt_at_any_moment_is_saved_before_it_is_told(folders, monkeypatch):
+    presses = iter([False, True])  # Ctrl-C comes right after it was first asked for
+
+    @contextlib.contextmanager
+    def pressed():
+        yield lambda: next(presses, True)
+
+    monkeypatch.setattr(adapt, "_interrupts", pressed)
+    domains = folder_domains(*([str(folders / d)] for d in DIRS), crop=(32, 48))
+    settings = adapt.Settings(steps=4, batch=2, crop=(32, 48), width=2)
+    options = {"device": torch.device("cpu"), "checkpoint_every": 9}
+    with pytest.raises(adapt.Interrupted) as stop:
+        adapt.train("source_only", domains, settings, 0, folders / "out", **options)
+    assert load(stop.value.path)["steps"] == stop.value.step
+
+
 @contextlib.contextmanager
 def interrupt_once_there(path):
     """Press Ctrl-C as soon as the file exists."""
@@ -142,28 +139,20 @@ def interrupt_once_there(path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(folders, capfd):
-    words = command(folders, "--width", "4")
-    assert cli.main(words) == 0
+    words = command(folders, "--width", "4", "--checkpoint-every", "1", steps=30)
     checkpoint = folders / "out" / "seed0" / "source_only.pt"
+    with interrupt_once_there(checkpoint):
+        assert cli.main(words) == 130
     before = checkpoint.read_bytes()
     assert len(before) > 30_000
-    capfd.readouterr()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # writes beyond it fail
     try:
-        line = fail(capfd, words)
+        line = fail(capfd, [*words, "--resume"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(checkpoint) in line and "free space" in line
     assert checkpoint.read_bytes() == before
-
-
-def test_a_run_is_not_started_over_an_unfinished_one(folders, capfd):
-    assert cli.main(command(folders)) == 0
-    (folders / "out" / "results.json").unlink()
-    capfd.readouterr()
-    assert "--resume" in fail(capfd, command(folders))
-    assert cli.main(command(folders, "--resume")) == 0
 
 
 def test_resuming_with_other_options_or_width_names_the_checkpoint(folders, capfd):
@@ -173,7 +162,7 @@ def test_resuming_with_other_options_or_width_names_the_checkpoint(folders, capf
     line = fail(capfd, command(folders, "--resume", steps=3))
     assert "source_only.pt" in line and "steps 2" in line and "3" in line
     line = fail(capfd, command(folders, "--resume", "--width", "4"))
-    assert "source_only.pt" in line and "shape" in line
+    assert "source_only.pt" in line and "width 2, this run has 4" in line
     assert (folders / "out" / "seed0" / "source_only.pt").read_bytes() == before
 
 
@@ -239,7 +228,7 @@ def _test_in_target(folder):
 def _too_small(folder):
     path = folder / "dusk" / "images" / "dusk1.png"
     Image.new("RGB", (24, 24)).save(path)
-    return "dusk1", "smaller than the crop"
+    return path, "smaller than the crop 48x32"
 
 
 @pytest.mark.parametrize(
@@ -260,6 +249,7 @@ def test_data_that_cannot_be_used_is_one_line_naming_the_file(folders, capfd, sp
     name, complaint = spoil(folders)
     line = fail(capfd, command(folders, steps=4))
     assert str(name) in line and complaint in line
+    assert not list((folders / "out").iterdir())  # told before training
 
 
 def test_errors_in_the_data_end_the_process_with_one_line(folders):
@@ -282,6 +272,8 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--style", "cubist"], "--style"),
         (["--seeds", "-1"], "--seeds"),
         (["--device", "toaster"], "--device"),
+        (["--batch", "1", "--crop", "32", "32"], "--batch 1 needs a --crop with a side above 32"),
+        (["--seeds", "0", "1", "0"], "--seeds: got [0, 1, 0], expected each seed once"),
         (["--sources", "x"], "--sources"),
         (["--source", "x"], "--target"),
         (["--num-classes", "3"], "--num-classes"),
@@ -296,6 +288,46 @@ def test_an_out_that_is_a_file_is_named(tmp_path, capfd):
     assert str(tmp_path / "out") in fail(capfd, ["adapt", "--out", str(tmp_path / "out")])
 
 
+def denied(path):
+    return PermissionError(13, "Permission denied", path)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (denied("day/images"), "day/images: Permission denied; make it readable"),
+        (denied("o/p"), "o/p: Permission denied; choose a writable --out"),
+        (denied("."), ".: Permission denied; choose a writable --out"),
+        (OSError(28, "No space left on device"), "o: No space left on device; choose a writable"),
+        (MemoryError(), "out of memory; choose a smaller --batch"),
+        (torch.OutOfMemoryError("CUDA"), "out of memory; choose a smaller --batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), "out of memory; choose a smaller"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch, capfd, error, told):
+    def spoil(*_):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adapt_command, "scene_domains", spoil)
+    assert told in fail(capfd, ["adapt", "--out", "o"])
+
+
+def test_a_mistake_of_its_own_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_command, "scene_domains", lambda _: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        cli.main(["adapt", "--out", str(tmp_path / "o")])
+
+
+@pytest.mark.parametrize("name", ["tqdm", "tensorboard"])
+def test_a_missing_package_is_told_before_the_data_is_read(folders, monkeypatch, capfd, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(adapt_command, "folder_domains", None)
+    line = fail(capfd, command(folders))
+    assert f'{name} is not installed: pip install "fastmt[train]"' in line
+
+
 def test_a_command_is_required_and_help_succeeds(capfd):
     assert "command" in fail(capfd, [])
     assert cli.main(["adapt", "--help"]) == 0
@@ -306,8 +338,16 @@ def test_labels_of_the_target_are_never_opened(folders):
     (folders / "dusk" / "labels").mkdir()
     for i in range(3):
         (folders / "dusk" / "labels" / f"dusk{i}.png").write_text("no label map")
-    domains = adapt.folder_domains(*([str(folders / d)] for d in DIRS))
+    domains = folder_domains(*([str(folders / d)] for d in DIRS), crop=(32, 48))
     assert domains.target[0][1] is None and len(domains.test) == 3
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(50_000, False), (51_000, True)])
+def test_data_is_kept_where_all_folders_fit_in_memory_together(folders, monkeypatch, limit, kept):
+    monkeypatch.setattr(adapt_data, "_CACHE_BYTES", limit)  # 9 images and 6 labels take 50,688
+    domains = folder_domains(*([str(folders / d)] for d in DIRS), crop=(32, 48))
+    for folder in (domains.source, domains.target, domains.test):
+        assert (folder[1][0] is folder[1][0]) == kept
 
 
 def test_facts_of_a_checkpoint_must_be_those_of_the_run(tmp_path):

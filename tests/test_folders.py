@@ -39,6 +39,7 @@ def test_subfolders_and_sequences_are_joined_in_order(tmp_path):
     for part in ("val", "train", "test"):
         write(tmp_path / part, f"{part}0")
     (tmp_path / "notes").mkdir()
+    write(tmp_path / ".trash", "deleted")
     data = SegmentationFolder(tmp_path)
     assert [data.stem(i) for i in range(3)] == ["test0", "train0", "val0"]
     data = SegmentationFolder([tmp_path / "val", str(tmp_path / "train")])
@@ -70,6 +71,16 @@ def test_the_cache_changes_nothing_but_the_reading(tmp_path):
     assert cached[0][0] is first[0]
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
         fresh[0]
+
+
+def test_an_image_smaller_than_a_crop_is_named_by_its_file(tmp_path):
+    write(tmp_path, "a")
+    data = SegmentationFolder(tmp_path)
+    data.check(crop=(6, 8))
+    for crop in ((7, 8), (6, 9)):
+        message = rf"a\.png: image is 8x6, smaller than the crop {crop[1]}x{crop[0]}; choose"
+        with pytest.raises(DataError, match=message):
+            data.check(crop=crop)
 
 
 def test_an_unlabelled_folder_needs_no_labels(tmp_path):
@@ -116,21 +127,25 @@ def test_palette_labels_give_indices_and_bilevel_labels_give_bits(tmp_path):
     np.testing.assert_array_equal(data[1][1].numpy(), bits)
 
 
-def grey_png(ids, depth):
-    """A grey PNG of few bits, which pillow cannot write."""
+def png(width, height, depth, colour, raw):
+    """A PNG of a kind that pillow cannot write, from its filtered rows."""
 
     def chunk(kind, body):
         crc = struct.pack(">I", zlib.crc32(kind + body))
         return struct.pack(">I", len(body)) + kind + body + crc
 
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def grey_png(ids, depth):
+    """A grey PNG of few bits."""
     h, w = ids.shape
     per_byte = 8 // depth
     shifts = np.arange(per_byte)[::-1] * depth
     rows = (ids.reshape(h, w // per_byte, per_byte) << shifts).sum(-1).astype(np.uint8)
-    raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", w, h, depth, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+    return png(w, h, depth, 0, b"".join(b"\0" + row.tobytes() for row in rows))
 
 
 @pytest.mark.parametrize("depth", [2, 4])
@@ -201,6 +216,21 @@ def blank_name(root):
     return root, {}, "classes.txt: empty file or empty line"
 
 
+def no_class(root):
+    write(root, "a")
+    return root, {"num_classes": 0}, "num_classes: got 0, expected 1 to 255"
+
+
+def fewer_than_no_class(root):
+    write(root, "a")
+    return root, {"num_classes": -3, "labelled": False}, "num_classes: got -3, expected 1 to 255"
+
+
+def no_name(root):
+    write(root, "a")
+    return root, {"classes": []}, "classes: got no name"
+
+
 def only_void(root):
     write(root, "a", label=np.full((6, 8), 255, np.uint8))
     return root, {}, "every label pixel is void"
@@ -218,6 +248,9 @@ def only_void(root):
         repeated_stem,
         names_that_do_not_match,
         blank_name,
+        no_class,
+        fewer_than_no_class,
+        no_name,
         only_void,
     ],
 )
@@ -275,6 +308,18 @@ def sixteen_bit_image(root):
     return "images/b.png: .* more than 8 bits"
 
 
+def sixteen_bits_a_colour(root):
+    path = root / "images" / "b.png"
+    path.write_bytes(png(8, 6, 16, 2, (b"\0" + bytes(48)) * 6))
+    return "images/b.png: .* more than 8 bits"
+
+
+def label_of_another_format(root):
+    label = Image.fromarray(np.zeros((6, 8), np.uint8))
+    label.save(root / "labels" / "b.png", format="JPEG")
+    return "labels/b.png: is no PNG file"
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -287,6 +332,8 @@ def sixteen_bit_image(root):
         sixteen_bits,
         coloured_label,
         sixteen_bit_image,
+        sixteen_bits_a_colour,
+        label_of_another_format,
     ],
 )
 def test_content_problems_are_found_when_the_item_is_read(spoil, tmp_path):
@@ -299,6 +346,12 @@ def test_content_problems_are_found_when_the_item_is_read(spoil, tmp_path):
         with pytest.raises(DataError, match=message) as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+def test_one_string_is_no_sequence_of_class_names(tmp_path):
+    write(tmp_path, "a")
+    with pytest.raises(TypeError, match="^classes: got 'road', expected a sequence of names"):
+        SegmentationFolder(tmp_path, classes="road")
 
 
 def test_an_empty_sequence_of_folders_is_refused():

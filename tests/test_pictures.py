@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmt.pictures import VOID_COLOUR, colour, default_palette, panel
+from fastmt.pictures import VOID_COLOUR, colour, default_palette, panel, software_of, write_png
 
 
 @pytest.mark.parametrize("num_classes", [0, 1, 8, 11, 19, 150, 255])
@@ -107,6 +107,21 @@ def test_a_failed_write_leaves_the_old_picture_and_no_scraps(tmp_path, monkeypat
         panel([[flat(2)]], ["x"], path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_a_picture_is_written_to_where_a_link_points(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "p.png").symlink_to(tmp_path / "elsewhere" / "p.png")
+    write_png(flat(3), tmp_path / "p.png", software="one")
+    panel([[flat(2)]], ["x"], tmp_path / "p.png", software="two")
+    assert (tmp_path / "p.png").is_symlink()
+    assert software_of(tmp_path / "elsewhere" / "p.png") == "two"
+
+
+def test_a_picture_too_large_to_open_has_no_known_origin(tmp_path, monkeypatch):
+    write_png(flat(3), tmp_path / "p.png", software="one")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert software_of(tmp_path / "p.png") is None
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,12 @@ def test_two_images_of_one_stem_are_refused(trained, photos, tmp_path, capfd):
     assert not (tmp_path / "o").exists()
 
 
+def test_stems_that_differ_in_case_alone_are_one_stem(trained, photos, tmp_path, capfd):
+    write_image(tmp_path / "more" / "A.png")
+    line = fail(capfd, [trained, photos, tmp_path / "more", "--out", tmp_path / "o"])
+    assert f"{tmp_path / 'more' / 'A.png'}: same stem as {photos / 'a.png'}" in line
+
+
 def test_missing_and_empty_places_are_named(trained, photos, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     out = ["--out", tmp_path / "o"]
@@ -217,6 +223,7 @@ def test_a_full_disk_leaves_no_half_picture(trained, tmp_path, capfd):
         (["--tile", "64", "--overlap", "64"], "--overlap 64 is not less than --tile 64"),
         (["--tile", "64", "--scales", "1", "4"], "--tile 64 / 4, the largest of --scales"),
         (["--tile", "64", "--overlap", "32", "--scales", "2"], "--overlap 32 is not less than"),
+        (["--overlap", "16"], "--overlap is that of tiles; give --tile too"),
         (["--scales", "0"], "--scales: got '0'"),
         (["--void-below", "2"], "--void-below: got '2'"),
     ],

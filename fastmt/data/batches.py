@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmt.data.folders import DataError
+from fastmt.data.folders import DataError, check_crop, size_of
 
 
 class SegmentationDataset(Protocol):
@@ -85,8 +85,8 @@ class Batches:
             image, label = self._view(index, rng)
             if images and image.shape != images[0].shape:
                 raise DataError(
-                    f"{self.dataset.stem(index)}: image is {_size(image)} but the batch is"
-                    f" {_size(images[0])}; pass crop=(h, w)"
+                    f"{self.dataset.stem(index)}: image is {size_of(image)} but the batch is"
+                    f" {size_of(images[0])}; pass crop=(h, w)"
                 )
             images.append(image)
             labels.append(label)
@@ -98,12 +98,8 @@ class Batches:
         image, label = self.dataset[index]
         top, left, flip = rng.random(3)
         height, width = self.crop or image.shape[1:]
+        check_crop(image, (height, width), self.dataset.stem(index))
         spare_h, spare_w = image.shape[1] - height, image.shape[2] - width
-        if spare_h < 0 or spare_w < 0:
-            raise DataError(
-                f"{self.dataset.stem(index)}: image is {_size(image)}, smaller than the crop"
-                f" {width}x{height}; choose a smaller crop or enlarge the image"
-            )
         y, x = int(top * (spare_h + 1)), int(left * (spare_w + 1))
         views = [t if t is None else t[..., y : y + height, x : x + width] for t in (image, label)]
         if self.flip and flip < 0.5:
@@ -115,7 +111,3 @@ class Batches:
             rng = np.random.default_rng((self.seed, 0, epoch))
             self._order = (epoch, rng.permutation(len(self.dataset)))
         return self._order[1]
-
-
-def _size(image: Tensor) -> str:
-    return f"{image.shape[-1]}x{image.shape[-2]}"

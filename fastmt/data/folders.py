@@ -30,10 +30,10 @@ class SegmentationFolder:
     """Images and labels read from folders; `ds[i]` is `(image, label)`.
 
     `root` is a folder with `images/` (jpg, jpeg, png, bmp, webp) and `labels/` (png of the same
-    stems), a folder whose immediate subfolders are such folders (train, val, test: all are used,
-    in sorted order), or a sequence of either. Images are uint8 (3, H, W), turned upright as their
-    EXIF says; labels are uint8 (H, W) class ids from an 8-bit grey, palette or bilevel PNG, with
-    255 for void. Both are shared with the cache: copy before writing into them.
+    stems), a folder whose immediate subfolders are such folders (train, val, test: all but hidden
+    ones are used, in sorted order), or a sequence of either. Images are uint8 (3, H, W), turned
+    upright as their EXIF says; labels are uint8 (H, W) class ids from an 8-bit grey, palette or
+    bilevel PNG, with 255 for void. Both are shared with the cache: copy before writing into them.
 
     Args:
         num_classes: C; by default the number of names, else the largest label id + 1 (reads all).
@@ -43,8 +43,9 @@ class SegmentationFolder:
         cache: keep decoded images and labels in memory.
 
     Raises:
-        DataError: missing folder, no images, image without label or the reverse, at construction;
-            unreadable file, sizes that differ, label id outside the classes, when an item is read.
+        DataError: missing folder, no images, image without label or the reverse, names or
+            num_classes that do not fit, at construction; unreadable file, sizes that differ, label
+            id outside the classes, when an item is read.
         ImportError: pillow is not installed.
     """
 
@@ -90,10 +91,15 @@ class SegmentationFolder:
         """Image file of an item."""
         return self._files[index][0]
 
-    def check(self) -> None:
-        """Read every item once; raises the DataError of the first that cannot be used."""
+    def check(self, *, crop: tuple[int, int] | None = None) -> None:
+        """Read every item once; raises the DataError of the first that cannot be used.
+
+        crop: (h, w) that every image must cover.
+        """
         for index in range(len(self)):
-            self[index]
+            image, _ = self[index]
+            if crop is not None:
+                check_crop(image, crop, str(self.path(index)))
 
     def _image(self, index: int) -> Tensor:
         return self._read(self._images, index, read_image, self._files[index][0])
@@ -113,7 +119,7 @@ class SegmentationFolder:
         path = self._files[index][1]
         if image.shape[1:] != label.shape:
             raise DataError(
-                f"{path}: label is {_size(label)} but its image is {_size(image)};"
+                f"{path}: label is {size_of(label)} but its image is {size_of(image)};"
                 " export both at one size"
             )
         largest = _largest_id(label)
@@ -126,10 +132,16 @@ class SegmentationFolder:
     def _class_names(
         self, roots: list[Path], num_classes: int | None, classes: Sequence[str] | None
     ) -> tuple[str, ...]:
+        if isinstance(classes, str):
+            raise TypeError(f"classes: got {classes!r}, expected a sequence of names")
+        if num_classes is not None and num_classes < 1:
+            raise DataError(f"num_classes: got {num_classes}, expected 1 to {VOID}")
         source, names = ("classes", classes) if classes is not None else _names_file(roots)
         if names is None:
             count = self._infer_num_classes() if num_classes is None else num_classes
             names = [f"class {c}" for c in range(count)]
+        elif not names:
+            raise DataError("classes: got no name, expected one for each class")
         elif num_classes is not None and num_classes != len(names):
             raise DataError(
                 f"{source} has {len(names)} names but num_classes is {num_classes}; make them equal"
@@ -156,7 +168,8 @@ def _parts(root: Path) -> list[Path]:
         raise DataError(f"{root}: no such folder; check the path")
     if (root / "images").is_dir():
         return [root]
-    parts = sorted(p for p in root.iterdir() if (p / "images").is_dir())
+    visible = (p for p in root.iterdir() if not p.name.startswith("."))
+    parts = sorted(p for p in visible if (p / "images").is_dir())
     if not parts:
         raise DataError(
             f"{root}: no images/ folder in it or in its subfolders; lay it out as images/*.jpg"
@@ -215,14 +228,16 @@ def _names_file(roots: list[Path]) -> tuple[str, list[str] | None]:
 
 def read_image(path: Path) -> Tensor:
     """An image as uint8 (3, H, W), upright; DataError naming a file that is no 8-bit image."""
-    picture = _decode(path)
-    if picture.mode in _WIDE_MODES:
+    picture, bits = _decode(path)
+    if picture.mode in _WIDE_MODES or bits == 16:
         raise DataError(f"{path}: {picture.mode} image with more than 8 bits; save it as 8-bit RGB")
     return torch.from_numpy(np.array(picture.convert("RGB")).transpose(2, 0, 1).copy())
 
 
 def _read_label(path: Path) -> Tensor:
-    picture = _decode(path)
+    picture, bits = _decode(path)
+    if bits is None:
+        raise DataError(f"{path}: is no PNG file; save class ids as 8-bit PNG, which loses nothing")
     if picture.mode in _WIDE_MODES:
         raise DataError(f"{path}: 16-bit label ({picture.mode}); save class ids as 8-bit PNG")
     if picture.mode not in _LABEL_MODES:
@@ -231,24 +246,19 @@ def _read_label(path: Path) -> Tensor:
         )
     ids = np.array(picture).astype(np.uint8)
     if picture.mode == "L":
-        ids //= _grey_scale(path)
+        ids //= {2: 85, 4: 17}.get(bits, 1)  # pillow spreads few grey values over 0..255
     return torch.from_numpy(ids)
 
 
-def _grey_scale(path: Path) -> int:
-    """Factor by which pillow spreads 2- and 4-bit grey values over 0..255."""
-    with path.open("rb") as file:
-        depth = file.read(25)[24]  # bit depth in the PNG header chunk
-    return {2: 85, 4: 17}.get(depth, 1)
-
-
 def _decode(path: Path):
+    """A picture, upright, and of a PNG the bits a channel, which pillow's mode does not tell."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path) as picture, open(path, "rb") as file:
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            bits = file.read(25)[24] if picture.format == "PNG" else None
+            return ImageOps.exif_transpose(picture), bits
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: cannot be decoded ({reason}); export it again") from error
@@ -260,5 +270,15 @@ def _largest_id(label: Tensor) -> int:
     return int(ids.max()) if ids.numel() else -1
 
 
-def _size(tensor: Tensor) -> str:
+def check_crop(image: Tensor, crop: tuple[int, int], name: str) -> None:
+    """DataError naming an image (3, H, W) that is smaller than a crop (h, w)."""
+    if image.shape[1] < crop[0] or image.shape[2] < crop[1]:
+        raise DataError(
+            f"{name}: image is {size_of(image)}, smaller than the crop {crop[1]}x{crop[0]};"
+            " choose a smaller crop or enlarge the image"
+        )
+
+
+def size_of(tensor: Tensor) -> str:
+    """Width x height, as people write it."""
     return f"{tensor.shape[-1]}x{tensor.shape[-2]}"

@@ -1,0 +1,72 @@
+"""The data of an adaptation: source, target, and held-out target images to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastmt.data import DataError, Scenes, SegmentationDataset, SegmentationFolder
+
+_CACHE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Labelled source, unlabelled target, and labelled target images that are never trained on."""
+
+    source: SegmentationDataset
+    target: SegmentationDataset
+    test: SegmentationDataset
+    description: str
+
+
+def scene_domains(size: tuple[int, int]) -> Domains:
+    """The embedded data: rendered street scenes by day (source) and on a rainy dusk (target)."""
+    return Domains(
+        source=Scenes("day", 96, seed=0, size=size),
+        target=Scenes("dusk", 96, seed=1, size=size, labelled=False),
+        test=Scenes("dusk", 40, seed=2, size=size),
+        description="synthetic street scenes rendered by fastmt, day -> rainy dusk; no photographs,"
+        " so the figures say little about real streets",
+    )
+
+
+def folder_domains(
+    source: Sequence[str],
+    target: Sequence[str],
+    test: Sequence[str],
+    *,
+    crop: tuple[int, int],
+    num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> Domains:
+    """Data from folders as SegmentationFolder reads them; labels of the target are never opened.
+
+    Every file is read once up front, and all are kept where they take less than 4 GiB, by the size
+    of each folder's first image. Raises DataError naming the file and the remedy, also for a
+    training image smaller than `crop` (height, width), and for a test image that is a training
+    image of the target.
+    """
+    labelled = SegmentationFolder(source, num_classes=num_classes, classes=classes)
+    target_folder = SegmentationFolder(target, labelled=False)
+    test_folder = SegmentationFolder(test, classes=labelled.classes)
+    folders = (labelled, target_folder, test_folder)
+    cache = sum(map(_bytes, folders)) < _CACHE_BYTES
+    for folder in folders:
+        folder.cache = cache
+        folder.check(crop=None if folder is test_folder else crop)
+    trained = {target_folder.path(i).resolve() for i in range(len(target_folder))}
+    for i in range(len(test_folder)):
+        if test_folder.path(i).resolve() in trained:
+            raise DataError(
+                f"{test_folder.path(i)}: is in the target and in the test folder; hold the test"
+                " images out of the target"
+            )
+    names = (", ".join(map(str, folders)) for folders in (source, target, test))
+    return Domains(labelled, target_folder, test_folder, "{} -> {}, tested on {}".format(*names))
+
+
+def _bytes(folder: SegmentationFolder) -> int:
+    """What a folder's images and labels take, were all of the first one's size."""
+    image, label = folder[0]
+    return len(folder) * (image.numel() + (0 if label is None else label.numel()))
