@@ -1,9 +1,9 @@
 """Adapt a network of your own with fastmt, in a loop of your own.
 
     python examples/adapt.py                                  # rendered scenes, day -> dusk
-    python examples/adapt.py --source day --target dusk/train --test dusk/test
+    python examples/adapt.py --folders day dusk/train dusk/test
 
-Folders hold images/* and, for source and test, labels/*.png of the same stems."""
+Folders hold images/*; source and test also labels/*.png of the same stems."""
 
 import argparse
 
@@ -14,26 +14,23 @@ import fastmt
 from fastmt.data import Batches, Scenes, SegmentationFolder
 from fastmt.metrics import ConfusionMatrix
 
+SIZE = (96, 128)  # of the images that a step sees
+
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="mean-teacher adaptation of a small network")
-    for name in ("--source", "--target", "--test"):
-        parser.add_argument(name)
+    parser.add_argument("--folders", nargs=3, metavar=("SOURCE", "TARGET", "TEST"))
     parser.add_argument("--steps", type=int, default=200)
-    args = parser.parse_args()
-    if any(folders := (args.source, args.target, args.test)) and not all(folders):
-        parser.error("--source, --target and --test go together")
-    return args
+    return parser.parse_args()
 
 
-def datasets(args: argparse.Namespace):
-    if args.source is None:
-        size = (96, 128)
-        target = Scenes("dusk", 48, seed=1, size=size, labelled=False)
-        return Scenes("day", 48, size=size), target, Scenes("dusk", 16, seed=2, size=size)
-    source = SegmentationFolder(args.source)
-    target = SegmentationFolder(args.target, labelled=False)
-    return source, target, SegmentationFolder(args.test, classes=source.classes)
+def datasets(folders: list[str] | None):
+    if folders is None:
+        target = Scenes("dusk", 48, seed=1, size=SIZE, labelled=False)
+        return Scenes("day", 48, size=SIZE), target, Scenes("dusk", 16, seed=2, size=SIZE)
+    source = SegmentationFolder(folders[0])
+    target = SegmentationFolder(folders[1], labelled=False)
+    return source, target, SegmentationFolder(folders[2], classes=source.classes)
 
 
 def network(classes: int) -> nn.Module:
@@ -57,9 +54,9 @@ def miou(model: nn.Module, test) -> float:
 
 def main() -> None:
     args = options()
-    source, target, test = datasets(args)
-    source_batches = Batches(source, 4, crop=(96, 128))
-    target_batches = Batches(target, 4, crop=(96, 128), seed=1)
+    source, target, test = datasets(args.folders)
+    source_batches = Batches(source, 4, crop=SIZE)
+    target_batches = Batches(target, 4, crop=SIZE, seed=1)
     student = network(len(source.classes))
     trainer = fastmt.MeanTeacher(
         student,

@@ -164,18 +164,18 @@ def consistency_loss(
         }[weight]()
         if pixel_weight is not None:
             pixels = torch.where(pixels == 0, 0, pixels * pixel_weight)
-        active = pixels != 0
+        denominator = {
+            "all": lambda: torch.full_like(valid_count, label.numel()),
+            "valid": lambda: valid_count,
+            "selected": lambda: selected_count,
+            "weight": lambda: pixels.sum(),
+        }[normalize]()
+        active = (pixels != 0) & (denominator != 0)
         mean_score = _ratio(torch.where(keep, score, 0).sum(), valid_count)
     # Inactive pixels enter as zeros, so that not even a NaN there reaches the loss or the gradient.
     logits = torch.where(active.unsqueeze(1), logits, 0)
     losses = pixel_loss(logits, q, log_q, label, loss, class_reduction)
     total = torch.where(active, pixels * losses, 0).sum()
-    denominator = {
-        "all": lambda: torch.full_like(valid_count, label.numel()),
-        "valid": lambda: valid_count,
-        "selected": lambda: selected_count,
-        "weight": lambda: pixels.sum(),
-    }[normalize]()
     value = _ratio(total, denominator.to(total.dtype))
     if not return_stats:
         return value

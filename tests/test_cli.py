@@ -37,20 +37,12 @@ def run(words):
 
 def test_example_script_trains_and_scores():
     script = ROOT / "examples" / "adapt.py"
-    assert len(script.read_text().splitlines()) < 82
+    assert len(script.read_text().splitlines()) < 80
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     call = [sys.executable, script, "--steps", "2"]
     done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "mIoU on 16 test images" in done.stdout
-
-
-def test_example_script_wants_all_folders_or_none(monkeypatch, capfd):
-    example = runpy.run_path(ROOT / "examples" / "adapt.py")
-    monkeypatch.setattr(sys, "argv", ["adapt.py", "--source", "day"])
-    with pytest.raises(SystemExit):
-        example["options"]()
-    assert "--source, --target and --test go together" in capfd.readouterr().err
 
 
 def test_command_leaves_table_figures_picture_curves_and_checkpoints(folders):

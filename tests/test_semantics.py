@@ -157,6 +157,17 @@ def test_a_nan_score_never_passes(kind, members, strict):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("function", [fastmt.consistency_loss, fastmt.reference.consistency_loss])
+def test_nothing_selected_is_zero_also_beside_a_nan_teacher(loss, function):
+    teacher, student = random_logits(SHAPE, 2), student_logits()
+    teacher[0, 1, 2, 3] = torch.nan
+    options = {"loss": loss, "threshold": 1.1, "weight": "none", "normalize": "selected"}
+    value = function(student, teacher, **options)
+    assert value == 0
+    assert not gradient_of(value, student).any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("channel", [0, 3])
 def test_a_nan_or_infinite_student_propagates_to_the_loss_and_to_its_own_pixel(

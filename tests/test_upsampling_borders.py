@@ -10,6 +10,7 @@ from operands import random_logits
 import fastmt
 from fastmt import reference
 from fastmt.confidence import KINDS
+from fastmt.consistency import LOSSES
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -69,6 +70,14 @@ def test_a_certain_teacher_scores_exactly_one(kind, classes, members, size):
     score, label = fastmt.softmax_confidence([teacher] * members, kind=kind, size=size)
     assert (score == 1).all()
     assert not label.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_class_alone_teaches_exactly_nothing(loss):
+    student, teacher = (random_logits((1, 1, 3, 5), seed).requires_grad_() for seed in (0, 1))
+    value = fastmt.consistency_loss(student, teacher.detach(), loss=loss, size=(24, 40))
+    assert value == 0
+    assert not torch.autograd.grad(value, student)[0].any()
 
 
 def test_a_student_and_a_teacher_of_nearly_the_same_logits_stay_certain_while_walked():

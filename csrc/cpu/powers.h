@@ -24,9 +24,10 @@ class Powers {
   void begin_chunk() { looked_ = false; }
   void begin_row() { at_ = NOWHERE; }
 
-  // Whether the chunk can be walked: all its logits within reach of one maximum, and finite.
+  // Whether the chunk can be walked: all its logits within reach of one maximum, and finite. A class
+  // alone has exactly p = 1 only by its own maximum.
   bool serve(const RowSource& source, const Step& step) {
-    if (step.count < WORTHWHILE || !source.same_cells()) return false;
+    if (step.count < WORTHWHILE || classes_ == 1 || !source.same_cells()) return false;
     if (!looked_) look(source, step);
     return serves_;
   }
