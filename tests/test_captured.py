@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from test_trainer import STILL, Net, assert_same, everything, make_batch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import STILL, Net, assert_same, everything, make_batch
 
 from fastmt import captured, decays, perturb
 from fastmt.consistency import ConsistencyLoss
