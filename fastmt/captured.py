@@ -76,7 +76,7 @@ class CapturedStep:
 
     def _record(self) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.trainer.generator)
+        graph.register_generator_state(self.trainer.views.generator)
         with torch.cuda.graph(graph):
             self._compute()
         return graph.replay

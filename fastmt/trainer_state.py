@@ -25,7 +25,7 @@ def collect(trainer: MeanTeacher) -> dict[str, Any]:
         "skipped": trainer.skipped,
         "teacher_counts": [trainer.teacher.calls, trainer.teacher.updates],
         "teacher_compensation": dict(trainer.teacher.compensation),
-        "generator": trainer.generator.get_state(),
+        "generator": trainer.views.generator.get_state(),
         "global_generators": [torch.get_rng_state(), *cuda],
     }
 
@@ -49,7 +49,7 @@ def restore(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike
     trainer.teacher.calls, trainer.teacher.updates = state["teacher_counts"]
     lost = state.get("teacher_compensation", {})
     trainer.teacher.compensation = {n: t.to(trainer.device) for n, t in lost.items()}
-    trainer.generator.set_state(state["generator"])
+    trainer.views.generator.set_state(state["generator"])
     cpu, *cuda = state["global_generators"]
     torch.set_rng_state(cpu)
     if trainer.device.type == "cuda" and len(cuda) == torch.cuda.device_count():

@@ -1,14 +1,17 @@
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from training import STILL, Net, assert_same, make_batch, make_trainer
+from training import CLASSES, STILL, Net, assert_same, make_batch, make_trainer
 
-from fastmt.consistency import ConsistencyLoss
+from fastmt.consistency import ConsistencyLoss, consistency_loss
+from fastmt.cross_entropy import CrossEntropy, cross_entropy
 from fastmt.schedules import LinearRampUp
+from fastmt.steps import StepReport
 from fastmt.teacher import EMATeacher
 from fastmt.trainer import MeanTeacher
 
@@ -184,3 +187,138 @@ def test_a_teacher_of_the_callers_is_used():
     trainer = MeanTeacher(student, torch.optim.SGD(student.parameters(), lr=0.1), teacher=teacher)
     trainer.step(*make_batch())
     assert trainer.teacher is teacher and teacher.updates == 1
+
+
+def test_each_module_of_the_teacher_has_the_mode_of_the_students():
+    trainer = make_trainer()
+    trainer.student.body[1].eval()  # frozen statistics
+    modes = []
+    trainer.teacher.module.body[1].register_forward_hook(lambda m, *_: modes.append(m.training))
+    trainer.step(*make_batch())
+    assert modes == [False] and trainer.teacher.module.body[3].training and trainer.teacher.training
+    trainer.student.eval()
+    trainer.step(*make_batch())
+    assert not any(module.training for module in trainer.teacher.modules())
+
+
+@pytest.mark.parametrize("rule", ["keep", "ema"])
+def test_passes_of_the_teacher_leave_its_buffers_to_its_rule(rule):
+    student = Net()
+    teacher = EMATeacher(student, 0.9, warmup=None, buffers=rule)
+    trainer = MeanTeacher(student, torch.optim.SGD(student.parameters(), lr=0.1), teacher=teacher)
+    before = teacher.module.body[1].running_mean.clone()
+    trainer.step(*make_batch())
+    moved = 0.9 * before + 0.1 * student.body[1].running_mean
+    expected = before if rule == "keep" else moved
+    assert not torch.equal(moved, before)
+    torch.testing.assert_close(teacher.module.body[1].running_mean, expected)
+
+
+def test_between_updates_the_teacher_keeps_its_buffers():
+    student = Net()
+    teacher = EMATeacher(student, update_every=2)
+    trainer = MeanTeacher(student, torch.optim.SGD(student.parameters(), lr=0.1), teacher=teacher)
+    trainer.step(*make_batch())
+    assert not teacher.module.body[1].running_mean.any()
+
+
+def test_a_loss_of_the_callers_may_use_the_teachers_logits_directly():
+    def consistency(student, teacher, **_):
+        loss = nn.functional.mse_loss(student, teacher) + (student * teacher).mean()
+        return loss, (loss.detach(), loss.detach())
+
+    report = make_trainer(consistency=consistency).step(*make_batch())
+    assert math.isfinite(report.item("consistency"))
+
+
+def test_several_passes_of_the_teacher_have_their_own_noise_and_are_averaged():
+    trainer = make_trainer(style=None, passes=3, optimizer=torch.optim.SGD)
+    source, labels, target = make_batch()
+    student, teacher = copy.deepcopy(trainer.student), copy.deepcopy(trainer.student)
+    report = trainer.step(source, labels, target)
+    views = trainer.teacher.module.seen
+    assert len(views) == 3 and len({view.sum().item() for view in views}) == 3
+    assert all(0 < (view - target).abs().max() <= 0.2 + 1e-6 for view in views)
+    logits = student(trainer.student.seen[0])[len(source) :]
+    size = target.shape[2:]
+    expected = consistency_loss(logits, [teacher(v) for v in views], threshold=0.0, size=size)
+    assert report.item("consistency") == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_several_passes_go_together_with_parts_of_a_batch():
+    trainer = make_trainer(passes=2, accumulate=2)
+    trainer.step(*make_batch(count=4))
+    assert [len(view) for view in trainer.teacher.module.seen] == [2] * 4
+
+
+def to_full_size(logits):
+    return nn.functional.interpolate(logits, scale_factor=2, mode="bilinear")
+
+
+@pytest.mark.parametrize(
+    ("supervised", "ignored"),
+    [
+        (nn.CrossEntropyLoss(ignore_index=200), 200),
+        (nn.CrossEntropyLoss(), -100),
+        (CrossEntropy(ignore_index=-1), -1),
+        (partial(nn.functional.cross_entropy, ignore_index=9), 9),
+        (cross_entropy, 255),
+    ],
+)
+def test_pixels_without_a_label_get_the_one_that_the_loss_ignores(supervised, ignored):
+    net = {"wrap": to_full_size}
+    trainer = make_trainer(net, supervised=supervised, class_mixing=1.0)
+    source, labels, target = make_batch()
+    labels = labels.where(labels != 255, 0)
+    if isinstance(supervised, (nn.CrossEntropyLoss, partial)):
+        labels = labels.long()
+    assert trainer.views.ignore_index == ignored
+    assert math.isfinite(trainer.step(source, labels, target).item("loss"))
+
+
+def test_a_loss_that_does_not_say_what_it_ignores_is_told_where_images_are_mixed():
+    def supervised(logits, labels):
+        return nn.functional.cross_entropy(logits, labels.long(), ignore_index=77)
+
+    options = {"net_options": {"wrap": to_full_size}, "supervised": supervised}
+    with pytest.raises(ValueError, match="^ignore_index: got None"):
+        make_trainer(class_mixing=1.0, **options)
+    trainer = make_trainer(class_mixing=1.0, ignore_index=77, **options)
+    source, labels, target = make_batch()
+    report = trainer.step(source, labels.where(labels != 255, 77), target)
+    assert math.isfinite(report.item("loss"))
+    make_trainer(**options)
+
+
+def test_gradients_outside_of_the_optimiser_do_not_gather():
+    student = Net()
+    trainer = MeanTeacher(student, torch.optim.SGD(student.body[4].parameters(), lr=0.0), **STILL)
+    gradients = []
+    for _ in range(2):
+        trainer.step(*make_batch())
+        gradients.append(student.body[0].weight.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_a_supervised_step_needs_no_unit_range_for_a_style_it_does_not_use():
+    source, labels, _ = make_batch()
+    trainer = make_trainer()
+    trainer.supervised_step(source * 4 - 2, labels)
+    with pytest.raises(ValueError, match="source_images: got values"):
+        make_trainer(jitter={}).supervised_step(source * 4 - 2, labels)
+    assert trainer.steps == 1
+
+
+def test_a_report_is_read_at_once_and_figures_by_name(monkeypatch):
+    report = make_trainer(threshold=lambda t: torch.linspace(0, 0.1, CLASSES)).step(*make_batch())
+    figures = report.as_dict()
+    names = ("loss", "supervised", "consistency", "selected", "mean_score", "skipped", "weight")
+    assert list(figures) == [*names, "step"]
+    assert all(figures[name] == report.item(name) for name in figures)
+    with pytest.raises(ValueError, match="^threshold: got tensor"):
+        report.item("threshold")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "__float__", None)  # one wait for each would be six
+        report.as_dict()
+    plain = StepReport(*torch.arange(6.0), 1.0, torch.tensor(0.5), 3)
+    assert plain.as_dict()["threshold"] == plain.item("threshold") == 0.5

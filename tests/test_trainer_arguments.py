@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training import make_batch, make_trainer
+from torch import nn
+from training import Net, make_batch, make_trainer
+
+from fastmt.trainer import MeanTeacher
 
 
 @pytest.mark.parametrize("wrap", [lambda z: (z,), lambda z: {"logits?": z}, lambda z: z.argmax(1)])
@@ -48,7 +51,19 @@ def test_batches_that_do_not_fit_are_named(batch, error, message):
     [
         ({"amp": torch.int8}, ValueError, "amp"),
         ({"class_mixing": 1.5}, ValueError, "class_mixing"),
-        ({"accumulate": 0}, ValueError, "accumulate"),
+        ({"accumulate": 0}, ValueError, "^accumulate: got 0"),
+        ({"passes": 0}, ValueError, "^passes: got 0"),
+        ({"passes": 1.5}, ValueError, "^passes: got 1.5"),
+        ({"noise": 0.1}, ValueError, "^noise: got 0.1"),
+        ({"noise": (-0.1, 0.2)}, ValueError, "^noise: got"),
+        ({"noise": ("much", 0.2)}, ValueError, "^noise: got"),
+        ({"jitter": {"brigthness": 0.1}}, ValueError, "^jitter: got brigthness=0.1"),
+        ({"jitter": {"contrast": -1}}, ValueError, "^jitter: got contrast=-1"),
+        ({"jitter": {"greyscale": 2}}, ValueError, "^jitter: got greyscale=2"),
+        ({"jitter": 0.4}, TypeError, "^jitter: got float"),
+        ({"clip_norm": -1}, ValueError, "^clip_norm: got -1"),
+        ({"clip_norm": 0}, ValueError, "^clip_norm: got 0"),
+        ({"teacher": Net()}, TypeError, "^teacher: got Net, expected an EMATeacher"),
         ({"style": "rococo"}, ValueError, "style"),
         ({"weight": "much"}, TypeError, "schedule"),
     ],
@@ -64,3 +79,22 @@ def test_batches_that_cannot_be_split_or_mixed_are_named():
         make_trainer(accumulate=2).step(source, labels, target[:3])
     with pytest.raises(ValueError, match="class_mixing"):
         make_trainer(class_mixing=1.0).step(source, labels, target[:3])
+
+
+def test_a_student_without_parameters_is_named():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(ValueError, match="^student: got a module without parameters"):
+        MeanTeacher(nn.Identity(), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("style", "error", "message"),
+    [
+        (lambda source, target: source[..., :6], ValueError, r"\(2, 3, 12, 6\)"),
+        (lambda source, target: source.double(), ValueError, "torch.float64"),
+        (lambda source, target: None, TypeError, "NoneType"),
+    ],
+)
+def test_a_style_that_returns_other_images_is_named(style, error, message):
+    with pytest.raises(error, match=f"^style: returned .*{message}"):
+        make_trainer(style=style).step(*make_batch())
