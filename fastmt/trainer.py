@@ -218,8 +218,9 @@ class MeanTeacher:
     def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Continue from a checkpoint of `save`, with the numbers of an uninterrupted run.
 
-        Restores the global generators too, for dropout, and returns the `extra` of `save`. Raises
-        CheckpointError, before anything is changed, when the file does not fit.
+        Restores the global generators too, for dropout, and returns the `extra` of `save`; another
+        kind of device draws other numbers. Raises CheckpointError, before anything is changed, when
+        the file does not fit, as that of an optimiser or scheduler of another class.
         """
         state = checkpoint.load(path)
         trainer_state.restore(self, state, path)
