@@ -71,10 +71,8 @@ def attach(trainer: MeanTeacher) -> Stopwatch:
     )
     trainer.optimizer.register_step_pre_hook(lambda *_: watch.start("optimiser"))
     trainer.optimizer.register_step_post_hook(lambda *_: watch.stop())
+    views = {"style": "style", "jittered": "jitter", "noisy": "noise"}
     parts = {
-        "style": "style",
-        "_jittered": "jitter",
-        "_noisy": "noise",
         "supervised": "supervised loss, forward",
         "_consistency": "consistency loss, forward",
         "_backward": "losses, backward",
@@ -82,8 +80,9 @@ def attach(trainer: MeanTeacher) -> Stopwatch:
         "_update": "gradient norm, finite check",
         "step": REST,
     }
-    for attribute, name in parts.items():
-        setattr(trainer, attribute, watch.around(name, getattr(trainer, attribute)))
+    for owner, names in ((trainer.views, views), (trainer, parts)):
+        for attribute, name in names.items():
+            setattr(owner, attribute, watch.around(name, getattr(owner, attribute)))
     trainer.teacher.update = watch.around("EMA", trainer.teacher.update)
     return watch
 

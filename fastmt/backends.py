@@ -71,16 +71,16 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
         ValueError: unknown name.
     """
     before = _state.request
-    _state.request = _Request(_checked(name), strict)
+    _state.request = _Request(_checked("backend", name), strict)
     try:
         yield
     finally:
         _state.request = before
 
 
-def _checked(name: str) -> str:
+def _checked(source: str, name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
     return name
 
 
@@ -100,7 +100,7 @@ def choose(
         upsampled: the kernels would up-sample the logits.
     """
     name, strict = _state.request or _Request(
-        _checked(os.environ.get("FASTMT_BACKEND", "auto")), False
+        _checked("FASTMT_BACKEND", os.environ.get("FASTMT_BACKEND", "auto")), False
     )
     choice = _resolve(operation, name, tensors, obstacle, upsampled)
     if _state.explaining:
@@ -277,7 +277,7 @@ def explain(function: Callable, *args: object, **kwargs: object) -> Choice:
 
     Args:
         function: a public operation (fastmt.consistency_loss, fastmt.cross_entropy,
-            fastmt.softmax_confidence, fastmt.ema_update_) or a module twin of one.
+            fastmt.softmax_confidence, fastmt.ema_update_), a module twin of one, or a partial.
 
     Returns:
         Choice(backend, reason).
@@ -286,6 +286,9 @@ def explain(function: Callable, *args: object, **kwargs: object) -> Choice:
         Whatever the call itself would raise for its arguments; TypeError if `function` is not an
         operation of fastmt.
     """
+    refusal = f"function: {function!r} is not an operation of fastmt"
+    if not _is_own(function):  # to call it might do anything
+        raise TypeError(refusal)
     before = _state.explaining
     _state.explaining = True
     try:
@@ -294,4 +297,12 @@ def explain(function: Callable, *args: object, **kwargs: object) -> Choice:
         return answer.choice
     finally:
         _state.explaining = before
-    raise TypeError(f"function: {function!r} is not an operation of fastmt")
+    raise TypeError(refusal)
+
+
+def _is_own(function: Callable) -> bool:
+    """Whether a function, a method, or the class of a module is defined in fastmt."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    definitions = [function] if hasattr(function, "__name__") else type(function).__mro__
+    return any(str(getattr(each, "__module__", "")).startswith("fastmt.") for each in definitions)

@@ -24,7 +24,8 @@ class CapturedStep:
         warmup: steps before the capture, at least 1.
 
     Batches keep their shapes and dtypes from the capture on, and what Python decides inside of the
-    networks stays as it was decided then.
+    networks stays as it was decided then. After `trainer.resume`, or a state that was loaded into
+    teacher or optimiser, the next step runs as usual and the one after it is captured anew.
 
     Raises:
         ValueError: a trainer that cannot be captured, a batch that does not fit.
@@ -36,6 +37,7 @@ class CapturedStep:
         _check(trainer, warmup, self._device_type)
         self.trainer, self.warmup = trainer, warmup
         self._replay: Callable[[], object] | None = None
+        self._bound: tuple[object, ...] = ()
         self._batch: tuple[Tensor, ...] = ()
         self._now: Scheduled | None = None
         self._means: Tensor | None = None
@@ -45,21 +47,31 @@ class CapturedStep:
     ) -> StepReport:
         """One step, as MeanTeacher.step."""
         batch, trainer = (source_images, source_labels, target_images), self.trainer
+        if self._replay is not None and not self._is_bound():
+            self._replay, self._bound, self.warmup = None, (), 1
         if self.warmup > 0:
+            report = self._warm_up(batch)
             self.warmup -= 1
-            return self._warm_up(batch)
+            return report
         trainer.check(*batch)
+        if self._replay is not None:
+            self._check_fit(batch)
         teacher, now = trainer.teacher, trainer.prepare()
-        teacher.count()
-        counted = teacher.calls, teacher.updates
         if self._replay is None:
             self._batch, self._now = tuple(tensor.clone() for tensor in batch), now
+        self._fill(batch, now)
+        counted = teacher.calls, teacher.updates
+        if self._replay is None:
             self._replay = self._record()
-        else:
-            self._fill(batch, now)
+            self._bound = _tables(trainer)
         self._replay()
         teacher.calls, teacher.updates = counted  # what a capture has counted it has not made
+        teacher.count()
         return trainer.finish(self._means.clone())
+
+    def _is_bound(self) -> bool:
+        """Whether plan and optimiser are those whose memory the graph reads."""
+        return all(map(operator.is_, self._bound, _tables(self.trainer)))
 
     def _compute(self) -> None:
         self._means = self.trainer.compute(self._now, *self._batch)
@@ -76,14 +88,12 @@ class CapturedStep:
 
     def _record(self) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.trainer.generator)
+        graph.register_generator_state(self.trainer.views.generator)
         with torch.cuda.graph(graph):
             self._compute()
         return graph.replay
 
-    def _fill(self, batch: tuple[Tensor, ...], now: Scheduled) -> None:
-        if not all(map(operator.is_, now, self._now)):
-            raise ValueError("threshold: its schedule gives another shape than in the capture")
+    def _check_fit(self, batch: tuple[Tensor, ...]) -> None:
         names = ("source_images", "source_labels", "target_images")
         for name, own, given in zip(names, self._batch, batch, strict=True):
             if own.shape != given.shape or own.dtype != given.dtype:
@@ -91,7 +101,18 @@ class CapturedStep:
                     f"{name}: got {given.dtype} {tuple(given.shape)}, expected {own.dtype} "
                     f"{tuple(own.shape)} as in the step that was captured"
                 )
+
+    def _fill(self, batch: tuple[Tensor, ...], now: Scheduled) -> None:
+        if not all(map(operator.is_, now, self._now)):
+            raise ValueError("threshold: its schedule gives another shape than in the capture")
+        for own, given in zip(self._batch, batch, strict=True):
             own.copy_(given, non_blocking=True)
+
+
+def _tables(trainer: MeanTeacher) -> tuple[object, ...]:
+    """What a graph reads that a loaded state replaces: its memory lives as long as this is held."""
+    optimizer = trainer.optimizer
+    return trainer.teacher._plan, optimizer.state, optimizer.param_groups
 
 
 def _check(trainer: MeanTeacher, warmup: int, device_type: str) -> None:

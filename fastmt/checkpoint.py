@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -152,7 +152,7 @@ def _describe(value: Any) -> str:
 def _check_plain(value: Any, where: str) -> None:
     """Refuse at save time, by the exact type, what a load without code would refuse later."""
     kind = type(value)
-    if kind in (dict, OrderedDict):
+    if kind in (dict, OrderedDict, Counter):  # MultiStepLR keeps its milestones in a Counter
         for key, item in value.items():
             if type(key) not in _PLAIN:
                 raise TypeError(f"{where} has a key of type {type(key).__name__}; use strings")

@@ -6,23 +6,59 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastmt.arguments import shape
+from fastmt.arguments import check_positive, shape
+from fastmt.teacher import EMATeacher
 
 LABEL_DTYPES = (torch.uint8, torch.int64)
 _AMP_DTYPES = (None, torch.bfloat16, torch.float16)
 _TOLERANCE = 0.01  # resizing and rounding may leave [0, 1] by a little
 
 
-def check_options(amp: torch.dtype | None, class_mixing: float, accumulate: int) -> None:
-    """Options of the trainer that no other part of it checks."""
+def check_networks(student: nn.Module, teacher: EMATeacher | None) -> None:
+    """A student with parameters, and a teacher that follows one."""
+    if next(student.parameters(), None) is None:
+        raise ValueError("student: got a module without parameters, expected one to train")
+    if not isinstance(teacher, EMATeacher | None):
+        raise TypeError(
+            f"teacher: got {type(teacher).__name__}, expected an EMATeacher; wrap the network that "
+            "is to follow: EMATeacher(student)"
+        )
+
+
+def check_options(amp: torch.dtype | None, clip_norm: float | None, **counts: int) -> None:
+    """Options of the trainer that no other part of it checks before the first step."""
     if amp not in _AMP_DTYPES:
         raise ValueError(f"amp: got {amp!r}, expected None, torch.bfloat16 or torch.float16")
-    if not 0 <= class_mixing <= 1:
-        raise ValueError(f"class_mixing: got {class_mixing}, expected a probability in [0, 1]")
-    if accumulate < 1:
-        raise ValueError(f"accumulate: got {accumulate}, expected at least 1")
+    if clip_norm is not None:
+        check_positive("clip_norm", clip_norm)
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
+
+
+def check_batch(
+    source: Tensor,
+    labels: Tensor,
+    target: Tensor | None,
+    device: torch.device,
+    parts: int,
+    unit_range: bool,
+    mixes: bool,
+) -> None:
+    """TypeError or ValueError for a batch that does not fit, by the name of the argument."""
+    named = {"source_images": source} | ({} if target is None else {"target_images": target})
+    for name, images in named.items():
+        check_images(name, images, device, source, parts)
+        if unit_range:
+            check_range(name, images)
+    check_labels(labels, source)
+    if target is not None and mixes and len(target) != len(source):
+        raise ValueError(
+            f"target_images: got {len(target)} images, expected {len(source)} like "
+            "source_images, as class_mixing pastes one onto another"
+        )
 
 
 def check_images(name: str, images: Tensor, device: torch.device, like: Tensor, parts: int) -> None:

@@ -44,8 +44,9 @@ def gaussian_noise(
         return _noise_of_torch(images, sigma, clip, clamp, generator)
     wants_gradient = images.requires_grad and torch.is_grad_enabled()
     obstacle = "images require a gradient" if wants_gradient else None
+    choice = backends.choose("gaussian_noise", [images], obstacle=obstacle)
     seed = torch.empty((), dtype=torch.int64).random_(generator=generator)
-    if backends.choose("gaussian_noise", [images], obstacle=obstacle).backend == "eager":
+    if choice.backend == "eager":
         return reference.gaussian_noise(images, seed, sigma, clip, clamp)
     return torch.ops.fastmt.gaussian_noise(images, seed, sigma, clip, clamp)
 

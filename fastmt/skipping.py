@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def step_where(finite: Tensor, optimizer: torch.optim.Optimizer, *, wait: bool) -> None:
-    """Step where `finite`, a 0-dim bool tensor, holds True.
+class Buffers:
+    """The buffers of a network as they are now, to be put back into it.
+
+    Those of one shape are kept together: a network has hundreds of small ones in few shapes, and to
+    launch a kernel for each takes longer than to move their bytes.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: nn.Module) -> None:
+        alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+        for buffer in network.buffers():
+            alike[buffer.shape, buffer.dtype, buffer.device].append(buffer)
+        self._kept = [(buffers, torch.stack(buffers)) for buffers in alike.values()]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for buffers, kept in self._kept:
+            torch._foreach_copy_(buffers, kept.unbind())
+
+    @torch.no_grad()
+    def put_back_unless(self, finite: Tensor) -> None:
+        """Put back where `finite`, a 0-dim bool tensor, holds False; it is not read by the host."""
+        for buffers, kept in self._kept:
+            values = torch.where(finite, torch.stack(buffers), kept)
+            torch._foreach_copy_(buffers, values.unbind())
+
+
+def step_where(
+    finite: Tensor, optimizer: torch.optim.Optimizer, buffers: Buffers, *, wait: bool
+) -> None:
+    """Step where `finite`, a 0-dim bool tensor, holds True, and put the buffers back elsewhere.
 
     A fused optimiser reads it on the device. Any other, and on a CPU every one, is called or not
     called where `wait` allows to look.
     """
-    if wait and (finite.device.type == "cpu" or not _can_skip(optimizer)):
+    if wait and (finite.device.type == "cpu" or not can_skip(optimizer)):
         if finite:
             optimizer.step()
+        else:
+            optimizer._opt_called = True  # or the scheduler would warn that it comes too early
+            buffers.put_back()
         return
     # The attributes by which GradScaler tells a fused optimiser to leave out a step.
     optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
@@ -22,11 +56,12 @@ def step_where(finite: Tensor, optimizer: torch.optim.Optimizer, *, wait: bool) 
         optimizer.step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf
+    buffers.put_back_unless(finite)
 
 
 def check_capturable(optimizer: torch.optim.Optimizer, class_mixing: float) -> None:
     """ValueError for a decision of the host amid a step, which a CUDA graph cannot hold."""
-    if not _can_skip(optimizer):
+    if not can_skip(optimizer):
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} without fused=True cannot leave out a step on "
             "the device; capturable needs a fused optimiser"
@@ -38,5 +73,8 @@ def check_capturable(optimizer: torch.optim.Optimizer, class_mixing: float) -> N
         )
 
 
-def _can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser leaves out a step that its `found_inf` tells it to."""
+    supported = getattr(optimizer, "_step_supports_amp_scaling", False)
+    # A state that was loaded may have turned `fused` off again.
+    return supported and all(group.get("fused", True) for group in optimizer.param_groups)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,11 +32,27 @@ class StepReport:
     step: int
 
     def item(self, name: str) -> float:
-        """One figure as a number; waits for the device."""
-        return float(getattr(self, name))
+        """One figure as a number; waits for the device.
+
+        ValueError for a threshold that is not one: left to the loss, or one for each class.
+        """
+        value = getattr(self, name)
+        if not _is_single(value):
+            raise ValueError(f"{name}: got {value!r}, expected a single figure; read .{name}")
+        return float(value)
 
     def as_dict(self) -> dict[str, float]:
         """All single figures as numbers, without a threshold per class; waits for the device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        single = {n: v for n, v in values.items() if getattr(v, "ndim", 0) == 0 and v is not None}
-        return {name: float(value) for name, value in single.items()}
+        tensors = torch.stack([getattr(self, name) for name in _TENSORS])
+        figures = dict(zip(_TENSORS, tensors.tolist(), strict=True))  # one wait for all of them
+        figures["weight"] = float(self.weight)
+        if _is_single(self.threshold):
+            figures["threshold"] = float(self.threshold)
+        return figures | {"step": float(self.step)}
+
+
+_TENSORS = ("loss", "supervised", "consistency", "selected", "mean_score", "skipped")
+
+
+def _is_single(figure: float | Tensor | None) -> bool:
+    return figure is not None and getattr(figure, "ndim", 0) == 0

@@ -14,18 +14,21 @@ if TYPE_CHECKING:
 
 _PARTS = ("student", "teacher", "optimizer", "scheduler", "scaler")
 _COUNTERS = ("steps", "skipped", "teacher_counts")
-_GENERATORS = ("generator", "global_generators")
+_GENERATORS = ("seed", "generator", "global_generators")
+_HOW = ("fused", "foreach", "capturable")  # how a group is stepped is up to the run, not its state
 
 
 def collect(trainer: MeanTeacher) -> dict[str, Any]:
     """The state of a trainer: networks, optimiser, counters, its generator and the global ones."""
     cuda = torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else []
     return {name: part.state_dict() for name, part in _parts(trainer).items()} | {
+        "kinds": _kinds(trainer),
         "steps": trainer.steps,
         "skipped": trainer.skipped,
         "teacher_counts": [trainer.teacher.calls, trainer.teacher.updates],
         "teacher_compensation": dict(trainer.teacher.compensation),
-        "generator": trainer.generator.get_state(),
+        "seed": trainer.views.seed,
+        "generator": trainer.views.generator.get_state(),
         "global_generators": [torch.get_rng_state(), *cuda],
     }
 
@@ -35,7 +38,7 @@ def restore(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike
     parts = _parts(trainer)
     _check(trainer, state, path)
     try:
-        trainer.optimizer.load_state_dict(state["optimizer"])  # checks its groups before it loads
+        _restore_optimizer(trainer.optimizer, state["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: the optimiser's state does not fit ({error}); use the optimiser it was "
@@ -49,19 +52,45 @@ def restore(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike
     trainer.teacher.calls, trainer.teacher.updates = state["teacher_counts"]
     lost = state.get("teacher_compensation", {})
     trainer.teacher.compensation = {n: t.to(trainer.device) for n, t in lost.items()}
-    trainer.generator.set_state(state["generator"])
+    trainer.views.seed = state["seed"]
+    if state["kinds"]["device"] == trainer.device.type:
+        trainer.views.generator.set_state(state["generator"])
+    else:  # it has another generator: other numbers, yet not those of the first steps again
+        trainer.views.generator.manual_seed(state["seed"] + state["steps"])
     cpu, *cuda = state["global_generators"]
     torch.set_rng_state(cpu)
     if trainer.device.type == "cuda" and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
 
 
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state, which checks its groups first; a rate stays the tensor or float it was."""
+    groups, saved = optimizer.param_groups, state["param_groups"]
+    if len(groups) != len(saved):
+        raise ValueError(f"it has {len(saved)} parameter groups, the optimiser {len(groups)}")
+    own = [{name: group[name] for name in _HOW if name in group} for group in groups]
+    merged = [group | how for group, how in zip(saved, own, strict=True)]
+    rates = [group["lr"] for group in groups]
+    optimizer.load_state_dict(state | {"param_groups": merged})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        saved_rate = group["lr"]
+        tensor = isinstance(rate, torch.Tensor)
+        group["lr"] = rate.fill_(saved_rate) if tensor else float(saved_rate)
+
+
 def _check(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    needed = {*_parts(trainer), *_COUNTERS, *_GENERATORS}
+    needed = {*_parts(trainer), *_COUNTERS, *_GENERATORS, "kinds"}
     if missing := sorted(needed - state.keys()):
         raise CheckpointError(
             f"{path}: holds no {', '.join(missing)}; use a checkpoint of a trainer with these parts"
         )
+    for name, own in _kinds(trainer).items():
+        saved = state["kinds"].get(name)
+        if saved != own and name != "device":
+            raise CheckpointError(
+                f"{path}: its {name} is {saved or 'none'}, the trainer has {own or 'none'}; use "
+                "the parts it was trained with"
+            )
     for name in ("student", "teacher"):
         check_architecture(getattr(trainer, name).state_dict(), state[name], path)
 
@@ -69,3 +98,16 @@ def _check(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike[
 def _parts(trainer: MeanTeacher) -> dict[str, Any]:
     parts = {name: getattr(trainer, name) for name in _PARTS}
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def _kinds(trainer: MeanTeacher) -> dict[str, str | None]:
+    """What the parts are whose states say it nowhere, and would load into one another."""
+    parts = {name: getattr(trainer, name) for name in ("optimizer", "scheduler", "scaler")}
+    return {"device": trainer.device.type} | {name: _kind(part) for name, part in parts.items()}
+
+
+def _kind(part: object) -> str | None:
+    if part is None:
+        return None
+    inner = ", ".join(str(_kind(each)) for each in getattr(part, "_schedulers", ()))
+    return type(part).__name__ + (f"({inner})" if inner else "")

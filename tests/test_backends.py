@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_the_environment_sets_the_default_and_the_context_overrides_it(monkeypat
     with fastmt.backend("auto"):
         assert fastmt.explain(*call).reason != "eager was asked for"
     monkeypatch.setenv("FASTMT_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="^backend: got 'cuda', expected one of auto, eager"):
+    with pytest.raises(ValueError, match="^FASTMT_BACKEND: got 'cuda', expected one of auto, e"):
         fastmt.consistency_loss(STUDENT, TEACHER)
 
 
@@ -185,6 +186,11 @@ def test_explain_computes_nothing_and_checks_the_arguments():
         fastmt.explain(fastmt.consistency_loss, STUDENT, TEACHER, loss="l1")
     with pytest.raises(TypeError, match="^function: "):
         fastmt.explain(torch.add, STUDENT, TEACHER)
+    called = []
+    for foreign in (called.append, lambda value: called.append(value)):
+        with pytest.raises(TypeError, match="^function: .* is not an operation of fastmt"):
+            fastmt.explain(foreign, 1)
+    assert not called
 
 
 def test_module_twins_are_explained_too():
@@ -194,3 +200,4 @@ def test_module_twins_are_explained_too():
     ):
         with fastmt.backend("eager"):
             assert fastmt.explain(module, *arguments).backend == "eager"
+            assert fastmt.explain(partial(module, *arguments)).backend == "eager"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
-from test_trainer import STILL, Net, assert_same, everything, make_batch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import STILL, Net, assert_same, everything, make_batch
 
 from fastmt import captured, decays, perturb
 from fastmt.consistency import ConsistencyLoss
@@ -197,6 +200,64 @@ def test_a_batch_that_does_not_fit_the_capture_is_named():
     source, labels, target = make_batch()
     with pytest.raises(ValueError, match="^source_labels: got torch.int64"):
         step(source, labels.long(), target)
+
+
+def test_a_batch_that_is_refused_is_not_counted():
+    trainer = make_trainer()
+    step = Replayed(trainer, warmup=1)
+    for _ in range(3):
+        step(*make_batch())
+    with pytest.raises(ValueError, match="^source_images: got"):
+        step(*make_batch(count=4))
+    assert (trainer.teacher.calls, trainer.teacher.updates, trainer.steps) == (3, 3, 3)
+
+
+class Kept(Replayed):
+    """Counts its captures."""
+
+    captures = 0
+
+    def _record(self):
+        self.captures += 1
+        return super()._record()
+
+
+@pytest.mark.parametrize("loaded", ["trainer", "teacher", "optimizer"])
+def test_a_state_that_is_loaded_is_captured_anew(tmp_path, loaded):
+    trainers = [make_trainer(rate=torch.tensor(0.1)) for _ in range(2)]
+    step = Kept(trainers[0], warmup=1)
+    for seed in range(3):
+        step(*make_batch(seed))
+        trainers[1].step(*make_batch(seed))
+    assert step.captures == 1
+    for trainer in trainers:
+        if loaded == "trainer":
+            trainer.save(tmp_path / "run.pt")
+            trainer.resume(tmp_path / "run.pt")
+        else:
+            part = getattr(trainer, loaded)
+            part.load_state_dict(copy.deepcopy(part.state_dict()))
+    for seed in range(3):
+        expected = trainers[1].step(*make_batch(seed))
+        assert step(*make_batch(seed)).as_dict() == expected.as_dict()
+    assert step.captures == 2
+    assert_same(*map(everything, trainers))
+
+
+def test_what_a_capture_reads_outlives_the_state_that_replaces_it(tmp_path):
+    trainer = make_trainer()
+    step = Replayed(trainer, warmup=1)
+    for seed in range(2):
+        step(*make_batch(seed))
+    plan = weakref.ref(trainer.teacher._plan)
+    moments = weakref.ref(next(iter(trainer.optimizer.state.values()))["exp_avg"])
+    trainer.save(tmp_path / "run.pt")
+    trainer.resume(tmp_path / "run.pt")
+    gc.collect()
+    assert plan() is not None and moments() is not None
+    step(*make_batch())
+    gc.collect()
+    assert plan() is None and moments() is None
 
 
 def test_a_threshold_of_another_shape_is_refused():

@@ -94,6 +94,12 @@ def test_noise_on_images_that_require_a_gradient_is_drawn_by_the_reference():
     assert answer == ("eager", "images require a gradient")
 
 
+def test_noise_that_is_only_explained_is_not_drawn():
+    generator = seeded()
+    explain(gaussian_noise, some_images(), generator=generator)
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
 def test_noise_leaves_the_unit_range_unless_clamped():
     images = torch.zeros(2, 3, 16, 16)
     assert gaussian_noise(images, generator=seeded()).min() < 0

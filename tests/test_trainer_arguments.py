@@ -1,0 +1,100 @@
+"""Options, batches and networks that do not fit are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from training import Net, make_batch, make_trainer
+
+from fastmt.trainer import MeanTeacher
+
+
+@pytest.mark.parametrize("wrap", [lambda z: (z,), lambda z: {"logits?": z}, lambda z: z.argmax(1)])
+def test_outputs_that_are_no_logits_are_named(wrap):
+    with pytest.raises(TypeError, match="student: returned"):
+        make_trainer({"wrap": wrap}).step(*make_batch())
+
+
+def _replace(index, change):
+    batch = list(make_batch())
+    batch[index] = change(batch[index])
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (_replace(1, lambda y: y.float()), TypeError, "source_labels: got torch.float32"),
+        (_replace(1, lambda y: y[:, :6]), ValueError, r"source_labels: .*\(2, 6, 16\)"),
+        (_replace(1, lambda y: y.clone().fill_(9)), ValueError, "labels: got label 9"),
+        (_replace(0, lambda x: (x * 255).byte()), TypeError, "source_images: got torch.uint8"),
+        (_replace(0, lambda x: x * 255), ValueError, r"source_images: got values .* \[0, 1\]"),
+        (_replace(2, lambda x: x - 1), ValueError, "target_images: got values"),
+        (_replace(2, lambda x: x[..., :8]), ValueError, "target_images: .*source_images"),
+        (_replace(2, lambda x: x.double()), ValueError, "target_images: got torch.float64"),
+        (_replace(2, lambda x: x.to("meta")), ValueError, "target_images: got images on meta"),
+        (_replace(2, lambda x: x[:0]), ValueError, "target_images: .*not empty"),
+        (_replace(2, lambda x: None), TypeError, "target_images: got NoneType"),
+    ],
+)
+def test_batches_that_do_not_fit_are_named(batch, error, message):
+    if batch[2] is None:
+        batch[2] = [1]
+        message = "target_images: got list"
+    with pytest.raises(error, match=message):
+        make_trainer().step(*batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"amp": torch.int8}, ValueError, "amp"),
+        ({"class_mixing": 1.5}, ValueError, "class_mixing"),
+        ({"accumulate": 0}, ValueError, "^accumulate: got 0"),
+        ({"passes": 0}, ValueError, "^passes: got 0"),
+        ({"passes": 1.5}, ValueError, "^passes: got 1.5"),
+        ({"noise": 0.1}, ValueError, "^noise: got 0.1"),
+        ({"noise": (-0.1, 0.2)}, ValueError, "^noise: got"),
+        ({"noise": ("much", 0.2)}, ValueError, "^noise: got"),
+        ({"jitter": {"brigthness": 0.1}}, ValueError, "^jitter: got brigthness=0.1"),
+        ({"jitter": {"contrast": -1}}, ValueError, "^jitter: got contrast=-1"),
+        ({"jitter": {"greyscale": 2}}, ValueError, "^jitter: got greyscale=2"),
+        ({"jitter": 0.4}, TypeError, "^jitter: got float"),
+        ({"clip_norm": -1}, ValueError, "^clip_norm: got -1"),
+        ({"clip_norm": 0}, ValueError, "^clip_norm: got 0"),
+        ({"teacher": Net()}, TypeError, "^teacher: got Net, expected an EMATeacher"),
+        ({"style": "rococo"}, ValueError, "style"),
+        ({"weight": "much"}, TypeError, "schedule"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(**options)
+
+
+def test_batches_that_cannot_be_split_or_mixed_are_named():
+    source, labels, target = make_batch(count=4)
+    with pytest.raises(ValueError, match=r"target_images: got 3 .* multiple of 2"):
+        make_trainer(accumulate=2).step(source, labels, target[:3])
+    with pytest.raises(ValueError, match="class_mixing"):
+        make_trainer(class_mixing=1.0).step(source, labels, target[:3])
+
+
+def test_a_student_without_parameters_is_named():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(ValueError, match="^student: got a module without parameters"):
+        MeanTeacher(nn.Identity(), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("style", "error", "message"),
+    [
+        (lambda source, target: source[..., :6], ValueError, r"\(2, 3, 12, 6\)"),
+        (lambda source, target: source.double(), ValueError, "torch.float64"),
+        (lambda source, target: None, TypeError, "NoneType"),
+    ],
+)
+def test_a_style_that_returns_other_images_is_named(style, error, message):
+    with pytest.raises(error, match=f"^style: returned .*{message}"):
+        make_trainer(style=style).step(*make_batch())

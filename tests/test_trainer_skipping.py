@@ -1,0 +1,161 @@
+"""A step that is not finite, or that raises, leaves everything as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import CLASSES, assert_same, everything, make_batch, make_trainer
+
+from fastmt import skipping
+
+
+@pytest.mark.parametrize("options", [{}, {"amp": torch.float16}, {"clip_norm": 1.0}])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_non_finite_loss_leaves_everything_bitwise_unchanged_and_counts(options, optimizer):
+    trainer = make_trainer(optimizer=optimizer, **options)
+    trainer.step(*make_batch(0))
+    before = everything(trainer)
+    source, labels, target = make_batch(1)
+    source[0, 0, 3, 3] = math.nan
+    report = trainer.step(source, labels, target)
+    assert not math.isfinite(report.item("loss")) and report.item("skipped") == 1
+    assert_same(before, everything(trainer))
+    report = trainer.step(*make_batch(2))
+    assert math.isfinite(report.item("loss")) and report.item("skipped") == 1
+    assert not torch.equal(before[0]["body.0.weight"], trainer.student.body[0].weight)
+
+
+def test_non_finite_gradient_of_a_finite_loss_is_skipped():
+    def overflow(logits, labels):
+        return logits.sum().sub(logits.sum().detach()).abs().sqrt()  # 0 with gradient inf * sign
+
+    trainer = make_trainer(supervised=overflow)
+    before = everything(trainer)
+    report = trainer.step(*make_batch())
+    assert math.isfinite(report.item("loss")) and report.item("skipped") == 1
+    assert_same(before, everything(trainer))
+
+
+def test_skipped_step_of_float16_lowers_the_loss_scale():
+    trainer = make_trainer(amp=torch.float16)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    report = trainer.step(*make_batch())
+    assert report.item("skipped") == 1 and trainer.scaler.get_scale() == 2.0**126
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_a_step_that_raises_leaves_everything_as_it_was(supervised):
+    trainers = [make_trainer(jitter={}, class_mixing=0.5) for _ in range(2)]
+    for trainer in trainers:
+        trainer.step(*make_batch(0))
+    failing, other = trainers
+    source, labels, target = make_batch(1)
+    labels[0, 5, 5] = CLASSES + 3
+    before = everything(failing)
+    with pytest.raises(ValueError, match="got label 7"):
+        if supervised:
+            failing.supervised_step(source, labels)
+        else:
+            failing.step(source, labels, target)
+    assert failing.steps == 1
+    assert_same(before, everything(failing))
+    reports = [trainer.step(*make_batch(2)).as_dict() for trainer in trainers]
+    assert reports[0] == reports[1]
+    assert_same(*map(everything, (failing, other)))
+
+
+def test_a_step_on_swapped_weights_is_refused_before_anything_moves():
+    trainer = make_trainer()
+    trainer.step(*make_batch())
+    before = everything(trainer)
+    with trainer.teacher.swapped(), pytest.raises(RuntimeError, match="^step: .*swapped"):
+        trainer.step(*make_batch())
+    with trainer.teacher.swapped(), pytest.raises(RuntimeError, match="^step: .*swapped"):
+        trainer.supervised_step(*make_batch()[:2])
+    assert trainer.steps == 1
+    assert_same(before, everything(trainer))
+
+
+def test_a_step_whose_scheduler_has_ended_is_counted_all_the_same():
+    trainer = make_trainer()
+    trainer.scheduler = torch.optim.lr_scheduler.OneCycleLR(trainer.optimizer, 0.1, total_steps=2)
+    trainer.step(*make_batch())
+    with pytest.raises(ValueError, match="Tried to step"):
+        for _ in range(2):
+            trainer.step(*make_batch())
+    assert trainer.steps == trainer.teacher.updates == 3
+
+
+def test_a_scheduler_does_not_warn_of_a_first_step_that_was_skipped():
+    trainer = make_trainer()
+    trainer.scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1)
+    source, labels, target = make_batch()
+    source[0, 0, 0, 0] = math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trainer.step(source, labels, target).item("skipped") == 1
+
+
+class Layers(nn.Module):
+    """Buffers of few shapes and types in many layers, one of them strided."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.BatchNorm2d(3 + n % 2) for n in range(layers)))
+        self.register_buffer("flag", torch.tensor([True, False]))
+        self.register_buffer("strided", torch.arange(6.0).view(2, 3).t())
+
+
+def changed(network):
+    for buffer in network.buffers():
+        buffer.copy_(torch.full_like(buffer, math.nan) if buffer.is_floating_point() else ~buffer)
+
+
+@pytest.mark.parametrize("finite", [None, True, False])
+def test_buffers_are_put_back_exactly_where_the_step_is_left_out(finite):
+    network = Layers(4)
+    before = copy.deepcopy(network.state_dict())
+    buffers = skipping.Buffers(network)
+    changed(network)
+    expected = copy.deepcopy(network.state_dict()) if finite else before
+    if finite is None:
+        buffers.put_back()
+    else:
+        buffers.put_back_unless(torch.tensor(finite))
+    for name, buffer in network.state_dict().items():
+        torch.testing.assert_close(buffer, expected[name], rtol=0, atol=0, equal_nan=True)
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_to_keep_and_put_back_buffers_takes_as_many_calls_in_more_layers():
+    counts = []
+    for layers in (2, 40):
+        network = Layers(layers)
+        with Counted() as counted:
+            skipping.Buffers(network).put_back_unless(torch.tensor(False))
+        counts.append(counted.calls)
+    assert counts[0] == counts[1]
+
+
+def test_an_optimiser_whose_state_turned_fused_off_is_not_trusted_to_skip():
+    weight = torch.zeros(2, requires_grad=True)
+    fused, plain = (torch.optim.Adam([weight], fused=fused) for fused in (True, False))
+    assert skipping.can_skip(fused) and not skipping.can_skip(plain)
+    fused.load_state_dict(plain.state_dict())
+    assert not skipping.can_skip(fused)
