@@ -2,7 +2,6 @@ import contextlib
 import json
 import os
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
