@@ -57,9 +57,7 @@ def foreach_mul_add(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Non
     torch._foreach_add_(teacher, student, alpha=1 - DECAY)
 
 
-def fused(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
-    fastmt.ema_update_(teacher, student, DECAY)
-
+fused = partial(fastmt.ema_update_, decay=DECAY)
 
 FUNCTIONS = {
     "loop": loop,

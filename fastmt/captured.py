@@ -50,7 +50,8 @@ class CapturedStep:
         if self._replay is not None and not self._is_bound():
             self._replay, self._bound, self.warmup = None, (), 1
         if self.warmup > 0:
-            report = self._warm_up(batch)
+            self._keep(batch)
+            report = self._warm_up()
             self.warmup -= 1
             return report
         trainer.check(*batch)
@@ -58,8 +59,9 @@ class CapturedStep:
             self._check_fit(batch)
         teacher, now = trainer.teacher, trainer.prepare()
         if self._replay is None:
-            self._batch, self._now = tuple(tensor.clone() for tensor in batch), now
-        self._fill(batch, now)
+            self._now = now
+        self._check_numbers(now)
+        self._keep(batch)
         counted = teacher.calls, teacher.updates
         if self._replay is None:
             self._replay = self._record()
@@ -69,6 +71,16 @@ class CapturedStep:
         teacher.count()
         return trainer.finish(self._means.clone())
 
+    def _keep(self, batch: tuple[Tensor, ...]) -> None:
+        """Copy a batch to where the graph reads it. The warm-up reads it there too, or the capture
+        would meet another alignment, and compile for it."""
+        layouts = [[(t.shape, t.dtype) for t in tensors] for tensors in (self._batch, batch)]
+        if layouts[0] != layouts[1]:
+            self._batch = tuple(tensor.clone() for tensor in batch)
+            return
+        for own, given in zip(self._batch, batch, strict=True):
+            own.copy_(given, non_blocking=True)
+
     def _is_bound(self) -> bool:
         """Whether plan and optimiser are those whose memory the graph reads."""
         return all(map(operator.is_, self._bound, _tables(self.trainer)))
@@ -76,20 +88,20 @@ class CapturedStep:
     def _compute(self) -> None:
         self._means = self.trainer.compute(self._now, *self._batch)
 
-    def _warm_up(self, batch: tuple[Tensor, ...]) -> StepReport:
+    def _warm_up(self) -> StepReport:
         """On a stream of its own, as nothing that is captured may depend on the default one."""
         current = torch.cuda.current_stream(self.trainer.device)
         stream = torch.cuda.Stream(self.trainer.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            report = self.trainer.step(*batch)
+            report = self.trainer.step(*self._batch)
         current.wait_stream(stream)
         return report
 
     def _record(self) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
+        device, graph = self.trainer.device, torch.cuda.CUDAGraph()
         graph.register_generator_state(self.trainer.views.generator)
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
             self._compute()
         return graph.replay
 
@@ -102,11 +114,13 @@ class CapturedStep:
                     f"{tuple(own.shape)} as in the step that was captured"
                 )
 
-    def _fill(self, batch: tuple[Tensor, ...], now: Scheduled) -> None:
-        if not all(map(operator.is_, now, self._now)):
-            raise ValueError("threshold: its schedule gives another shape than in the capture")
-        for own, given in zip(self._batch, batch, strict=True):
-            own.copy_(given, non_blocking=True)
+    def _check_numbers(self, now: Scheduled) -> None:
+        for name, own, given in zip(Scheduled._fields, self._now, now, strict=True):
+            if own is not given:
+                raise ValueError(
+                    f"{name}: got another tensor than in the capture, expected a schedule whose "
+                    "values keep their shape; make a new CapturedStep"
+                )
 
 
 def _tables(trainer: MeanTeacher) -> tuple[object, ...]:

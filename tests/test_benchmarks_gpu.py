@@ -239,8 +239,8 @@ def test_the_check_of_replays_notices_a_schedule_that_stands_still(monkeypatch):
     class Frozen(Replayed):
         """Replays with what held at the capture, as a graph with numbers in it would."""
 
-        def _fill(self, batch, now):
-            super()._fill(batch, now)
+        def _check_numbers(self, now):
+            super()._check_numbers(now)
             now.weight.fill_(0.5)
 
     monkeypatch.setattr(fastmt, "CapturedStep", Frozen)

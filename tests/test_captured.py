@@ -164,8 +164,8 @@ class Replayed(captured.CapturedStep):
 
     _device_type = "cpu"
 
-    def _warm_up(self, batch):
-        return self.trainer.step(*batch)
+    def _warm_up(self):
+        return self.trainer.step(*self._batch)
 
     def _record(self):
         return self._compute
@@ -260,11 +260,19 @@ def test_what_a_capture_reads_outlives_the_state_that_replaces_it(tmp_path):
     assert plan() is None and moments() is None
 
 
+def test_warm_up_and_capture_read_the_same_memory_so_that_a_capture_compiles_nothing_new():
+    step, read = Replayed(make_trainer(), warmup=2), set()
+    for seed in range(4):
+        step(*make_batch(seed))
+        read.add(tuple(tensor.data_ptr() for tensor in step._batch))
+    assert len(read) == 1
+
+
 def test_a_threshold_of_another_shape_is_refused():
     step = Replayed(make_trainer(threshold=lambda t: 0.1 if t < 2 else torch.ones(4)), warmup=1)
     for _ in range(2):
         step(*make_batch())
-    with pytest.raises(ValueError, match="^threshold: its schedule gives another shape"):
+    with pytest.raises(ValueError, match="^threshold: got another tensor than in the capture"):
         step(*make_batch())
 
 
