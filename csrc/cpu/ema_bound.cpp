@@ -184,8 +184,11 @@ int64_t ema_bind(const std::vector<Tensor>& averages, const std::vector<Tensor>&
 }
 
 void ema_release(int64_t key) {
+  // The end of a tensor waits for Python's lock and may run code of Python, which may come here
+  // again: what is released ends after the guard.
+  decltype(registry)::node_type released;
   const std::lock_guard<std::mutex> guard(registry_lock);
-  registry.erase(key);
+  released = registry.extract(key);
 }
 
 // One decay and one seed of random numbers a teacher; a negative decay leaves it out. False, with
