@@ -1,4 +1,4 @@
-"""Tensors that C++ holds from one update to the next: how they are let go."""
+"""Tensors that C++ holds from one update to the next: how they are let go, and when refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import fastmt
 from fastmt import backends
+from fastmt.ema_bound import AVERAGE, Bound, Row
 
 pytestmark = pytest.mark.skipif(
     backends.extension_missing() is not None, reason="the C++ kernels are not built"
@@ -70,3 +73,33 @@ def test_letting_tensors_go_waits_for_nobody(program):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_memory_that_is_shared_is_refused_as_often_as_it_is_found():
+    student = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    teacher = fastmt.EMATeacher(student, decay=0.9, warmup=None)
+    teacher.update()
+    student[0].weight.data = teacher.module[1].weight.data
+    before = student[0].weight.clone()
+    with torch.no_grad():
+        student[1].weight.add_(1)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="shares storage"):
+            teacher.update()
+        assert torch.equal(student[0].weight, before)
+    student[0].weight.data = before + 1
+    teacher.update()
+    torch.testing.assert_close(teacher.module[1].weight, before + 0.1)
+
+
+def test_memory_found_shared_beside_another_layout_is_refused_later():
+    averages, values = ([torch.full((4,), fill) for _ in range(2)] for fill in (0.0, 1.0))
+    rows = [
+        Row(i, (a,), v, (AVERAGE,), (None,))
+        for i, (a, v) in enumerate(zip(averages, values, strict=True))
+    ]
+    bound, layout = Bound(rows), values[1].data
+    values[0].data, values[1].data = averages[1].data, torch.ones(2, 2)
+    assert not bound.holds()
+    values[1].data = layout
+    assert not bound.holds()
