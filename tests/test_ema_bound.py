@@ -103,3 +103,13 @@ def test_memory_found_shared_beside_another_layout_is_refused_later():
     assert not bound.holds()
     values[1].data = layout
     assert not bound.holds()
+
+
+def test_a_binding_that_watches_is_not_updated_without_what_it_watches():
+    average, value = torch.zeros(4), torch.ones(4)
+    bound = Bound([Row(0, (average,), value, (AVERAGE,), (None,))], watch=True)
+    assert not bound.holds()
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        bound.run([0.5], [0])
+    assert bound.update([average, value], [0.5], [0])
+    assert torch.equal(average, torch.full((4,), 0.5))

@@ -211,11 +211,13 @@ bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
 
 }  // namespace fastmt
 
-// ema_bound_update_ without watched tensors in two halves, for what has to lie between them. Both
-// are false where something was thrown, which must not pass through C.
+// ema_bound_update_ in two halves, for what has to lie between them. Both are false where tensors are
+// watched, which come along with neither, and where something was thrown, which must not pass
+// through C. The second half goes by what the first has read.
 FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
   try {
     const auto bound = fastmt::find(key);
+    if (bound->watched) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
     return fastmt::holds(*bound);
   } catch (...) {
@@ -226,6 +228,7 @@ FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
 FASTMT_EXPORTED bool fastmt_ema_run(int64_t key, const double* decays, const int64_t* draws) {
   try {
     const auto bound = fastmt::find(key);
+    if (bound->watched) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
     fastmt::run(*bound, decays, draws);
     return true;
