@@ -174,6 +174,38 @@ fastmt.softmax_confidence(torch.zeros(2, 3))
     assert "FASTMT_CPU_ISA: got 'sse9', expected baseline, avx2 or avx512" in done.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_integers_are_refused_where_kernels_compute(dtype):
+    kernels = torch.ops.fastmt
+    floats, one = torch.zeros(2, 3, 5), torch.ones(())
+    integers, labels = floats.to(dtype), torch.zeros(2, 5, dtype=torch.uint8)
+    weights = labels.to(dtype)
+    rest = [0] * 6, 1.0, None, False, True
+
+    def consistency(student, teacher, weight):
+        return kernels.consistency_loss(student, [floats, teacher], one, weight, None, *rest)
+
+    def supervised(logits, weight):
+        return kernels.cross_entropy(logits, labels, weight, None, [255, 0], 0.0, False, True)
+
+    calls = {
+        "images": lambda: kernels.gaussian_noise(integers, torch.tensor(0), 0.1, 0.2, False),
+        "data": lambda: kernels.scale_(integers, one, one),
+        "student": lambda: consistency(integers, floats, None),
+        "teacher": lambda: consistency(floats, integers, None),
+        "pixel_weight": lambda: consistency(floats, floats, weights),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"{name}: got integers, expected float32"):
+            call()
+    with pytest.raises(RuntimeError, match="logits: got integers"):
+        kernels.softmax_confidence([floats, integers], 0, 1.0, None, False)
+    with pytest.raises(RuntimeError, match="logits: got integers"):
+        supervised(integers, None)
+    with pytest.raises(RuntimeError, match="pixel_weight: got integers"):
+        supervised(floats, weights)
+
+
 def test_the_widest_instruction_set_is_taken():
     flags = Path("/proc/cpuinfo")
     if not flags.exists() or "flags" not in flags.read_text():

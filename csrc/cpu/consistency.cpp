@@ -85,6 +85,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
     const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& valid,
     const std::vector<int64_t>& options, double inverse_temperature,
     const std::optional<std::vector<int64_t>>& size, bool align_corners, bool wants_gradient) {
+  check_floating("student", student);
+  for (const Tensor& member : teacher) check_floating("teacher", member);
+  if (pixel_weight) check_floating("pixel_weight", *pixel_weight);
   ConsistencyCall call{};
   call.members = int(teacher.size());
   call.classes = int(student.size(1));

@@ -77,6 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, const std::vector<int64_t>& options,
     double label_smoothing, bool align_corners, bool wants_gradient) {
+  check_floating("logits", logits);
+  if (pixel_weight) check_floating("pixel_weight", *pixel_weight);
   CrossEntropyCall call{};
   call.classes = int(logits.size(1));
   call.class_weight = class_weight ? static_cast<const float*>(class_weight->data_ptr()) : nullptr;

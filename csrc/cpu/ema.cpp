@@ -23,6 +23,7 @@ void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decay)
 
 // data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32.
 void scale_(Tensor data, const Tensor& scale, const Tensor& factor) {
+  check_floating("data", data);
   const float product = *static_cast<const float*>(scale.data_ptr()) *
                         *static_cast<const float*>(factor.data_ptr());
   if (product == 1) return;

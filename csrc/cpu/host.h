@@ -19,6 +19,10 @@ using torch::stable::Tensor;
 
 Type type_of(const Tensor& tensor);
 
+// Refuses integers where kernels compute: what is neither float32 nor bfloat16 they take for float16,
+// and would read past the end of bytes.
+void check_floating(const char* name, const Tensor& tensor);
+
 // A tensor (N, C, *spatial) with its class dimension, or a map (N, *spatial) without one.
 struct Operand {
   View* view;
