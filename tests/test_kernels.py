@@ -211,8 +211,9 @@ def test_the_widest_instruction_set_is_taken():
     if not flags.exists() or "flags" not in flags.read_text():
         pytest.skip("no processor flags to compare with")
     words = set(flags.read_text().split())
-    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words
-    expected = "avx512" if wide else "avx2" if {"avx2", "fma"} <= words else "baseline"
+    avx2 = {"avx2", "fma", "bmi2", "f16c"} <= words
+    wide = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words
+    expected = "avx512" if wide else "avx2" if avx2 else "baseline"
     if "FASTMT_CPU_ISA" not in os.environ:
         assert backends.instruction_set() == expected
 
