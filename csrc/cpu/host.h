@@ -40,6 +40,7 @@ int tile_size(int64_t classes);
 // there are none. Results must not depend on which thread takes which.
 template <class F>
 void share_out(int64_t count, const F& f) {
+  kernels();  // may throw, and parallel_for would lose the message
   Queue queue{count};
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads < count ? threads : count, 1,
