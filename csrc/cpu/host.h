@@ -74,6 +74,11 @@ struct GradientScale {
 // only the pixels of one low-resolution cell are divided out, so that their sum stays in range.
 GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels);
 
+// 0 where there is nothing to divide by.
+inline double ratio(double numerator, double denominator) {
+  return denominator == 0 ? 0 : numerator / denominator;
+}
+
 Tensor scalar_tensor(double value);   // float32
 Tensor scalar_tensor(int64_t value);  // int64
 
