@@ -1,5 +1,6 @@
 // The schemas of the operations and their CPU implementations, through PyTorch's stable ABI.
 #include <string>
+#include <tuple>
 
 #include "cpu/host.h"
 

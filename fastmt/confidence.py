@@ -10,6 +10,7 @@ from fastmt import arguments, backends, reference
 from fastmt.reference import Confidence
 
 KINDS = ("max_prob", "entropy", "margin")
+MAX_RANK = 8  # as in csrc/cpu/calls.h
 
 
 def softmax_confidence(
@@ -71,7 +72,17 @@ def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> li
 
 
 def upsampling_obstacle(logits: Sequence[Tensor], size: Sequence[int] | None) -> str | None:
-    """Up-sampling inside the kernels is bilinear."""
+    """Up-sampling inside the kernels is bilinear; else they walk up to MAX_RANK dimensions."""
     if upsampled_inside(logits, size) is not None and logits[0].ndim != 4:
         return f"up-sampling {logits[0].ndim - 2}-D logits is done by the reference"
+    return _rank_obstacle(logits[0])
+
+
+def _rank_obstacle(logits: Tensor) -> str | None:
+    """Of dimensions (N, *spatial), not counting those of size 1."""
+    if logits.ndim - 1 <= MAX_RANK:  # without a look at sizes, which a trace may leave open
+        return None
+    rank = sum(size > 1 for size in (logits.shape[0], *logits.shape[2:]))
+    if rank > MAX_RANK:
+        return f"{rank} dimensions of pixels are more than the {MAX_RANK} that the kernels walk"
     return None

@@ -31,8 +31,9 @@ class Bound:
     """Rows whose tensors the C++ side holds from one update to the next.
 
     It holds the tensors themselves, not their addresses: it reads each pointer, shape, stride and
-    dtype anew at every call, so that no stale memory is ever read. With `watch` it holds all but
-    those of the first row, whose end can then tell that the others are to be let go.
+    dtype anew at every update, so that whatever was exchanged since the last one is noticed. Only
+    another thread that exchanges the memory of a tensor during an update is not. With `watch` it
+    holds all but those of the first row, whose end can then tell that the others are to be let go.
     """
 
     def __init__(self, rows: Sequence[Row], *, watch: bool = False) -> None:
@@ -58,14 +59,14 @@ class Bound:
         return self._launch(self._key, watched, decays, draws)
 
     def holds(self) -> bool:
-        """Whether all tensors have kept their layout; reads anew where they lie. Not with `watch`.
+        """Whether all tensors have kept their layout; reads where they lie. False with `watch`.
 
         It is the first half of update(), and brings the tensors' records near.
         """
         return self._holds(self._key)
 
     def run(self, decays: Sequence[float], draws: Sequence[int]) -> None:
-        """The second half of update(), right after holds()."""
+        """The second half of update(), right after holds(), by the addresses that it has read."""
         self._decays[:], self._draws[:] = decays, draws
         if not self._run(*self._operands):
             raise RuntimeError("the launch failed")

@@ -28,7 +28,7 @@ def next_entry() -> int:
 
 @functools.cache
 def ema_holds() -> ctypes._CFuncPtr:
-    """(key) -> bool, of csrc/cpu/ema_bound.cpp; no other thread of Python comes in between."""
+    """(key) -> bool, of csrc/cpu/ema_bound.cpp; no other thread of Python runs during it."""
     return _declared(_keeping_the_lock(), "fastmt_ema_holds", 1)
 
 

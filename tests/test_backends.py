@@ -101,6 +101,19 @@ def test_too_many_classes_are_a_stated_reason():
     assert fastmt.explain(fastmt.cross_entropy, many, labels) == ("eager", reason)
 
 
+@built
+def test_more_dimensions_than_the_kernels_walk_are_a_stated_reason():
+    pixels = (2,) * 9
+    many, labels = random_logits((2, 3, *pixels[1:]), 0), torch.zeros(pixels, dtype=torch.uint8)
+    reason = "9 dimensions of pixels are more than the 8 that the kernels walk"
+    assert fastmt.explain(fastmt.softmax_confidence, many) == ("eager", reason)
+    assert fastmt.explain(fastmt.consistency_loss, many, many) == ("eager", reason)
+    assert fastmt.explain(fastmt.cross_entropy, many, labels) == ("eager", reason)
+    with fastmt.backend("cpp", strict=True):  # dimensions of size 1 are not walked
+        score, _ = fastmt.softmax_confidence(many[:1].transpose(2, 9))
+    assert torch.equal(score, fastmt.softmax_confidence(many[:1])[0].transpose(1, 8))
+
+
 @each_call
 def test_a_device_without_kernels_is_a_stated_reason(call):
     arguments = [t.to("meta") if torch.is_tensor(t) else t for t in call[1:]]

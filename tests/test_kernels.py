@@ -167,11 +167,54 @@ def test_an_unknown_instruction_set_is_a_clear_error():
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
 import fastmt, torch
-fastmt.softmax_confidence(torch.zeros(2, 3))
+from fastmt import backends
+assert not backends.extension_missing()
+logits = torch.zeros(2, 3)
+calls = [
+    lambda: fastmt.softmax_confidence(logits),
+    lambda: torch.ops.fastmt.softmax_confidence([logits], 0, 1.0, None, False),
+]
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
 """
     done = run_with("sse9", program)
-    assert done.returncode == 1
-    assert "FASTMT_CPU_ISA: got 'sse9', expected baseline, avx2 or avx512" in done.stderr
+    message = "FASTMT_CPU_ISA: got 'sse9', expected baseline, avx2 or avx512"
+    assert done.stdout.count(message) == 2, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_integers_are_refused_where_kernels_compute(dtype):
+    kernels = torch.ops.fastmt
+    floats, one = torch.zeros(2, 3, 5), torch.ones(())
+    integers, labels = floats.to(dtype), torch.zeros(2, 5, dtype=torch.uint8)
+    weights = labels.to(dtype)
+    rest = [0] * 6, 1.0, None, False, True
+
+    def consistency(student, teacher, weight):
+        return kernels.consistency_loss(student, [floats, teacher], one, weight, None, *rest)
+
+    def supervised(logits, weight):
+        return kernels.cross_entropy(logits, labels, weight, None, [255, 0], 0.0, False, True)
+
+    calls = {
+        "images": lambda: kernels.gaussian_noise(integers, torch.tensor(0), 0.1, 0.2, False),
+        "data": lambda: kernels.scale_(integers, one, one),
+        "student": lambda: consistency(integers, floats, None),
+        "teacher": lambda: consistency(floats, integers, None),
+        "pixel_weight": lambda: consistency(floats, floats, weights),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"{name}: got integers, expected float32"):
+            call()
+    with pytest.raises(RuntimeError, match="logits: got integers"):
+        kernels.softmax_confidence([floats, integers], 0, 1.0, None, False)
+    with pytest.raises(RuntimeError, match="logits: got integers"):
+        supervised(integers, None)
+    with pytest.raises(RuntimeError, match="pixel_weight: got integers"):
+        supervised(floats, weights)
 
 
 def test_the_widest_instruction_set_is_taken():
@@ -179,8 +222,9 @@ def test_the_widest_instruction_set_is_taken():
     if not flags.exists() or "flags" not in flags.read_text():
         pytest.skip("no processor flags to compare with")
     words = set(flags.read_text().split())
-    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words
-    expected = "avx512" if wide else "avx2" if {"avx2", "fma"} <= words else "baseline"
+    avx2 = {"avx2", "fma", "bmi2", "f16c"} <= words
+    wide = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words
+    expected = "avx512" if wide else "avx2" if avx2 else "baseline"
     if "FASTMT_CPU_ISA" not in os.environ:
         assert backends.instruction_set() == expected
 

@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor> softmax_confidence(const std::vector<Tensor>& logits,
                                               double inverse_temperature,
                                               const std::optional<std::vector<int64_t>>& size,
                                               bool align_corners) {
+  for (const Tensor& member : logits) check_floating("logits", member);
   const Tensor& first = logits[0];
   std::vector<int64_t> out{first.size(0)};
   for (int64_t d = 2; d < first.dim(); ++d) out.push_back(size ? (*size)[d - 2] : first.size(d));

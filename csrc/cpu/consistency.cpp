@@ -5,8 +5,8 @@ namespace fastmt {
 
 namespace {
 
-enum Normalize { all, valid, selected, weight };
-constexpr int RATIO = 2;  // weight="ratio"
+enum class Normalize : int64_t { all, valid, selected, weight };  // as in fastmt/consistency.py
+constexpr int RATIO = 2;                                          // Weight::ratio of the kernels
 
 struct Maps {
   const std::optional<Tensor>&pixel_weight, &valid;
@@ -22,10 +22,6 @@ ConsistencySums add(const std::vector<ConsistencySums>& parts) {
     total.valid += part.valid;
   }
   return total;
-}
-
-double ratio(double numerator, double denominator) {
-  return denominator == 0 ? 0 : numerator / denominator;
 }
 
 ConsistencySums run_dense(ConsistencyCall call, const Tensor& student,
@@ -85,6 +81,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
     const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& valid,
     const std::vector<int64_t>& options, double inverse_temperature,
     const std::optional<std::vector<int64_t>>& size, bool align_corners, bool wants_gradient) {
+  check_floating("student", student);
+  for (const Tensor& member : teacher) check_floating("teacher", member);
+  if (pixel_weight) check_floating("pixel_weight", *pixel_weight);
   ConsistencyCall call{};
   call.members = int(teacher.size());
   call.classes = int(student.size(1));
@@ -93,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
   call.kind = int(options[2]);
   call.weight = int(options[3]);
   call.strict = options[4] != 0;
-  const int normalize = int(options[5]);
+  const auto normalize = Normalize(options[5]);
   call.inverse_temperature = float(inverse_temperature);
   call.threshold = static_cast<const float*>(threshold.data_ptr());
   call.threshold_by_label = threshold.numel() > 1;

@@ -7,7 +7,7 @@ namespace fastmt {
 
 namespace {
 
-enum Normalize { all, valid, weight };
+enum class Normalize : int64_t { all, valid, weight };  // as in fastmt/cross_entropy.py
 
 CrossEntropySums add(const std::vector<CrossEntropySums>& parts) {
   CrossEntropySums total{};
@@ -77,12 +77,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, const std::vector<int64_t>& options,
     double label_smoothing, bool align_corners, bool wants_gradient) {
+  check_floating("logits", logits);
+  if (pixel_weight) check_floating("pixel_weight", *pixel_weight);
   CrossEntropyCall call{};
   call.classes = int(logits.size(1));
   call.class_weight = class_weight ? static_cast<const float*>(class_weight->data_ptr()) : nullptr;
   call.mean_class_weight = mean_of(call.class_weight, call.classes);
   call.ignore_index = options[0];
-  const int normalize = int(options[1]);
+  const auto normalize = Normalize(options[1]);
   call.label_smoothing = float(label_smoothing);
 
   const int64_t pixels = labels.numel();
@@ -100,9 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
   const double denominator = normalize == Normalize::all     ? double(pixels)
                              : normalize == Normalize::valid ? double(total.valid)
                                                              : total.weight;
-  const double share = denominator == 0 ? 0 : 1 / denominator;
-  return {scalar_tensor(denominator == 0 ? 0 : total.loss * share),
-          scalar_tensor(scale.outside(share)),
+  return {scalar_tensor(ratio(total.loss, denominator)),
+          scalar_tensor(scale.outside(ratio(1, denominator))),
           gradient ? *gradient : torch::stable::new_empty(logits, {0}),
           scalar_tensor(total.wrong), scalar_tensor(total.wrong_label)};
 }

@@ -3,6 +3,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/calls.h"
 
 namespace baseline {
@@ -21,15 +25,32 @@ namespace fastmt {
 
 namespace {
 
-bool has(const std::string& name) {
-  if (name == "baseline") return true;
 #if defined(__x86_64__)
-  if (name == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+// Compilers have had a name for it, as for the others, only lately.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+// What avx2.cpp compiles for: a virtual machine can lack any one of them.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && has_f16c();
+}
+
+// What avx512.cpp compiles for.
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
-  return false;
+
+bool has(const std::string& name) {
+#if defined(__x86_64__)
+  if (name == "avx512") return has_avx512();
+  if (name == "avx2") return has_avx2();
+#endif
+  return name == "baseline";
 }
 
 const Kernels& table_of(const std::string& name) {

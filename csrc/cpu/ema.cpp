@@ -6,23 +6,24 @@ namespace fastmt {
 
 // Rows of `table`: teacher pointer, student pointer, length, teacher dtype, student dtype as in
 // Type; `starts` (rows + 1) counts the chunks before each row. A negative decay changes nothing.
-void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decay) {
+void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& scalar) {
   constexpr int64_t columns = 5;
   const auto* rows = static_cast<const int64_t*>(table.data_ptr());
   const auto* start = static_cast<const int64_t*>(starts.data_ptr());
-  const double keep = *static_cast<const double*>(decay.data_ptr());
-  if (keep < 0) return;
+  const double decay = *static_cast<const double*>(scalar.data_ptr());
+  if (decay < 0) return;
   for_each_chunk(start, table.size(0), rows + 2, columns,
                  [&](int64_t row, int64_t first, int64_t last) {
     const int64_t* entry = rows + row * columns;
     kernels().ema({reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]),
                    Type(entry[3]), Type(entry[4]), first, last},
-                  keep);
+                  decay);
   });
 }
 
 // data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32.
 void scale_(Tensor data, const Tensor& scale, const Tensor& factor) {
+  check_floating("data", data);
   const float product = *static_cast<const float*>(scale.data_ptr()) *
                         *static_cast<const float*>(factor.data_ptr());
   if (product == 1) return;

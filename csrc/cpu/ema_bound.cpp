@@ -1,6 +1,7 @@
 // Tensors that are held from one update to the next: handing a list of them over anew costs about a
 // microsecond each, looking at one that is held a few nanoseconds.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -39,6 +40,7 @@ struct Bound {
   std::vector<Use> uses;          // [row][teacher]
   std::vector<Type> value_types;  // [row]
   std::vector<int64_t> length, start, number;
+  std::atomic<bool> moved{true};  // since are_apart last said yes
   std::mutex lock;
 
   const Held& value(int64_t row) const { return tensors[row * (teachers + 1) + teachers]; }
@@ -100,8 +102,9 @@ bool are_apart(const Bound& bound) {
 
 // Reads all pointers anew. False where a tensor has another layout, no memory, or that of another.
 bool holds(Bound& bound) {
-  std::atomic<bool> moved{false};
-  return all_hold(bound.tensors, bound.layouts, moved) && (!moved || are_apart(bound));
+  if (!all_hold(bound.tensors, bound.layouts, bound.moved)) return false;
+  if (bound.moved) bound.moved = !are_apart(bound);
+  return !bound.moved;
 }
 
 void run(const Bound& bound, const double* decays, const int64_t* draws) {
@@ -184,12 +187,16 @@ int64_t ema_bind(const std::vector<Tensor>& averages, const std::vector<Tensor>&
 }
 
 void ema_release(int64_t key) {
+  // The end of a tensor waits for Python's lock and may run code of Python, which may come here
+  // again: what is released ends after the guard.
+  decltype(registry)::node_type released;
   const std::lock_guard<std::mutex> guard(registry_lock);
-  registry.erase(key);
+  released = registry.extract(key);
 }
 
 // One decay and one seed of random numbers a teacher; a negative decay leaves it out. False, with
-// nothing written, where a tensor has another dtype, shape or stride than it was bound with.
+// nothing written, where a tensor has another dtype, shape or stride than it was bound with, no
+// memory, or that of another.
 bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
                        const std::vector<double>& decays, const std::vector<int64_t>& draws) {
   const std::shared_ptr<Bound> bound = find(key);
@@ -204,11 +211,13 @@ bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
 
 }  // namespace fastmt
 
-// ema_bound_update_ without watched tensors in two halves, for what has to lie between them. Both
-// are false where something was thrown, which must not pass through C.
+// ema_bound_update_ in two halves, for what has to lie between them. Both are false where tensors are
+// watched, which come along with neither, and where something was thrown, which must not pass
+// through C. The second half goes by what the first has read.
 FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
   try {
     const auto bound = fastmt::find(key);
+    if (bound->watched) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
     return fastmt::holds(*bound);
   } catch (...) {
@@ -219,6 +228,7 @@ FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
 FASTMT_EXPORTED bool fastmt_ema_run(int64_t key, const double* decays, const int64_t* draws) {
   try {
     const auto bound = fastmt::find(key);
+    if (bound->watched) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
     fastmt::run(*bound, decays, draws);
     return true;

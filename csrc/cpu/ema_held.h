@@ -1,6 +1,7 @@
 // Tensors that are held from one update to the next, and what shows that they have kept their layout.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "cpu/host.h"
@@ -22,8 +23,8 @@ Held described(const Tensor& tensor, std::vector<int64_t>& layouts);
 // Where the tensor's storage begins.
 const char* storage_of(const Held& held);
 
-// Reads all pointers anew; `moved` where one is another than before. False where a tensor has another
-// layout than it was bound with, or not the memory for it.
+// Reads all pointers anew, and sets `moved` where one is another than before, also on the way to
+// false: where a tensor has another layout than it was bound with, or not the memory for it.
 bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
               std::atomic<bool>& moved);
 

@@ -39,7 +39,7 @@ inline float16 narrow_randomly<float16>(float x, uint32_t random) {
   return {uint16_t(half | (bits >> 16 & 0x8000))};
 }
 
-// teacher[i] = store(i, the average of load(i) and student[i]).
+// teacher[i] = store(i, the average of load(i, teacher[i]) and student[i]).
 template <class T, class S, class Load, class Store>
 inline void ema_span(T* __restrict__ teacher, const S* __restrict__ student, const EmaSpan& span,
                      double decay, Load load, Store store) {
@@ -51,7 +51,7 @@ inline void ema_span(T* __restrict__ teacher, const S* __restrict__ student, con
   const bool near_student = decay < 0.5;
   const float step = float(near_student ? decay : 1 - decay);
   for (int64_t i = span.begin; i < span.end; ++i) {
-    const float average = load(i), value = widen(student[i]);
+    const float average = load(i, widen(teacher[i])), value = widen(student[i]);
     const float from = near_student ? value : average, to = near_student ? average : value;
     teacher[i] = store(i, from + step * (to - from));
   }
@@ -59,10 +59,10 @@ inline void ema_span(T* __restrict__ teacher, const S* __restrict__ student, con
 
 template <class T, class S>
 inline void ema_rounded(const EmaSpan& span, double decay) {
-  T* __restrict__ teacher = static_cast<T*>(span.teacher);
-  const S* __restrict__ student = static_cast<const S*>(span.student);
+  T* teacher = static_cast<T*>(span.teacher);
+  const S* student = static_cast<const S*>(span.student);
   T* __restrict__ lost = static_cast<T*>(span.compensation);
-  const auto load = [=](int64_t i) { return widen(teacher[i]); };
+  const auto load = [](int64_t, float x) { return x; };
   if (span.rounding == Rounding::nearest) {
     ema_span(teacher, student, span, decay, load, [](int64_t, float x) { return narrow<T>(x); });
   } else if (span.rounding == Rounding::stochastic) {
@@ -71,7 +71,7 @@ inline void ema_rounded(const EmaSpan& span, double decay) {
       return narrow_randomly<T>(x, mixed(mixed(uint32_t(i)) ^ key));
     });
   } else {
-    const auto whole = [=](int64_t i) { return widen(teacher[i]) + widen(lost[i]); };
+    const auto whole = [=](int64_t i, float x) { return x + widen(lost[i]); };
     ema_span(teacher, student, span, decay, whole, [=](int64_t i, float x) {
       const T near = narrow<T>(x);
       const float rest = x - widen(near);

@@ -20,6 +20,12 @@ Type type_of(const Tensor& tensor) {
   return Type::float32;
 }
 
+void check_floating(const char* name, const Tensor& tensor) {
+  const Type type = type_of(tensor);
+  STD_TORCH_CHECK(type != Type::uint8 && type != Type::int64, name,
+                  ": got integers, expected float32, bfloat16 or float16");
+}
+
 namespace {
 
 // Sizes and strides of the pixel dimensions of an operand, size-1 dimensions left out.

@@ -19,6 +19,10 @@ using torch::stable::Tensor;
 
 Type type_of(const Tensor& tensor);
 
+// Refuses integers where kernels compute: what is neither float32 nor bfloat16 they take for float16,
+// and would read past the end of bytes.
+void check_floating(const char* name, const Tensor& tensor);
+
 // A tensor (N, C, *spatial) with its class dimension, or a map (N, *spatial) without one.
 struct Operand {
   View* view;
@@ -36,6 +40,7 @@ int tile_size(int64_t classes);
 // there are none. Results must not depend on which thread takes which.
 template <class F>
 void share_out(int64_t count, const F& f) {
+  kernels();  // may throw, and parallel_for would lose the message
   Queue queue{count};
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads < count ? threads : count, 1,
@@ -68,6 +73,11 @@ struct GradientScale {
 // half precision it would drown in the subnormals before the caller's loss scale lifts it; there
 // only the pixels of one low-resolution cell are divided out, so that their sum stays in range.
 GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels);
+
+// 0 where there is nothing to divide by.
+inline double ratio(double numerator, double denominator) {
+  return denominator == 0 ? 0 : numerator / denominator;
+}
 
 Tensor scalar_tensor(double value);   // float32
 Tensor scalar_tensor(int64_t value);  // int64

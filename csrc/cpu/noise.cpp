@@ -18,6 +18,7 @@ bool same_strides(const Tensor& a, const Tensor& b) {
 // images + clip(sigma * eps, -clip, clip), in one pass over their memory.
 Tensor gaussian_noise(const Tensor& images, const Tensor& seed, double sigma, double clip,
                       bool clamp) {
+  check_floating("images", images);
   Tensor noisy = empty_output_like(images);
   NoiseCall call{};
   // Images with gaps or overlaps are laid out densely first.

@@ -1,0 +1,115 @@
+"""Tensors that C++ holds from one update to the next: how they are let go, and when refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastmt
+from fastmt import backends
+from fastmt.ema_bound import AVERAGE, Bound, Row
+
+pytestmark = pytest.mark.skipif(
+    backends.extension_missing() is not None, reason="the C++ kernels are not built"
+)
+ROOT = Path(fastmt.__file__).parents[1]
+START = f"""
+import sys, threading, time, weakref
+sys.path[:0] = [{str(ROOT)!r}]
+import torch
+from torch import nn
+import fastmt
+
+def follow(count):
+    student = nn.ModuleList([nn.Linear(4, 4) for _ in range(count)])
+    teacher = fastmt.EMATeacher(student, decay=0.9, warmup=None)
+    teacher.update()
+    return student, teacher
+"""
+# The last hold on a parameter is C++'s, and its end lets a second binding go.
+NESTED = """
+student, teacher = follow(1)
+others = [parameter.detach().clone() for parameter in student.parameters()]
+fastmt.ema_update_(others, list(student.parameters()), 0.9)
+student[0].weight = nn.Parameter(torch.zeros(4, 4))
+teacher.update()
+"""
+# The end of a parameter lets another thread run, which looks at what is bound.
+BESIDE = """
+from fastmt.ema_bound import AVERAGE, Bound, Row
+
+student, teacher = follow(1)
+bound = Bound([Row(0, (torch.zeros(4),), torch.ones(4), (AVERAGE,), (None,))])
+ended = threading.Event()
+
+def keep_looking():
+    while not ended.is_set():
+        assert bound.holds()
+
+beside = threading.Thread(target=keep_looking)
+beside.start()
+weakref.finalize(student[0].weight, time.sleep, 0.1)
+student[0].weight = nn.Parameter(torch.zeros(4, 4))
+teacher.update()
+ended.set()
+beside.join()
+"""
+
+
+@pytest.mark.parametrize("program", [NESTED, BESIDE], ids=["by its own end", "beside an update"])
+def test_letting_tensors_go_waits_for_nobody(program):
+    done = subprocess.run(
+        [sys.executable, "-c", START + program],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_that_is_shared_is_refused_as_often_as_it_is_found():
+    student = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    teacher = fastmt.EMATeacher(student, decay=0.9, warmup=None)
+    teacher.update()
+    student[0].weight.data = teacher.module[1].weight.data
+    before = student[0].weight.clone()
+    with torch.no_grad():
+        student[1].weight.add_(1)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="shares storage"):
+            teacher.update()
+        assert torch.equal(student[0].weight, before)
+    student[0].weight.data = before + 1
+    teacher.update()
+    torch.testing.assert_close(teacher.module[1].weight, before + 0.1)
+
+
+def test_memory_found_shared_beside_another_layout_is_refused_later():
+    averages, values = ([torch.full((4,), fill) for _ in range(2)] for fill in (0.0, 1.0))
+    rows = [
+        Row(i, (a,), v, (AVERAGE,), (None,))
+        for i, (a, v) in enumerate(zip(averages, values, strict=True))
+    ]
+    bound, layout = Bound(rows), values[1].data
+    values[0].data, values[1].data = averages[1].data, torch.ones(2, 2)
+    assert not bound.holds()
+    values[1].data = layout
+    assert not bound.holds()
+
+
+def test_a_binding_that_watches_is_not_updated_without_what_it_watches():
+    average, value = torch.zeros(4), torch.ones(4)
+    bound = Bound([Row(0, (average,), value, (AVERAGE,), (None,))], watch=True)
+    assert not bound.holds()
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        bound.run([0.5], [0])
+    assert bound.update([average, value], [0.5], [0])
+    assert torch.equal(average, torch.full((4,), 0.5))
