@@ -49,9 +49,10 @@ def matched(
     averages, values = _named(teacher, False), _named(student, False)
     if averages.keys() != values.keys():
         averages, values = _named(teacher, True), _named(student, True)
-    for name in averages.keys() ^ values.keys():
-        where = "student" if name in averages else "teacher"
-        raise ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
+    for name in (*averages, *values):
+        if name not in averages or name not in values:
+            where = "student" if name in averages else "teacher"
+            raise ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
     return [_pair(name, average, values[name]) for name, average in averages.items()]
 
 

@@ -260,7 +260,7 @@ class EMATeacher(nn.Module):
     def copy_to(self, network: nn.Module) -> None:
         """Write the averaged parameters and buffers into `network`."""
         self.flush()
-        for target, average in all_pairs(unwrapped(network), self.module):
+        for average, target in all_pairs(self.module, unwrapped(network)):
             target.copy_(average)
 
     @contextlib.contextmanager
@@ -269,7 +269,7 @@ class EMATeacher(nn.Module):
         if self._swapped:
             raise RuntimeError("swapped: the student carries the teacher's weights already")
         network = self._resolve(student)
-        own = [tensor.detach().clone() for tensor, _ in all_pairs(network, self.module)]
+        own = [tensor.detach().clone() for _, tensor in all_pairs(self.module, network)]
         try:
             self._swapped = True
             self.copy_to(network)
@@ -277,7 +277,7 @@ class EMATeacher(nn.Module):
         finally:
             self._swapped = False
             with torch.no_grad():
-                for (tensor, _), value in zip(all_pairs(network, self.module), own, strict=True):
+                for (_, tensor), value in zip(all_pairs(self.module, network), own, strict=True):
                     tensor.copy_(value)
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:

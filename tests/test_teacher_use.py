@@ -131,6 +131,23 @@ def test_parameters_that_appear_vanish_or_change_size_are_named(student):
         teacher.update()
 
 
+def test_copies_name_the_network_that_lacks_an_entry(student):
+    teacher = EMATeacher(student)
+    student.later, student.extra = nn.Linear(1, 1), nn.Linear(1, 1)
+    for copies in (teacher.update, lambda: teacher.copy_to(student), teacher.swapped().__enter__):
+        with pytest.raises(ValueError, match="^student: 'later.weight' is missing in the teacher"):
+            copies()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
+    student = nn.utils.weight_norm(nn.Linear(2, 2))
+    student(torch.zeros(1, 2))
+    with pytest.raises(TypeError, match="cannot be copied .* old weight_norm") as refusal:
+        EMATeacher(student)
+    assert "shard" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
