@@ -113,6 +113,15 @@ def warmed_up(warmup: str | None, decay: float) -> Decay:
     return WARMUPS.get(warmup, Constant)(decay)
 
 
+@functools.lru_cache(maxsize=16)
+def warmup_length(warmup: str | None, decay: float) -> int:
+    """A number of updates after which the warm-up has ended, less than twice the first such."""
+    schedule, length = warmed_up(warmup, decay), 0
+    while schedule(length) < decay:
+        length = 2 * length + 1
+    return length
+
+
 def half_life_decay(half_life: float, per_update: float) -> float:
     """The decay with which a weight counts half after `half_life` steps or images.
 

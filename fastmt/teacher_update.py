@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastmt.ema_table import decay_on
+
 if TYPE_CHECKING:
     from fastmt.teacher import EMATeacher
 
@@ -38,45 +40,56 @@ def update_together(
         if teacher._swapped:
             raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
     network = teachers[0]._resolve(student)
-    if finite is not None and finite.device.type == "cpu" and decays is None:
+    if finite is not None and decays is None and _is_on_host(finite):
         if not finite:
             return
         finite = None
-    recorded = decays is None and _is_capturing()  # advance() counts, at each replay
-    if recorded or True in [teacher._is_due() for teacher in teachers]:
+    capturing = _is_capturing()
+    recorded = capturing and decays is None  # advance() counts, at each replay
+    on_device = recorded or finite is not None or decays is not None
+    if on_device or True in [teacher._may_average() for teacher in teachers]:
         plan = teachers[0]._plan_for(teachers, network)
-        if plan.staging is not None and _is_capturing():
+        if plan.staging is not None and capturing:
             raise RuntimeError("update: an update of a teacher on the CPU cannot be captured")
-        now, draws = _given(teachers, decays, recorded, plan.device)
-        if finite is not None:
-            now = [_where(finite, decay) for decay in now]
+        if on_device or True in [teacher._may_skip() for teacher in teachers]:
+            now, draws = _on_device(teachers, decays, finite, capturing)
+        else:
+            now, draws = [t._due_decay() for t in teachers], [t._draw() for t in teachers]
+            if plan.device.type != "cpu":
+                now = [decay_on(plan.device, decay) for decay in now]
         if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
             teachers[0]._plan_anew(teachers, network).run(now, draws)
-    for teacher in () if recorded else teachers:
-        teacher.count()
+    for teacher in teachers:
+        if finite is not None:
+            teacher._count_on(finite.device).skip(finite)
+        if not recorded:
+            teacher.count()
 
 
-def _given(
+def _on_device(
     teachers: Sequence[EMATeacher],
     decays: Sequence[Tensor] | None,
-    recorded: bool,
-    device: torch.device,
-) -> tuple[list[float | Tensor], list[int | Tensor]]:
-    """Decay and draw of each teacher."""
-    if decays is None and not recorded and device.type == "cpu":
-        return [t._due_decay() for t in teachers], [t._draw() for t in teachers]
-    if decays is not None:
-        draws = [t._captured()[1] if _is_capturing() else t._draw() for t in teachers]
-        return list(decays), draws
-    scalars = [t._captured() if recorded else t.put_decay() for t in teachers]
-    return [decay for decay, _ in scalars], [draw for _, draw in scalars]
+    finite: Tensor | None,
+    capturing: bool,
+) -> tuple[list[Tensor], list[int | Tensor]]:
+    """Decay and draw of each teacher where only a device may know what it is the count of."""
+    now, draws = [], []
+    for teacher, decay in zip(teachers, decays or [None] * len(teachers), strict=True):
+        if finite is not None and not capturing:
+            teacher._count_on(finite.device)
+        if decay is None and not capturing:
+            teacher.put_decay()
+        count = teacher._captured() if capturing else teacher._device_count
+        decay = count.decay if decay is None else decay
+        # Negative where the step was skipped, on the device of `finite`.
+        now.append(decay if finite is None else torch.where(finite, decay, -1.0))
+        is_put = count is not None and (capturing or decay is count.decay)
+        draws.append(count.draw if is_put else teacher._draw())
+    return now, draws
 
 
-def _where(finite: Tensor, decay: float | Tensor) -> Tensor:
-    """The decay, and negative where the step was skipped, on the device of `finite`."""
-    if not isinstance(decay, Tensor):
-        decay = torch.full_like(finite, decay, dtype=torch.float64)
-    return torch.where(finite, decay, -1.0)
+def _is_on_host(finite: Tensor) -> bool:
+    return finite.is_cpu
 
 
 def _is_capturing() -> bool:

@@ -8,9 +8,8 @@ import pickle
 
 import pytest
 import torch
-from followed import Net, advance, assert_same, follow
+from followed import Net, NoHostReads, advance, assert_same, follow
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmt import EMATeacher, backend
 
@@ -164,14 +163,6 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
 def test_options_out_of_range_are_named(student, options, message):
     with pytest.raises(ValueError, match=message):
         EMATeacher(student, **options)
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails where a value is read on the host, for which a device would have to be waited for."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
