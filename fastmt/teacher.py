@@ -13,7 +13,7 @@ from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
 from fastmt.matching import plain_name, unwrapped
 from fastmt.teacher_count import Counting
-from fastmt.teacher_network import all_pairs, check_wide, copied, retype
+from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, retype
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
@@ -94,7 +94,6 @@ class EMATeacher(Counting):
         self._student = weakref.ref(unwrapped(student))
         self._plan: Plan | None = None
         self._offloaded: Plan | None = None
-        self._swapped = False
         self.eval()
 
     def update(
@@ -198,20 +197,28 @@ class EMATeacher(Counting):
 
     @contextlib.contextmanager
     def swapped(self, student: nn.Module | None = None) -> Iterator[None]:
-        """The student carries the teacher's weights in this context, and its own again after it."""
-        if self._swapped:
-            raise RuntimeError("swapped: the student carries the teacher's weights already")
+        """The student carries the teacher's weights in this context, and its own again after it.
+
+        No teacher averages it meanwhile: update() and another swapped() raise RuntimeError.
+        """
         network = self._resolve(student)
+        if network in carrying:
+            raise RuntimeError("swapped: the student carries a teacher's weights already")
         own = [tensor.detach().clone() for _, tensor in all_pairs(self.module, network)]
         try:
-            self._swapped = True
+            carrying.add(network)
             self.copy_to(network)
             yield
         finally:
-            self._swapped = False
+            carrying.discard(network)
             with torch.no_grad():
                 for (_, tensor), value in zip(all_pairs(self.module, network), own, strict=True):
                     tensor.copy_(value)
+
+    @property
+    def _swapped(self) -> bool:
+        """Whether the student carries the weights of this teacher or of another."""
+        return (self._student and self._student()) in carrying
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """The averaged network's own state dict: it loads into the plain network.

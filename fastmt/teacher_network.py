@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastmt.matching import matched, reshard, sharded_modules
 
 HALVES = (torch.bfloat16, torch.float16)
+carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
 
 
 def copied(network: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt.ema_table import decay_on
+from fastmt.teacher_network import carrying
 
 if TYPE_CHECKING:
     from fastmt.teacher import EMATeacher
@@ -24,7 +25,8 @@ def update_together(
     """One update() of several teachers of one student, in one launch that reads it once.
 
     Args:
-        teachers: at least one; each goes by its own decay, counters and buffer rule.
+        teachers: at least one, of one student unless `student` is given; each goes by its own
+            decay, counters and buffer rule.
         student, finite: as of EMATeacher.update.
         decays: one a teacher, as of EMATeacher.update.
     """
@@ -36,10 +38,11 @@ def update_together(
     teachers = list(teachers)
     if not teachers:
         raise ValueError("teachers: got none, expected at least one")
-    for teacher in teachers:
-        if teacher._swapped:
-            raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
     network = teachers[0]._resolve(student)
+    if network in carrying:
+        raise RuntimeError("update: the student carries a teacher's weights; leave swapped()")
+    if student is None:
+        _check_same(teachers, network)
     if finite is not None and decays is None and _is_on_host(finite):
         if not finite:
             return
@@ -86,6 +89,16 @@ def _on_device(
         is_put = count is not None and (capturing or decay is count.decay)
         draws.append(count.draw if is_put else teacher._draw())
     return now, draws
+
+
+def _check_same(teachers: Sequence[EMATeacher], network: nn.Module) -> None:
+    for teacher in teachers[1:]:
+        other = teacher._student and teacher._student()
+        if other is not None and other is not network:
+            raise ValueError(
+                "teachers: got teachers of different students; update each student's on their own, "
+                "or pass update_together(student=)"
+            )
 
 
 def _is_on_host(finite: Tensor) -> bool:

@@ -189,14 +189,30 @@ def test_versions_are_bumped_so_that_autograd_notices(student):
         loss.backward()
 
 
-def test_update_inside_swapped_is_refused(student):
-    teacher = EMATeacher(student)
-    with teacher.swapped():
+def test_no_teacher_averages_a_student_that_carries_a_teachers_weights(student):
+    teachers = [EMATeacher(student) for _ in range(2)]
+    advance(student, 0)
+    with teachers[0].swapped():
+        for teacher in teachers:
+            with pytest.raises(RuntimeError, match="^update: the student carries"):
+                teacher.update()
+            with pytest.raises(RuntimeError, match="^swapped: "), teacher.swapped():
+                pass
         with pytest.raises(RuntimeError, match="^update: the student carries"):
-            teacher.update()
-        with pytest.raises(RuntimeError, match="^swapped: "), teacher.swapped():
-            pass
-    teacher.update()
+            update_together(teachers[::-1])
+        EMATeacher(Net()).update(student=Net())
+    update_together(teachers)
+    assert_same(teachers[1].module, student)
+
+
+def test_teachers_of_different_students_are_refused_unless_one_is_given(student):
+    other = Net()
+    teachers = [EMATeacher(student), EMATeacher(other)]
+    with pytest.raises(ValueError, match="^teachers: got teachers of different students"):
+        update_together(teachers)
+    assert_same(teachers[1].module, other)
+    update_together(teachers, student=student)
+    assert_same(teachers[1].module, student)
 
 
 def test_an_attached_teacher_updates_after_each_step_that_is_not_skipped(student):
