@@ -105,6 +105,16 @@ def test_updates_without_a_flag_go_on_by_the_devices_count(monkeypatch):
     assert_same(teacher.module, expected.module)
 
 
+def test_a_given_decay_alone_tells_whether_a_call_averages(student):
+    teacher = EMATeacher(student, update_every=3)
+    before = copy.deepcopy(teacher.module)
+    advance(student, 0)
+    teacher.update(decay=torch.tensor(-1.0, dtype=torch.float64))
+    assert_same(teacher.module, before)
+    teacher.update(decay=torch.tensor(0.0, dtype=torch.float64))
+    assert_same(teacher.module, student)
+
+
 def test_teachers_in_one_launch_each_leave_out_what_was_skipped(student, monkeypatch):
     options = ({"decay": 0.9}, {"decay": 0.7, "update_every": 3}, {"decay": 0.5, "warmup": None})
     alone, together = ([EMATeacher(student, **o) for o in options] for _ in range(2))
