@@ -123,17 +123,28 @@ def test_a_replaced_module_is_followed_and_an_added_one_named(student):
         teacher.update()
 
 
-def test_a_frozen_parameter_that_thaws_or_changes_is_averaged(student):
-    student.first.requires_grad_(False)
-    teacher = EMATeacher(student, 0.5, warmup=None)
-    teacher.update()
-    before = teacher.module.first.bias.clone()
+def add(parameter):
     with torch.no_grad():
-        student.first.bias.add_(1)
+        parameter.add_(1)
+
+
+def add_past_autograd(parameter):
+    parameter.data.add_(1)
+
+
+@pytest.mark.parametrize("change", [add, add_past_autograd])
+def test_a_frozen_parameter_that_changes_is_averaged_and_else_stays_as_it_is(student, change):
+    student.first.requires_grad_(False)
+    teacher = EMATeacher(student, 0.9, warmup=None)
+    before = teacher.module.first.bias.clone()
+    for _ in range(3):
+        teacher.update()
+    assert torch.equal(teacher.module.first.bias, before)
+    change(student.first.bias)
     teacher.update()
-    torch.testing.assert_close(teacher.module.first.bias, before + 0.5)
+    torch.testing.assert_close(teacher.module.first.bias, before + 0.1)
     teacher.update()
-    torch.testing.assert_close(teacher.module.first.bias, before + 0.75)
+    torch.testing.assert_close(teacher.module.first.bias, before + 0.19)
 
 
 def test_shared_storage_is_refused_by_name(student):
