@@ -48,8 +48,8 @@ class EMATeacher(Counting):
         seed: of stochastic rounding; the same seed and students give the same teacher.
         device: of the teacher; default: the student's. On "cpu" it takes no memory of the student's
             GPU: update() starts a copy of the student to pinned memory and returns, and the average
-            is made at the next update() or when this module is asked for anything (but `module`
-            itself: call flush() before).
+            is made at the next update(), or when this module is called, saved, copied or moved.
+            Whatever else reads it (`module`, parameters(), buffers()) has to call flush() before.
 
     Starts in eval mode. `module` is the averaged network; forward runs it without gradient.
     `calls` and `updates` count update() and those that averaged. Where only a GPU knows that some
