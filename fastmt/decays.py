@@ -122,12 +122,15 @@ def warmup_length(warmup: str | None, decay: float) -> int:
     return length
 
 
-def half_life_decay(half_life: float, per_update: float) -> float:
-    """The decay with which a weight counts half after `half_life` steps or images.
+def half_life_decay(half_life: float, steps: int, images: float | None = None) -> float:
+    """The decay with which a weight counts half after `half_life` steps, or images where given.
 
     Args:
-        half_life: in the unit of `per_update`.
-        per_update: steps, or images, that pass from one averaging update to the next.
+        half_life: in steps, or in images.
+        steps: that pass from one averaging update to the next.
+        images: of a step.
     """
     arguments.check_positive("half_life", half_life)
-    return 0.5 ** (per_update / half_life)
+    if images is not None:
+        arguments.check_positive("images_per_step", images)
+    return 0.5 ** (steps * (1 if images is None else images) / half_life)

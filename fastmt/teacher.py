@@ -79,7 +79,11 @@ class EMATeacher(Counting):
         device: torch.device | str | None = None,
     ) -> None:
         if half_life is not None:
-            decay = decays.half_life_decay(half_life, update_every * (images_per_step or 1))
+            if decay != 0.999:
+                raise ValueError(f"decay: got {decay!r} beside half_life; give one of them")
+            decay = decays.half_life_decay(half_life, update_every, images_per_step)
+        elif images_per_step is not None:
+            raise ValueError(f"images_per_step: got {images_per_step!r} without half_life")
         arguments.check_choice("buffers", buffers, BUFFERS)
         if rounding is not None:
             arguments.check_choice("rounding", rounding, ROUNDINGS)

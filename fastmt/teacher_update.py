@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastmt import arguments
 from fastmt.ema_table import decay_on
 from fastmt.teacher_network import carrying
 
@@ -38,6 +39,12 @@ def update_together(
     teachers = list(teachers)
     if not teachers:
         raise ValueError("teachers: got none, expected at least one")
+    if decays is not None and len(decays) != len(teachers):
+        raise ValueError(f"decays: got {len(decays)}, expected {len(teachers)}, one a teacher")
+    for decay in decays or ():
+        _check_scalar("decay", decay, torch.float64)
+    if finite is not None:
+        _check_scalar("finite", finite, torch.bool)
     network = teachers[0]._resolve(student)
     if network in carrying:
         raise RuntimeError("update: the student carries a teacher's weights; leave swapped()")
@@ -89,6 +96,16 @@ def _on_device(
         is_put = count is not None and (capturing or decay is count.decay)
         draws.append(count.draw if is_put else teacher._draw())
     return now, draws
+
+
+def _check_scalar(name: str, given: object, dtype: torch.dtype) -> None:
+    if isinstance(given, Tensor) and given.ndim == 0 and given.dtype == dtype:
+        return
+    kind = type(given).__name__
+    if isinstance(given, Tensor):
+        kind = f"{given.dtype} of shape {arguments.shape(given)}"
+    expected = str(dtype).removeprefix("torch.")
+    raise TypeError(f"{name}: got {kind}, expected a 0-dim {expected} tensor")
 
 
 def _check_same(teachers: Sequence[EMATeacher], network: nn.Module) -> None:

@@ -153,6 +153,10 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
         ({"decay": 1.0}, "^decay: got 1.0"),
         ({"decay": -0.1}, "^decay: got -0.1"),
         ({"half_life": 0}, "^half_life: got 0"),
+        ({"half_life": 5, "decay": 0.9}, "^decay: got 0.9 beside half_life"),
+        ({"half_life": 5, "images_per_step": 0}, "^images_per_step: got 0"),
+        ({"half_life": 5, "images_per_step": -8}, "^images_per_step: got -8"),
+        ({"images_per_step": 8}, "^images_per_step: got 8 without half_life"),
         ({"warmup": "linear"}, "^warmup: got 'linear'"),
         ({"buffers": "mean"}, "^buffers: got 'mean'"),
         ({"update_every": 0}, "^update_every, start: got 0, 0"),
@@ -163,6 +167,26 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
 def test_options_out_of_range_are_named(student, options, message):
     with pytest.raises(ValueError, match=message):
         EMATeacher(student, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"finite": True}, "^finite: got bool, expected a 0-dim bool tensor"),
+        ({"finite": torch.ones(2, dtype=torch.bool)}, r"^finite: got torch.bool of shape \(2\)"),
+        ({"finite": torch.tensor(1.0)}, r"^finite: got torch.float32 of shape \(\)"),
+        ({"decay": 0.5}, "^decay: got float, expected a 0-dim float64 tensor"),
+        ({"decay": torch.tensor([0.5, 0.5]).double()}, r"^decay: got torch.float64 of shape \(2\)"),
+    ],
+)
+def test_what_is_no_scalar_on_the_device_is_named_and_nothing_changes(student, given, message):
+    teacher = EMATeacher(student)
+    before = copy.deepcopy(teacher.module)
+    advance(student, 0)
+    with pytest.raises(TypeError, match=message):
+        teacher.update(**given)
+    assert_same(teacher.module, before)
+    assert teacher.calls == 0
 
 
 @pytest.mark.parametrize(
