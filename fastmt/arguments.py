@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    if not (isinstance(value, Real) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
 
 

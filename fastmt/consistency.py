@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def consistency_loss(
     """
     members = arguments.ensemble("teacher", teacher)
     arguments.check_logits("student", student)
-    out = _check_call(student, members, size, pixel_weight, valid, threshold)
+    _check_call(student, members, size, pixel_weight, valid, threshold)
     _check_options(loss, class_reduction, confidence, weight, normalize, temperature)
     classes = student.shape[1]
     inside = upsampled_inside([student, *members], size)
@@ -108,10 +109,7 @@ def consistency_loss(
         int(strict),
         NORMALIZATIONS.index(normalize),
     ]
-    maps = [
-        None if pixel_weight is None else pixel_weight.float().reshape(out),
-        valid,
-    ]
+    maps = [None if pixel_weight is None else pixel_weight.float(), valid]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
     value, selected, mean_score = _ConsistencyLoss.apply(
         backends.operations(choice.backend),
@@ -133,7 +131,7 @@ def _check_call(
     pixel_weight: Tensor | None,
     valid: Tensor | None,
     threshold: float | Tensor,
-) -> tuple[int, ...]:
+) -> None:
     teacher, device = members[0], student.device
     if student.shape[:2] != teacher.shape[:2] or student.ndim != teacher.ndim:
         raise ValueError(
@@ -147,7 +145,7 @@ def _check_call(
     arguments.check_map("valid", valid, out, (torch.bool,), device)
     classes = student.shape[1]
     if not isinstance(threshold, Tensor):
-        if not isinstance(threshold, (int, float)):
+        if not isinstance(threshold, Real):
             raise TypeError(
                 f"threshold: got {type(threshold).__name__}, expected a float or a tensor"
             )
@@ -158,7 +156,6 @@ def _check_call(
         )
     elif threshold.ndim == 1 or threshold.device.type != "cpu":
         arguments.check_device("threshold", threshold, device)
-    return out
 
 
 def _check_options(
@@ -210,7 +207,8 @@ class ConsistencyLoss(nn.Module):
 
     Args:
         **options: loss, class_reduction, confidence, weight, threshold, strict, temperature,
-            normalize, align_corners, return_stats, with the defaults of consistency_loss.
+            normalize, align_corners, return_stats, with the defaults of consistency_loss. A tensor
+            as threshold is kept as a buffer that moves with the module.
     """
 
     _OPTIONS = (
@@ -232,12 +230,20 @@ class ConsistencyLoss(nn.Module):
             if name not in self._OPTIONS:
                 raise TypeError(f"{name}: not an option; expected {', '.join(self._OPTIONS)}")
         defaults = consistency_loss.__kwdefaults__
-        self.options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
+        self._options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
+        threshold = self._options["threshold"]
+        self.register_buffer("threshold", threshold if isinstance(threshold, Tensor) else None)
         _check_options(
             *(self.options[name] for name in ("loss", "class_reduction", "confidence", "weight")),
             self.options["normalize"],
             self.options["temperature"],
         )
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options as they are now: a threshold that is a tensor is where the module is."""
+        moved = {} if self.threshold is None else {"threshold": self.threshold}
+        return {**self._options, **moved}
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> ConsistencyLoss:

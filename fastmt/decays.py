@@ -113,12 +113,24 @@ def warmed_up(warmup: str | None, decay: float) -> Decay:
     return WARMUPS.get(warmup, Constant)(decay)
 
 
-def half_life_decay(half_life: float, per_update: float) -> float:
-    """The decay with which a weight counts half after `half_life` steps or images.
+@functools.lru_cache(maxsize=16)
+def warmup_length(warmup: str | None, decay: float) -> int:
+    """A number of updates after which the warm-up has ended, less than twice the first such."""
+    schedule, length = warmed_up(warmup, decay), 0
+    while schedule(length) < decay:
+        length = 2 * length + 1
+    return length
+
+
+def half_life_decay(half_life: float, steps: int, images: float | None = None) -> float:
+    """The decay with which a weight counts half after `half_life` steps, or images where given.
 
     Args:
-        half_life: in the unit of `per_update`.
-        per_update: steps, or images, that pass from one averaging update to the next.
+        half_life: in steps, or in images.
+        steps: that pass from one averaging update to the next.
+        images: of a step.
     """
     arguments.check_positive("half_life", half_life)
-    return 0.5 ** (per_update / half_life)
+    if images is not None:
+        arguments.check_positive("images_per_step", images)
+    return 0.5 ** (steps * (1 if images is None else images) / half_life)

@@ -35,7 +35,7 @@ def ema_update_(
         teacher: tensors of any shape and floating dtype; integer and bool tensors become copies of
             the student's. A tensor that occurs twice (tied parameters) is averaged once.
         student: tensors of the same shapes, in the same order; never written.
-        decay: in [0, 1], a float or a 0-dim tensor.
+        decay: in [0, 1], a float or a 0-dim tensor; one on a GPU is read there alone, unchecked.
 
     The first call with these tensors checks and binds them (some microseconds each), further ones
     only look whether they are the same objects and have kept their layout. They are let go when
@@ -50,12 +50,14 @@ def ema_update_(
     if isinstance(decay, Tensor):
         if decay.ndim:
             raise ValueError(f"decay: got shape {arguments.shape(decay)}, expected a 0-dim tensor")
-    elif not 0 <= decay <= 1:
-        raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1]")
+    else:
+        _check_decay(decay)
     teacher, student = list(teacher), list(student)
     if torch.compiler.is_compiling():
         _update_traced(teacher, student, torch.as_tensor(decay, dtype=torch.float64))
         return
+    if isinstance(decay, Tensor) and decay.is_cpu:
+        _check_decay(float(decay))
     choice = backends.choose("ema_update_", _representatives(teacher))
     if choice.backend == "eager":
         pairs = [(teacher[i], student[i]) for i in _checked(teacher, student)]
@@ -69,6 +71,11 @@ def ema_update_(
     bound = binding is not None and binding.has(teacher, student)
     if not (bound and binding.update(teacher, student, float(decay))):
         _bind(teacher, student).update(teacher, student, float(decay))
+
+
+def _check_decay(decay: float) -> None:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1]")
 
 
 @torch.library.custom_op("fastmt::ema_update_traced_", mutates_args=("teacher",))

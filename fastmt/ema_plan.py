@@ -24,7 +24,7 @@ from fastmt.ema_bound import (
 )
 from fastmt.ema_staging import Staging
 from fastmt.ema_table import DeviceUpdate, decay_on, is_read_by
-from fastmt.matching import Pair, Shards, Structure, Unmoved, check_storage, is_unmoved, matched
+from fastmt.matching import Pair, Shards, Structure, check_storage, matched
 
 _RULES = {"copy": COPY, "ema": AVERAGE, "keep": KEEP}
 _ROUNDINGS = {None: AVERAGE, "stochastic": STOCHASTIC, "kahan": KAHAN}
@@ -48,17 +48,10 @@ class Plan:
         shards, structure = Shards(networks), Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
         buffers = _rows(tracks, network, nn.Module.named_buffers)
-        unmoved = [pairs for pairs in parameters if all(map(is_unmoved, pairs))]
-        frozen = Unmoved([pair for pairs in unmoved for pair in pairs])
         # The shards first: to look at them puts them back into the structure.
-        self._guards = [shards] * shards.any + [structure] + [frozen] * frozen.any
-        left_out = set(map(id, unmoved))
+        self._guards = [shards] * shards.any + [structure]
         self.rows = [
-            *(
-                _averaged(number, pairs, tracks)
-                for number, pairs in enumerate(parameters)
-                if id(pairs) not in left_out
-            ),
+            *(_averaged(number, pairs, tracks) for number, pairs in enumerate(parameters)),
             *(_followed(number, pairs, tracks) for number, pairs in enumerate(buffers)),
         ]
         self.rows = [row for row in self.rows if set(row.modes) != {KEEP}]
@@ -154,7 +147,7 @@ class Plan:
         return [row for row in rows if row.modes != (KEEP,)]
 
 
-def _holds(guard: Shards | Structure | Unmoved) -> bool:
+def _holds(guard: Shards | Structure) -> bool:
     return guard.holds()
 
 

@@ -21,7 +21,7 @@ class Staging:
         self.copies = [_host_copy(value) for value in self._values]
         self._arrived: torch.cuda.Event | None = None
         self._decays: list[float | Tensor] = []
-        self._draws: list[int] = []
+        self._draws: list[int | Tensor] = []
         self.is_full = False
 
     def fits(self) -> bool:
@@ -30,12 +30,12 @@ class Staging:
         return all(v.shape == c.shape and v.dtype == c.dtype for v, c in pairs)
 
     @torch.no_grad()
-    def fill(self, decays: Sequence[float | Tensor], draws: Sequence[int]) -> None:
-        """Start copies of the tensors and of the decays."""
+    def fill(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> None:
+        """Start copies of the tensors, of the decays and of the draws."""
         for copy, value in zip(self.copies, self._values, strict=True):
             copy.copy_(value, non_blocking=True)
-        self._decays = [_sent(decay) if isinstance(decay, Tensor) else decay for decay in decays]
-        self._draws, self.is_full = list(draws), True
+        self._decays, self._draws = list(map(_sent, decays)), list(map(_sent, draws))
+        self.is_full = True
         if any(value.device.type == "cuda" for value in self._values):
             self._arrived = torch.cuda.Event()
             self._arrived.record()
@@ -45,12 +45,14 @@ class Staging:
         if self._arrived is not None:
             self._arrived.synchronize()
         self.is_full = False
-        return list(map(float, self._decays)), self._draws
+        return list(map(float, self._decays)), list(map(int, self._draws))
 
 
 def _host_copy(value: Tensor) -> Tensor:
     return torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
 
 
-def _sent(scalar: Tensor) -> Tensor:
+def _sent(scalar: float | Tensor) -> float | Tensor:
+    if not isinstance(scalar, Tensor):
+        return scalar
     return _host_copy(scalar).copy_(scalar, non_blocking=True)

@@ -9,12 +9,14 @@ allocator does for GPUs. FASTMT_KEEP_MEMORY=0 turns that off; `release` gives ba
 from __future__ import annotations
 
 import os
+import threading
 
 import torch
 from torch import Tensor, UntypedStorage
 
 MOST = 4  # stretches: of a step's two gradients, this one's and those of another size
 _kept: list[UntypedStorage] = []  # the most recent one last
+_lock = threading.Lock()  # two threads could take the same stretch
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -23,21 +25,24 @@ def output_like(tensor: Tensor) -> Tensor:
     # Under deterministic algorithms PyTorch fills fresh memory, so that reads of it show.
     if not _wanted() or torch.are_deterministic_algorithms_enabled():
         return torch.empty_like(tensor)
-    storage = _unused(tensor.numel() * tensor.element_size())
+    with _lock:
+        storage = _unused(tensor.numel() * tensor.element_size())
     if storage is None:
         output = torch.empty_like(tensor)
         storage = output.untyped_storage()
     else:
         strides = torch.empty_like(tensor, device="meta").stride()
         output = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, strides)
-    _kept.append(storage)
-    del _kept[:-MOST]
+    with _lock:
+        _kept.append(storage)
+        del _kept[:-MOST]
     return output
 
 
 def release() -> None:
     """Give back all memory that is kept; what tensors still use goes when they do."""
-    _kept.clear()
+    with _lock:
+        _kept.clear()
 
 
 def _wanted() -> bool:

@@ -49,9 +49,10 @@ def matched(
     averages, values = _named(teacher, False), _named(student, False)
     if averages.keys() != values.keys():
         averages, values = _named(teacher, True), _named(student, True)
-    for name in averages.keys() ^ values.keys():
-        where = "student" if name in averages else "teacher"
-        raise ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
+    for name in (*averages, *values):
+        if name not in averages or name not in values:
+            where = "student" if name in averages else "teacher"
+            raise ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
     return [_pair(name, average, values[name]) for name, average in averages.items()]
 
 
@@ -175,28 +176,3 @@ def _dictionaries(networks: Iterable[nn.Module]) -> Iterator[dict[str, object]]:
     for network in networks:
         for module in network.modules():
             yield from (module._parameters, module._buffers, module._modules)
-
-
-class Unmoved:
-    """Frozen parameters that equal their average: to average them changes nothing, yet."""
-
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._tensors = [tensor for pair in pairs for tensor in pair[1:]]
-        self.any = bool(pairs)
-        self._seen = list(map(_state, self._tensors))
-
-    def holds(self) -> bool:
-        return self._seen == list(map(_state, self._tensors))
-
-
-def _state(tensor: Tensor) -> tuple[int, int, bool]:
-    return tensor._version, tensor.data_ptr(), tensor.requires_grad
-
-
-def is_unmoved(pair: Pair) -> bool:
-    """Whether a pair can be left out: frozen, and equal. Waits for the device, once a plan."""
-    return (
-        not pair.value.requires_grad
-        and pair.average.device == pair.value.device
-        and torch.equal(pair.average, pair.value.to(pair.average.dtype))
-    )

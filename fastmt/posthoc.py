@@ -48,7 +48,7 @@ def average(
         updates: the moment in training; by default that of the last snapshot.
 
     Floating tensors are summed in float64 and keep their dtype; others are those of the last
-    snapshot. Raises ValueError without snapshots.
+    snapshot. Raises ValueError without snapshots, or for a time before the first update.
     """
     if not snapshots:
         raise ValueError("snapshots: got none, expected at least one")
@@ -65,7 +65,13 @@ def average(
 
 
 def weights(updates: Sequence[int], gammas: Sequence[float], end: int, gamma: float) -> list[float]:
-    """The weight of each snapshot: least squares between the profiles in training time."""
+    """The weight of each snapshot: least squares between the profiles in training time.
+
+    Raises ValueError for a time before the first update, which no profile covers.
+    """
+    for name, number in (*(("snapshots", number) for number in updates), ("updates", end)):
+        if number < 1:
+            raise ValueError(f"{name}: got one after {number} updates, expected at least 1")
     times, powers = np.asarray(updates, np.float64), np.asarray(gammas, np.float64)
     products = _product(times[:, None], powers[:, None], times[None], powers[None])
     wanted = _product(times, powers, np.float64(end), np.float64(gamma))

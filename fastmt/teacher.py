@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, decays, reference
+from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
 from fastmt.matching import plain_name, unwrapped
-from fastmt.teacher_network import all_pairs, check_wide, copied, retype
+from fastmt.teacher_count import Counting
+from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, retype
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
-_32_BITS = 0xFFFFFFFF
 
 
-class EMATeacher(nn.Module):
+class EMATeacher(Counting):
     """A copy of the student whose parameters are the moving average of the student's.
 
     After update t = 0, 1, ... the teacher is a_t * teacher + (1 - a_t) * student.
@@ -48,10 +48,12 @@ class EMATeacher(nn.Module):
         seed: of stochastic rounding; the same seed and students give the same teacher.
         device: of the teacher; default: the student's. On "cpu" it takes no memory of the student's
             GPU: update() starts a copy of the student to pinned memory and returns, and the average
-            is made at the next update() or when this module is asked for anything (but `module`
-            itself: call flush() before).
+            is made at the next update(), or when this module is called, saved, copied or moved.
+            Whatever else reads it (`module`, parameters(), buffers()) has to call flush() before.
 
     Starts in eval mode. `module` is the averaged network; forward runs it without gradient.
+    `calls` and `updates` count update() and those that averaged. Where only a GPU knows that some
+    were skipped, they are left out once progress(), state_dict() or current_decay() has asked it.
 
     Raises:
         ValueError, TypeError: naming the argument; a student whose parameters changed by name or
@@ -76,44 +78,27 @@ class EMATeacher(nn.Module):
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        if update_every < 1 or start < 0:
-            raise ValueError(
-                f"update_every, start: got {update_every}, {start}, expected >= 1 and >= 0"
-            )
         if half_life is not None:
-            decay = decays.half_life_decay(half_life, update_every * (images_per_step or 1))
-        if not callable(decay) and not 0 <= decay < 1:
-            raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
-        if not callable(warmup) and warmup is not None:
-            arguments.check_choice("warmup", warmup, tuple(decays.WARMUPS))
+            if decay != 0.999:
+                raise ValueError(f"decay: got {decay!r} beside half_life; give one of them")
+            decay = decays.half_life_decay(half_life, update_every, images_per_step)
+        elif images_per_step is not None:
+            raise ValueError(f"images_per_step: got {images_per_step!r} without half_life")
         arguments.check_choice("buffers", buffers, BUFFERS)
         if rounding is not None:
             arguments.check_choice("rounding", rounding, ROUNDINGS)
-        self.decay, self.warmup, self.buffer_rule = decay, warmup, buffers
-        self.update_every, self.start, self.calls, self.updates = update_every, start, 0, 0
+        draw_seed = seed if rounding == "stochastic" else None
+        super().__init__(decay, warmup, update_every, start, draw_seed)
+        self.buffer_rule, self.rounding = buffers, rounding
         self.module = copied(unwrapped(student)).requires_grad_(False)
-        self.rounding, self.seed = rounding, seed
         retype(self.module, dtype, rounding)
         if device is not None:
             self.module.to(device)
         self.compensation: dict[str, Tensor] = {}
-        self._scalars: tuple[Tensor, Tensor] | None = None
         self._student = weakref.ref(unwrapped(student))
         self._plan: Plan | None = None
         self._offloaded: Plan | None = None
-        self._swapped = False
         self.eval()
-
-    def current_decay(self) -> float:
-        """a_t of the next averaging update."""
-        if self.calls < self.start:
-            return 0.0
-        decay, warmup = self.decay, self.warmup
-        if callable(decay):
-            return decay(self.updates)
-        schedule = warmup if callable(warmup) else decays.warmed_up(warmup, decay)
-        return schedule(self.updates)
 
     def update(
         self,
@@ -126,55 +111,14 @@ class EMATeacher(nn.Module):
 
         Args:
             student: default: the one this teacher was made from.
-            finite: 0-dim bool tensor; where False (a step that was skipped) nothing changes.
+            finite: 0-dim bool tensor; where False (a step that was skipped) nothing changes, nor
+                does the update count. On a GPU it is read there alone.
             decay: 0-dim float64 tensor on the teacher's device that holds a_t, read there alone,
-                negative to leave the update out; default: current_decay().
+                negative to leave the update out, whatever `update_every` and `start` say; default:
+                current_decay().
         """
         decays = None if decay is None else [decay]
         update_together([self], student=student, finite=finite, decays=decays)
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """The host's half of update(): count, and put the decay of this step on the device.
-
-        For a training step that is a CUDA graph: update() that is being captured records the
-        device's half alone, which reads the decay (and the seed of stochastic rounding) there. Call
-        advance() before each replay; nothing waits for the device. Inside the graph a step that
-        `update_every` leaves out changes nothing.
-        """
-        self.put_decay()
-        self.count()
-
-    def put_decay(self) -> tuple[Tensor, Tensor]:
-        """Decay and draw of the next update as 0-dim tensors on the teacher's device."""
-        if self._scalars is None:
-            device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-            self._scalars = (
-                torch.zeros((), dtype=torch.float64, device=device),
-                torch.zeros((), dtype=torch.int64, device=device),
-            )
-        decay, draw = self._scalars
-        decay.fill_(self._due_decay())
-        if self.rounding == "stochastic":
-            draw.fill_(self._draw())
-        return self._scalars
-
-    def _captured(self) -> tuple[Tensor, Tensor]:
-        if self._scalars is None:
-            raise RuntimeError(
-                "update: the first one cannot be captured; call advance() before the capture"
-            )
-        return self._scalars
-
-    def _due_decay(self) -> float:
-        """a_t of the next call of update(); negative where it does not average."""
-        return self.current_decay() if self._is_due() else -1.0
-
-    def _draw(self) -> int:
-        """The seed of the next update's random numbers."""
-        if self.rounding != "stochastic":
-            return 0
-        return reference.mixed((reference.mixed(self.seed & _32_BITS) + self.calls) & _32_BITS)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
         """Update after each `optimizer.step()`; `.remove()` of what is returned ends that.
@@ -188,19 +132,6 @@ class EMATeacher(nn.Module):
             self.update(finite=None if found is None else found.reshape(()) == 0)
 
         return optimizer.register_step_post_hook(after_step)
-
-    def _is_due(self) -> bool:
-        """Whether the next call of update() averages."""
-        own = self.__dict__
-        past = own["calls"] - own["start"]
-        return past < 0 or (past + 1) % own["update_every"] == 0
-
-    def count(self) -> None:
-        """Count a call of update() that something else has made, such as the replay of a graph."""
-        due, own = self._is_due(), self.__dict__  # nn.Module's way to get and set is slow
-        own["calls"] = calls = own["calls"] + 1
-        if due and calls > own["start"]:
-            own["updates"] += 1
 
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
@@ -238,9 +169,14 @@ class EMATeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         self._forget()
-        self._scalars = None
+        self.settle()
+        self._device_count = None  # a student that moves as well reports from elsewhere
         self.compensation = {name: fn(lost) for name, lost in self.compensation.items()}
         return super()._apply(fn, recurse)
+
+    def _counting_device(self) -> torch.device:
+        network = (self._student and self._student()) or self.module
+        return next((p.device for p in network.parameters()), torch.device("cpu"))
 
     def _resolve(self, student: nn.Module | None) -> nn.Module:
         if student is not None:
@@ -260,29 +196,41 @@ class EMATeacher(nn.Module):
     def copy_to(self, network: nn.Module) -> None:
         """Write the averaged parameters and buffers into `network`."""
         self.flush()
-        for target, average in all_pairs(unwrapped(network), self.module):
+        for average, target in all_pairs(self.module, unwrapped(network)):
             target.copy_(average)
 
     @contextlib.contextmanager
     def swapped(self, student: nn.Module | None = None) -> Iterator[None]:
-        """The student carries the teacher's weights in this context, and its own again after it."""
-        if self._swapped:
-            raise RuntimeError("swapped: the student carries the teacher's weights already")
+        """The student carries the teacher's weights in this context, and its own again after it.
+
+        No teacher averages it meanwhile: update() and another swapped() raise RuntimeError.
+        """
         network = self._resolve(student)
-        own = [tensor.detach().clone() for tensor, _ in all_pairs(network, self.module)]
+        if network in carrying:
+            raise RuntimeError("swapped: the student carries a teacher's weights already")
+        own = [tensor.detach().clone() for _, tensor in all_pairs(self.module, network)]
         try:
-            self._swapped = True
+            carrying.add(network)
             self.copy_to(network)
             yield
         finally:
-            self._swapped = False
+            carrying.discard(network)
             with torch.no_grad():
-                for (tensor, _), value in zip(all_pairs(network, self.module), own, strict=True):
+                for (_, tensor), value in zip(all_pairs(self.module, network), own, strict=True):
                     tensor.copy_(value)
 
+    @property
+    def _swapped(self) -> bool:
+        """Whether the student carries the weights of this teacher or of another."""
+        return (self._student and self._student()) in carrying
+
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """The averaged network's own state dict: it loads into the plain network."""
+        """The averaged network's own state dict: it loads into the plain network.
+
+        What else the next update depends on is in progress().
+        """
         self.flush()
+        self.settle()
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(
@@ -291,7 +239,10 @@ class EMATeacher(nn.Module):
         """Load the plain network's state dict, AveragedModel's, or a checkpoint of timm's.
 
         Prefixes of wrappers are stripped; of a checkpoint with "state_dict_ema" that part is taken;
-        AveragedModel's `n_averaged` becomes `updates`.
+        AveragedModel's `n_averaged` becomes `updates`. Without it the loaded average is one of
+        unknown age: `start` and the warm-up are over, so that it stays; load_progress() afterwards
+        gives it its true age. A callable decay or warmup cannot tell where its warm-up ends and
+        goes on where it was: give it load_progress().
         """
         averaged = state_dict.get("state_dict_ema", state_dict)
         return super().load_state_dict(averaged, strict, assign)
@@ -303,19 +254,46 @@ class EMATeacher(nn.Module):
         self._forget()
         self.compensation = {}
         own = {plain_name(name, module=True): name for name in self.module.state_dict()}
-        count = state_dict.pop(f"{prefix}n_averaged", None)
-        if count is not None:
-            self.updates = self.calls = int(count)
+        updates, found = state_dict.pop(f"{prefix}n_averaged", None), False
         for full in [name for name in state_dict if name.startswith(prefix)]:
             name = full.removeprefix(prefix)
-            name = own.get(plain_name(name, module=True), name)
-            state_dict[f"{prefix}module.{name}"] = state_dict.pop(full)
+            plain = plain_name(name, module=True)
+            state_dict[f"{prefix}module.{own.get(plain, name)}"] = state_dict.pop(full)
+            found = found or plain in own
+        if found:
+            self._go_on(None if updates is None else int(updates))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def progress(self) -> dict[str, object]:
+        """What a checkpoint needs beside state_dict(), for load_progress().
+
+        `calls` and `updates`, less those that were skipped, for which it waits for the device; and
+        `compensation`, the tensors in which rounding="kahan" keeps what was lost.
+        """
+        self.flush()
+        self.settle()
+        return {
+            "calls": self.calls,
+            "updates": self.updates,
+            "compensation": dict(self.compensation),
+        }
+
+    def load_progress(self, progress: Mapping[str, object]) -> None:
+        """Go on from a progress(), after load_state_dict() with the numbers of the teacher saved.
+
+        {"calls": 0, "updates": 0} lets the warm-up begin anew.
+        """
+        self._forget()
+        self.settle()
+        self.calls, self.updates = int(progress["calls"]), int(progress["updates"])
+        self.compensation = dict(progress.get("compensation", {}))
 
     def __getstate__(self) -> dict[str, object]:
         self.flush()
+        self.settle()
+        lost = ("_student", "_plan", "_offloaded", "_farewell", "_device_count")
         return {
             **self.__dict__,
-            **dict.fromkeys(("_student", "_plan", "_offloaded", "_farewell")),
+            **dict.fromkeys(lost),
             "_planned": [],
         }

@@ -7,18 +7,24 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastmt.matching import matched, reshard
+from fastmt.matching import matched, reshard, sharded_modules
 
 HALVES = (torch.bfloat16, torch.float16)
+carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
 
 
 def copied(network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network)
     except (AssertionError, RuntimeError, TypeError) as error:
+        remedy = (
+            "make the teacher first, then shard student and teacher.module alike"
+            if sharded_modules([network])
+            else "keep no results of a computation as attributes, as the old weight_norm does: "
+            "torch.nn.utils.parametrizations.weight_norm can be copied"
+        )
         raise TypeError(
-            f"student: {type(network).__name__} cannot be copied ({error}); with fully_shard make "
-            "the teacher first, then shard student and teacher.module alike"
+            f"student: {type(network).__name__} cannot be copied ({error}); {remedy}"
         ) from error
 
 
@@ -32,7 +38,7 @@ def check_wide(network: nn.Module, rounding: str | None) -> None:
 
 
 def retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) -> None:
-    """Give the parameters the dtype of the teacher's."""
+    """Give the parameters the dtype of the teacher's, and widen the buffers of theirs with them."""
     if dtype in HALVES and rounding is None:
         raise ValueError(
             f"dtype: got {dtype}, expected float32 or float64; in half precision the average does "
@@ -41,11 +47,16 @@ def retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) 
         )
     if dtype not in (None, torch.float32, torch.float64, *HALVES):
         raise ValueError(f"dtype: got {dtype}, expected float32, float64, bfloat16 or float16")
+    given = {}
     for parameter in network.parameters():
         if parameter.is_floating_point():
             widened = parameter.dtype in HALVES and rounding is None
             wanted = dtype or (torch.float32 if widened else parameter.dtype)
+            given[parameter.dtype] = wanted
             parameter.data = parameter.data.to(wanted)
+    for buffer in network.buffers():  # running statistics: a layer takes one dtype for all it has
+        if buffer.dtype in given:
+            buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, given[buffer.dtype]))
     if rounding is not None and not any(p.dtype in HALVES for p in network.parameters()):
         raise ValueError(
             f"rounding: got {rounding!r} for a teacher without parameters in half precision; "
@@ -53,10 +64,11 @@ def retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) 
         )
 
 
-def all_pairs(network: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    reshard((network, other))
+def all_pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter and buffer of the teacher, and the student's of the same name."""
+    reshard((teacher, student))
     pairs = [
-        *matched(network.named_parameters(), other.named_parameters()),
-        *matched(network.named_buffers(), other.named_buffers()),
+        *matched(teacher.named_parameters(), student.named_parameters()),
+        *matched(teacher.named_buffers(), student.named_buffers()),
     ]
     return [(pair.average, pair.value) for pair in pairs]

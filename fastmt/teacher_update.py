@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastmt import arguments
+from fastmt.ema_table import decay_on
+from fastmt.teacher_network import carrying
+
 if TYPE_CHECKING:
     from fastmt.teacher import EMATeacher
 
@@ -22,7 +26,8 @@ def update_together(
     """One update() of several teachers of one student, in one launch that reads it once.
 
     Args:
-        teachers: at least one; each goes by its own decay, counters and buffer rule.
+        teachers: at least one, of one student unless `student` is given; each goes by its own
+            decay, counters and buffer rule.
         student, finite: as of EMATeacher.update.
         decays: one a teacher, as of EMATeacher.update.
     """
@@ -34,49 +39,87 @@ def update_together(
     teachers = list(teachers)
     if not teachers:
         raise ValueError("teachers: got none, expected at least one")
-    for teacher in teachers:
-        if teacher._swapped:
-            raise RuntimeError("update: the student carries the teacher's weights; leave swapped()")
+    if decays is not None and len(decays) != len(teachers):
+        raise ValueError(f"decays: got {len(decays)}, expected {len(teachers)}, one a teacher")
+    for decay in decays or ():
+        _check_scalar("decay", decay, torch.float64)
+    if finite is not None:
+        _check_scalar("finite", finite, torch.bool)
     network = teachers[0]._resolve(student)
-    if finite is not None and finite.device.type == "cpu" and decays is None:
+    if network in carrying:
+        raise RuntimeError("update: the student carries a teacher's weights; leave swapped()")
+    if student is None:
+        _check_same(teachers, network)
+    if finite is not None and decays is None and _is_on_host(finite):
         if not finite:
             return
         finite = None
-    recorded = decays is None and _is_capturing()  # advance() counts, at each replay
-    if recorded or True in [teacher._is_due() for teacher in teachers]:
+    capturing = _is_capturing()
+    recorded = capturing and decays is None  # advance() counts, at each replay
+    on_device = recorded or finite is not None or decays is not None
+    if on_device or True in [teacher._may_average() for teacher in teachers]:
         plan = teachers[0]._plan_for(teachers, network)
-        if plan.staging is not None and _is_capturing():
+        if plan.staging is not None and capturing:
             raise RuntimeError("update: an update of a teacher on the CPU cannot be captured")
-        now, draws = _given(teachers, decays, recorded, plan.device)
-        if finite is not None:
-            now = [_where(finite, decay) for decay in now]
+        if on_device or True in [teacher._may_skip() for teacher in teachers]:
+            now, draws = _on_device(teachers, decays, finite, capturing)
+        else:
+            now, draws = [t._due_decay() for t in teachers], [t._draw() for t in teachers]
+            if plan.device.type != "cpu":
+                now = [decay_on(plan.device, decay) for decay in now]
         if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
             teachers[0]._plan_anew(teachers, network).run(now, draws)
-    for teacher in () if recorded else teachers:
-        teacher.count()
+    for teacher in teachers:
+        if finite is not None:
+            teacher._count_on(finite.device).skip(finite)
+        if not recorded:
+            teacher.count()
 
 
-def _given(
+def _on_device(
     teachers: Sequence[EMATeacher],
     decays: Sequence[Tensor] | None,
-    recorded: bool,
-    device: torch.device,
-) -> tuple[list[float | Tensor], list[int | Tensor]]:
-    """Decay and draw of each teacher."""
-    if decays is None and not recorded and device.type == "cpu":
-        return [t._due_decay() for t in teachers], [t._draw() for t in teachers]
-    if decays is not None:
-        draws = [t._captured()[1] if _is_capturing() else t._draw() for t in teachers]
-        return list(decays), draws
-    scalars = [t._captured() if recorded else t.put_decay() for t in teachers]
-    return [decay for decay, _ in scalars], [draw for _, draw in scalars]
+    finite: Tensor | None,
+    capturing: bool,
+) -> tuple[list[Tensor], list[int | Tensor]]:
+    """Decay and draw of each teacher where only a device may know what it is the count of."""
+    now, draws = [], []
+    for teacher, decay in zip(teachers, decays or [None] * len(teachers), strict=True):
+        if finite is not None and not capturing:
+            teacher._count_on(finite.device)
+        if decay is None and not capturing:
+            teacher.put_decay()
+        count = teacher._captured() if capturing else teacher._device_count
+        decay = count.decay if decay is None else decay
+        # Negative where the step was skipped, on the device of `finite`.
+        now.append(decay if finite is None else torch.where(finite, decay, -1.0))
+        is_put = count is not None and (capturing or decay is count.decay)
+        draws.append(count.draw if is_put else teacher._draw())
+    return now, draws
 
 
-def _where(finite: Tensor, decay: float | Tensor) -> Tensor:
-    """The decay, and negative where the step was skipped, on the device of `finite`."""
-    if not isinstance(decay, Tensor):
-        decay = torch.full_like(finite, decay, dtype=torch.float64)
-    return torch.where(finite, decay, -1.0)
+def _check_scalar(name: str, given: object, dtype: torch.dtype) -> None:
+    if isinstance(given, Tensor) and given.ndim == 0 and given.dtype == dtype:
+        return
+    kind = type(given).__name__
+    if isinstance(given, Tensor):
+        kind = f"{given.dtype} of shape {arguments.shape(given)}"
+    expected = str(dtype).removeprefix("torch.")
+    raise TypeError(f"{name}: got {kind}, expected a 0-dim {expected} tensor")
+
+
+def _check_same(teachers: Sequence[EMATeacher], network: nn.Module) -> None:
+    for teacher in teachers[1:]:
+        other = teacher._student and teacher._student()
+        if other is not None and other is not network:
+            raise ValueError(
+                "teachers: got teachers of different students; update each student's on their own, "
+                "or pass update_together(student=)"
+            )
+
+
+def _is_on_host(finite: Tensor) -> bool:
+    return finite.is_cpu
 
 
 def _is_capturing() -> bool:

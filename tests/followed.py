@@ -1,9 +1,10 @@
-"""A small student with every kind of parameter and buffer, and how it moves on."""
+"""A small student with every kind of parameter and buffer, how it moves on, and who reads it."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmt import EMATeacher
 
@@ -53,3 +54,16 @@ def follow(teacher: EMATeacher, student: Net, steps: int) -> list[dict[str, torc
         seen.append(weights(student))
         teacher.update()
     return seen
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a value is read on the host, for which a device would have to be waited for."""
+
+    def __init__(self, allowed: bool = False) -> None:
+        super().__init__()
+        self.allowed = allowed
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        read = function is torch.ops.aten._local_scalar_dense.default
+        assert self.allowed or not read, "waits for the device"
+        return function(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,13 @@ def test_messages_are_one_line():
     with pytest.raises(ValueError, match="teacher") as error:
         fastmt.consistency_loss(Z, Z[:1])
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    call = {"threshold": 0.25, "temperature": 0.5}
+    expected = fastmt.consistency_loss(Z + 1, Z, **call)
+    for kind in (np.float16, np.float32, np.float64):
+        given = {name: kind(value) for name, value in call.items()}
+        assert fastmt.consistency_loss(Z + 1, Z, **given) == expected
+    score = fastmt.softmax_confidence(Z, temperature=np.int64(2)).score
+    assert torch.equal(score, fastmt.softmax_confidence(Z, temperature=2).score)

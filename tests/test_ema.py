@@ -278,8 +278,11 @@ def test_shared_storage_is_refused():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_a_decay_outside_0_to_1_is_refused(decay):
-    with pytest.raises(ValueError, match="^decay: got "):
-        fastmt.ema_update_([torch.zeros(1)], [torch.ones(1)], decay)
+    teacher = torch.zeros(1)
+    for number in (decay, torch.tensor(decay), torch.tensor(decay, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=f"^decay: got {str(decay)[:4]}"):
+            fastmt.ema_update_([teacher], [torch.ones(1)], number)
+        assert teacher == 0
 
 
 def test_a_decay_for_each_tensor_is_refused():

@@ -85,8 +85,8 @@ def test_few_launches_do_what_one_a_tensor_does(buffers, options, given, as_on_a
     student = teachers()[0]
     for seed, expected in enumerate(states):
         moved(student, seed)
-        decay = torch.tensor(by_table.current_decay(), dtype=torch.float64)
-        by_table.update(student=student, decay=decay if given == "tensor" else None)
+        decay = by_table.put_decay()[0] if given == "tensor" else None
+        by_table.update(student=student, decay=decay)
         assert_alike(by_table, expected)
 
 

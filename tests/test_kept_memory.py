@@ -1,5 +1,7 @@
 """Memory of large results is used again, and never while anything still has it."""
 
+import contextlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -59,6 +61,22 @@ def test_threads_get_memory_of_their_own():
         results = list(pool.map(gradient, range(8)))
     for seed, result in enumerate(results):
         assert torch.equal(result, gradient(seed))
+
+
+def test_two_threads_at_once_never_take_the_same_stretch(monkeypatch):
+    gradient()
+    meeting, count = threading.Barrier(2), kept_memory._use_count
+
+    def count_together(storage):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(0.05)
+        return count(storage)
+
+    monkeypatch.setattr(kept_memory, "_use_count", count_together)
+    like = torch.empty(SHAPE)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda _: torch.ops.fastmt.output_like(like), range(2)))
+    assert outputs[0].data_ptr() != outputs[1].data_ptr()
 
 
 def test_the_few_last_stretches_are_kept_and_given_back_on_request():

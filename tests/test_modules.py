@@ -39,6 +39,18 @@ def test_the_module_is_the_function_with_its_options():
     )
 
 
+def test_a_threshold_by_class_moves_with_the_module():
+    threshold = torch.linspace(0.3, 0.9, 5)
+    module = ConsistencyLoss(threshold=threshold)
+    expected = fastmt.consistency_loss(STUDENT, TEACHER, threshold=threshold)
+    assert torch.equal(module(STUDENT, TEACHER), expected)
+    assert copy.deepcopy(module).to("meta").options["threshold"].device.type == "meta"
+    other = ConsistencyLoss(threshold=torch.zeros(5))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(STUDENT, TEACHER), expected)
+    assert not ConsistencyLoss(threshold=0.5).state_dict()
+
+
 def test_a_call_overrides_an_option_and_adds_maps_for_itself_only():
     module = ConsistencyLoss(threshold=0.9)
     valid = LABELS > 1

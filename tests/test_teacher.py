@@ -136,6 +136,24 @@ def test_a_half_precision_student_has_a_float32_teacher_that_moves(dtype):
     torch.testing.assert_close(teacher.module.first.bias, torch.full((4,), 1 - 0.999**3))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64])
+def test_the_teacher_of_a_half_precision_student_runs_in_its_own_dtype(dtype, training):
+    student = Net(torch.bfloat16)
+    teacher = EMATeacher(student, dtype=dtype).train(training)
+    wide = dtype or torch.float32
+    assert teacher(torch.randn(5, 3, dtype=wide)).dtype == wide
+    teacher.update()
+    assert teacher.module.norm.running_mean.dtype == wide
+
+
+def test_buffers_keep_their_dtype_where_parameters_are_narrowed_or_have_another(student):
+    student.register_buffer("table", torch.zeros(2, dtype=torch.bfloat16))
+    narrow = EMATeacher(student, dtype=torch.bfloat16, rounding="kahan").module
+    assert narrow.norm.running_mean.dtype == torch.float32
+    assert EMATeacher(student).module.table.dtype == torch.bfloat16
+
+
 def test_a_float64_teacher_averages_in_float64(student):
     teacher = EMATeacher(student, decay=0.9, warmup=None, dtype=torch.float64)
     start = weights(student)["first.bias"].double()

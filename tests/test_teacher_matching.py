@@ -123,17 +123,28 @@ def test_a_replaced_module_is_followed_and_an_added_one_named(student):
         teacher.update()
 
 
-def test_a_frozen_parameter_that_thaws_or_changes_is_averaged(student):
-    student.first.requires_grad_(False)
-    teacher = EMATeacher(student, 0.5, warmup=None)
-    teacher.update()
-    before = teacher.module.first.bias.clone()
+def add(parameter):
     with torch.no_grad():
-        student.first.bias.add_(1)
+        parameter.add_(1)
+
+
+def add_past_autograd(parameter):
+    parameter.data.add_(1)
+
+
+@pytest.mark.parametrize("change", [add, add_past_autograd])
+def test_a_frozen_parameter_that_changes_is_averaged_and_else_stays_as_it_is(student, change):
+    student.first.requires_grad_(False)
+    teacher = EMATeacher(student, 0.9, warmup=None)
+    before = teacher.module.first.bias.clone()
+    for _ in range(3):
+        teacher.update()
+    assert torch.equal(teacher.module.first.bias, before)
+    change(student.first.bias)
     teacher.update()
-    torch.testing.assert_close(teacher.module.first.bias, before + 0.5)
+    torch.testing.assert_close(teacher.module.first.bias, before + 0.1)
     teacher.update()
-    torch.testing.assert_close(teacher.module.first.bias, before + 0.75)
+    torch.testing.assert_close(teacher.module.first.bias, before + 0.19)
 
 
 def test_shared_storage_is_refused_by_name(student):
@@ -189,14 +200,30 @@ def test_versions_are_bumped_so_that_autograd_notices(student):
         loss.backward()
 
 
-def test_update_inside_swapped_is_refused(student):
-    teacher = EMATeacher(student)
-    with teacher.swapped():
+def test_no_teacher_averages_a_student_that_carries_a_teachers_weights(student):
+    teachers = [EMATeacher(student) for _ in range(2)]
+    advance(student, 0)
+    with teachers[0].swapped():
+        for teacher in teachers:
+            with pytest.raises(RuntimeError, match="^update: the student carries"):
+                teacher.update()
+            with pytest.raises(RuntimeError, match="^swapped: "), teacher.swapped():
+                pass
         with pytest.raises(RuntimeError, match="^update: the student carries"):
-            teacher.update()
-        with pytest.raises(RuntimeError, match="^swapped: "), teacher.swapped():
-            pass
-    teacher.update()
+            update_together(teachers[::-1])
+        EMATeacher(Net()).update(student=Net())
+    update_together(teachers)
+    assert_same(teachers[1].module, student)
+
+
+def test_teachers_of_different_students_are_refused_unless_one_is_given(student):
+    other = Net()
+    teachers = [EMATeacher(student), EMATeacher(other)]
+    with pytest.raises(ValueError, match="^teachers: got teachers of different students"):
+        update_together(teachers)
+    assert_same(teachers[1].module, other)
+    update_together(teachers, student=student)
+    assert_same(teachers[1].module, student)
 
 
 def test_an_attached_teacher_updates_after_each_step_that_is_not_skipped(student):

@@ -49,3 +49,12 @@ def test_a_width_that_no_power_function_has_is_refused(width):
 def test_no_snapshots_are_refused():
     with pytest.raises(ValueError, match="^snapshots: got none"):
         posthoc.average([], 3.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "end", "name"), [((0, 4), None, "snapshots"), ((4,), 0, "updates")]
+)
+def test_a_time_before_the_first_update_is_refused(times, end, name):
+    snapshots = [posthoc.Snapshot(t, 7.0, {"w": torch.ones(1)}) for t in times]
+    with pytest.raises(ValueError, match=f"^{name}: got one after 0 updates"):
+        posthoc.average(snapshots, 3.0, end)

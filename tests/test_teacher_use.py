@@ -8,9 +8,8 @@ import pickle
 
 import pytest
 import torch
-from followed import Net, advance, assert_same, follow
+from followed import Net, NoHostReads, advance, assert_same, follow
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmt import EMATeacher, backend
 
@@ -131,12 +130,33 @@ def test_parameters_that_appear_vanish_or_change_size_are_named(student):
         teacher.update()
 
 
+def test_copies_name_the_network_that_lacks_an_entry(student):
+    teacher = EMATeacher(student)
+    student.later, student.extra = nn.Linear(1, 1), nn.Linear(1, 1)
+    for copies in (teacher.update, lambda: teacher.copy_to(student), teacher.swapped().__enter__):
+        with pytest.raises(ValueError, match="^student: 'later.weight' is missing in the teacher"):
+            copies()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
+    student = nn.utils.weight_norm(nn.Linear(2, 2))
+    student(torch.zeros(1, 2))
+    with pytest.raises(TypeError, match="cannot be copied .* old weight_norm") as refusal:
+        EMATeacher(student)
+    assert "shard" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"decay": 1.0}, "^decay: got 1.0"),
         ({"decay": -0.1}, "^decay: got -0.1"),
         ({"half_life": 0}, "^half_life: got 0"),
+        ({"half_life": 5, "decay": 0.9}, "^decay: got 0.9 beside half_life"),
+        ({"half_life": 5, "images_per_step": 0}, "^images_per_step: got 0"),
+        ({"half_life": 5, "images_per_step": -8}, "^images_per_step: got -8"),
+        ({"images_per_step": 8}, "^images_per_step: got 8 without half_life"),
         ({"warmup": "linear"}, "^warmup: got 'linear'"),
         ({"buffers": "mean"}, "^buffers: got 'mean'"),
         ({"update_every": 0}, "^update_every, start: got 0, 0"),
@@ -149,12 +169,24 @@ def test_options_out_of_range_are_named(student, options, message):
         EMATeacher(student, **options)
 
 
-class NoHostReads(TorchDispatchMode):
-    """Fails where a value is read on the host, for which a device would have to be waited for."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
-        return function(*args, **(kwargs or {}))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"finite": True}, "^finite: got bool, expected a 0-dim bool tensor"),
+        ({"finite": torch.ones(2, dtype=torch.bool)}, r"^finite: got torch.bool of shape \(2\)"),
+        ({"finite": torch.tensor(1.0)}, r"^finite: got torch.float32 of shape \(\)"),
+        ({"decay": 0.5}, "^decay: got float, expected a 0-dim float64 tensor"),
+        ({"decay": torch.tensor([0.5, 0.5]).double()}, r"^decay: got torch.float64 of shape \(2\)"),
+    ],
+)
+def test_what_is_no_scalar_on_the_device_is_named_and_nothing_changes(student, given, message):
+    teacher = EMATeacher(student)
+    before = copy.deepcopy(teacher.module)
+    advance(student, 0)
+    with pytest.raises(TypeError, match=message):
+        teacher.update(**given)
+    assert_same(teacher.module, before)
+    assert teacher.calls == 0
 
 
 @pytest.mark.parametrize(
