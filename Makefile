@@ -14,7 +14,7 @@ demo: $(VENV)/kernels.stamp
 	$(BIN)/python -m fastmt adapt --out runs/demo --overwrite
 
 test: $(VENV)/kernels.stamp
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
 bench: $(VENV)/kernels.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-enable

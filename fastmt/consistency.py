@@ -56,7 +56,8 @@ def consistency_loss(
         valid: bool (N, *out); False pixels are ignored.
         normalize: divide the sum by the number of "all" pixels, of "valid" ones, of "selected"
             ones (valid and passing), or by the "weight" (its sum). Nothing to divide by: loss 0.
-        size, align_corners: up-sample both logits to `size` first, as F.interpolate does.
+        size, align_corners: up-sample both logits to `size` first, as F.interpolate does; a logit
+            of weight 0 does not count, whatever it holds.
         return_stats: also return ConsistencyStats(selected, mean_score) over the valid pixels.
 
     Returns:
@@ -250,8 +251,9 @@ class ConsistencyLoss(nn.Module):
         """The consistency loss of a published method; `overrides` replace single options.
 
         "mean_teacher" Tarvainen & Valpola 2017; "uamt" Yu et al. 2019 (its threshold moves: pass
-        schedules.UncertaintyThreshold at each call); "dacs" Tranheden et al. 2021; "daformer"
-        Hoyer et al. 2022; "unimatch" Yang et al. 2023.
+        schedules.UncertaintyThreshold at each call; its teacher makes 8 noisy passes:
+        MeanTeacher(passes=8)); "dacs" Tranheden et al. 2021; "daformer" Hoyer et al. 2022;
+        "unimatch" Yang et al. 2023.
         """
         arguments.check_choice("preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **overrides})

@@ -138,7 +138,8 @@ class Counting(nn.Module):
         For a training step that is a CUDA graph: update() that is being captured records the
         device's half alone, which reads the decay (and the seed of stochastic rounding) there. Call
         advance() before each replay; nothing waits for the device. Inside the graph a step that
-        `update_every` leaves out changes nothing.
+        `update_every` leaves out changes nothing. A graph reads tables that the teacher holds:
+        after a state was loaded, or the teacher was moved, capture anew.
         """
         self.put_decay()
         self.count()
