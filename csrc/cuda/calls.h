@@ -115,14 +115,12 @@ struct Finish {
 
 constexpr int64_t EMA_CHUNK = 16 * 1024;  // elements between two entries of `starts`
 
-// Rows (teacher, student, elements, teacher's type, student's type); bytes and 64-bit integers are
-// copied, so that any integer tensor can be handed over as bytes. `starts` counts the chunks before
-// each row.
+// Rows (teacher, student, elements, teacher's type, student's type), of floating types. `starts`
+// counts the chunks before each row.
 struct EmaCall {
   const int64_t *table, *starts;
   int64_t rows;
   const double* decay;
-  double value;  // where `decay` is null
 };
 
 struct ScaleCall {
