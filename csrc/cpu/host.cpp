@@ -106,7 +106,7 @@ Tensor empty_output_like(const Tensor& tensor) {
 }
 
 GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels) {
-  const bool half = type_of(logits) != Type::float32;
+  const bool half = type_of(logits) == Type::float16;
   if (pixels == 0) return {1, false};
   if (by_pixels && !half) return {float(1 / double(pixels)), true};
   const double cells = double(logits.numel()) / double(logits.size(1));

@@ -64,8 +64,8 @@ struct GradientScale {
   double outside(double wanted) const { return complete ? 1 : wanted / double(inside); }
 };
 
-// A float32 gradient takes its denominator, the number of pixels, inside where that is known. In
-// half precision it would drown in the subnormals before the caller's loss scale lifts it; there
+// A gradient takes its denominator, the number of pixels, inside where that is known. In float16 it
+// would drown in the subnormals before the caller's loss scale lifts it; there
 // only the pixels of one low-resolution cell are divided out, so that their sum stays in range.
 GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels);
 
