@@ -88,7 +88,6 @@ struct ConsistencyCells {
   int32_t members, loss, kind, weight;
   bool class_mean, strict, threshold_by_label;
   float inverse_temperature, gradient_scale;
-  float limit;             // where `threshold` is null
   const float* threshold;  // one, or one for each class
 };
 
