@@ -54,7 +54,7 @@ LINK_FLAGS = ["-shared", "-ltorch_cpu", "-ltorch", "-lc10"]
 if sys.platform == "linux":
     LINK_FLAGS += ["-Wl,-z,defs", "-Wl,--strip-debug"]
 
-# Division within 2 ulp is enough: nothing that must be exact is divided.
+# Division within 2 ulp is enough: what must be exact is a quotient() of csrc/cuda/lanes.h.
 NVCC_FLAGS = ["-std=c++20", "-O3", "--prec-div=false", "-Xptxas=-v", "-Icsrc"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Only a CUDA build of torch defines all symbols, and its libtorch.so leads to them.

@@ -104,6 +104,10 @@ def cases(classes: int, dtype: torch.dtype, every: bool) -> Iterator[tuple[str, 
             call = (z, labels, None, None, [255, 1], smoothing, False, True)
             label = f"{name} cross_entropy" + (" smoothed" if smoothing else "")
             yield label, lambda call=call: kernels.cross_entropy(*call)
+    if every:
+        z = meta(BATCH, classes, HIGH, HIGH, dtype=dtype).to(memory_format=torch.channels_last)
+        call = (z, [z], meta(1), None, None, [0, 0, 0, 0, 0, 0], 1.0, None, False, True)
+        yield "channels-last consistency mse", lambda call=call: kernels.consistency_loss(*call)
 
 
 def common_cases() -> Iterator[tuple[str, Callable]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,7 +58,7 @@ def expected_of(logits: Tensor, size: Sequence[int] | None) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*images, strict=True)]
 
 
-@pytest.mark.parametrize("variant", ["eager", harness.FUSED])
-@pytest.mark.parametrize("case", cases("quick"), ids=lambda case: case.name)
+@harness.parametrize("variant", ["eager", harness.FUSED])
+@harness.parametrize("case", cases("quick"), ids=lambda case: case.name)
 def test_softmax_confidence(benchmark, case: Case, variant: str) -> None:
     harness.benchmark_variant(benchmark, case, variant)

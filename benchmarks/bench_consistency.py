@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -145,7 +144,7 @@ def expected_of(student: Tensor, teacher: Tensor, options: dict[str, object]) ->
     return [total, torch.cat(gradients)]
 
 
-@pytest.mark.parametrize("variant", ["eager", harness.FUSED])
-@pytest.mark.parametrize("case", cases("quick"), ids=lambda case: case.name)
+@harness.parametrize("variant", ["eager", harness.FUSED])
+@harness.parametrize("case", cases("quick"), ids=lambda case: case.name)
 def test_consistency_loss(benchmark, case: Case, variant: str) -> None:
     harness.benchmark_variant(benchmark, case, variant)

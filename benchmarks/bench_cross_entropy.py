@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,7 +72,7 @@ def expected_of(logits: Tensor, labels: Tensor) -> list[Tensor]:
     return [total, torch.cat(gradients)]
 
 
-@pytest.mark.parametrize("variant", ["eager", harness.FUSED])
-@pytest.mark.parametrize("case", cases("quick"), ids=lambda case: case.name)
+@harness.parametrize("variant", ["eager", harness.FUSED])
+@harness.parametrize("case", cases("quick"), ids=lambda case: case.name)
 def test_cross_entropy(benchmark, case: Case, variant: str) -> None:
     harness.benchmark_variant(benchmark, case, variant)

@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -182,7 +181,7 @@ def _expected(start: Sequence[Tensor], student: Sequence[Tensor]) -> list[Tensor
 VARIANTS = [*FUNCTIONS, TEACHER, KERNEL, "AveragedModel", "ema-pytorch", "ema-pytorch, foreach"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", cases("quick"), ids=lambda case: case.name)
+@harness.parametrize("variant", VARIANTS)
+@harness.parametrize("case", cases("quick"), ids=lambda case: case.name)
 def test_ema_update(benchmark, case: Case, variant: str) -> None:
     harness.benchmark_variant(benchmark, case, variant)

@@ -12,7 +12,6 @@ import statistics
 from functools import partial
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -109,7 +108,7 @@ def _own(parts: dict[str, float]) -> float:
     return sum(seconds for name, seconds in parts.items() if name not in stopwatch.NETWORKS)
 
 
-@pytest.mark.parametrize("variant", BACKENDS)
+@harness.parametrize("variant", BACKENDS)
 def test_step(benchmark, variant: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first_loss(STEP, device)

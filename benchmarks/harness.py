@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -197,8 +196,19 @@ def _peak(work: Work, name: str, device: torch.device) -> int | None:
     return machine.peak_extra_bytes(run, device)
 
 
+def parametrize(*arguments: object, **options: object) -> Callable[[Callable], Callable]:
+    """pytest.mark.parametrize; nothing where there is no pytest and only a report is made."""
+    try:
+        import pytest
+    except ImportError:
+        return lambda function: function
+    return pytest.mark.parametrize(*arguments, **options)
+
+
 def benchmark_variant(benchmark, case: Case, variant: str) -> None:
     """One pytest-benchmark measurement, after the check of the variant."""
+    import pytest
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = case.build(device, False)
     if variant not in work.variants:

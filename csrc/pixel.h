@@ -1,11 +1,11 @@
 // What happens at one pixel: softmax, score, loss, gradient. Mirrors fastmt/reference.py.
 //
 // `floats` is one value for each pixel that is worked on at once (a vector on the CPU), `ints` its
-// integer twin and mask; select, max, exp, log and the constants come from the including file. A `Column`
-// is the C values of those pixels: column[c] is a reference to `floats`. A `Gradient` takes what is
-// assigned to gradient[c], once for each c, and may be the column of the logits itself. `Powers` are
-// exponentials exp(z[c] - shift), for a shift that no class's logit lies above or far below: each is
-// read once, in order, and stands in a column afterwards.
+// integer twin and mask; select, max, exp, log, quotient (a / b, exactly 1 where they are equal) and the
+// constants come from the including file. A `Column` is the C values of those pixels: column[c] is a
+// reference to `floats`. A `Gradient` takes what is assigned to gradient[c], once for each c, and may be
+// the column of the logits itself. `Powers` are exponentials exp(z[c] - shift), for a shift that no
+// class's logit lies above or far below: each is read once, in order, and stands in a column afterwards.
 
 enum class Kind { max_prob, entropy, margin };
 enum class Loss { mse, kl, soft_ce, ce, bce, js };
@@ -102,7 +102,8 @@ FASTMT_INLINE Teacher teacher_of_powers(Powers y, int classes) {
   }
   const bool is_margin = KIND == Kind::margin && classes > 1;
   // Divided, so that a certain teacher scores exactly 1.
-  return {(is_margin ? top.first - top.second : top.first) / sum, 1.0f / sum, label_of(top, sum)};
+  return {quotient(is_margin ? top.first - top.second : top.first, sum), 1.0f / sum,
+          label_of(top, sum)};
 }
 
 // Adds softmax(y / T) of one member of an ensemble to q.
@@ -121,9 +122,9 @@ FASTMT_INLINE Teacher ensemble_pixel(Column q, int classes, int members) {
   floats sum = splat(0);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) sum += q[c];
-  Teacher teacher{top.first / count, splat(inverse), label_of(top, sum)};
+  Teacher teacher{quotient(top.first, splat(count)), splat(inverse), label_of(top, sum)};
   if (classes == 1) return teacher;
-  if constexpr (KIND == Kind::margin) teacher.score = (top.first - top.second) / count;
+  if constexpr (KIND == Kind::margin) teacher.score = quotient(top.first - top.second, splat(count));
   if constexpr (KIND == Kind::entropy) {
     floats entropy = splat(0);
     FASTMT_UNROLL

@@ -139,6 +139,7 @@ def _resolve(
     cpp = obstacle or _cpp_obstacle(tensors)
     if on_cuda:
         cpp = cpp or cuda_obstacle(operation, len(tensors), upsampled)
+        cpp = cpp or cuda_launch_obstacle(tensors[0].get_device())
     if name == "triton" or (name == "auto" and on_cuda and cpp):
         reason = obstacle or triton_backend.obstacle(operation, tensors)
         served = Choice("triton", "Triton kernels serve this call")
@@ -250,6 +251,24 @@ def _load_cuda() -> str | None:
         torch.ops.load_library(str(kernels))
     except (OSError, RuntimeError) as error:
         return f"the CUDA C++ kernels do not load: {str(error).splitlines()[0]}"
+    return None
+
+
+@library.constant_while_tracing
+def cuda_launch_obstacle(index: int) -> str | None:
+    """Why the CUDA C++ kernels do not run on a device, if they do not: one is launched to see."""
+    if torch.cuda.is_current_stream_capturing():
+        return None  # nothing of this may become part of a graph
+    return _launch(index)
+
+
+@functools.cache
+def _launch(index: int) -> str | None:
+    number = torch.ones((), device=torch.device("cuda", index))
+    try:
+        torch.ops.fastmt.scale_(number.clone(), number, number)
+    except RuntimeError as error:
+        return f"the CUDA C++ kernels do not run on cuda:{index}: {str(error).splitlines()[0]}"
     return None
 
 

@@ -11,15 +11,15 @@ from torch import Tensor
 class Staging:
     """Host copies of tensors: started without a wait, read once they have arrived.
 
-    The copies go to pinned memory in the order of the current stream, so that they see the values
-    of now and are done before later work of that stream writes new ones. What comes from the CPU is
-    copied at once, which is how the tests run this; pinned memory and the event need a GPU.
+    The copies go to pinned memory in the order of each device's current stream, so that they see
+    the values of now and are done before later work of that stream writes new ones. What comes from
+    the CPU is copied at once, which is how the tests run this; pinned memory and events need a GPU.
     """
 
     def __init__(self, values: Sequence[Tensor]) -> None:
         self._values = list(values)
         self.copies = [_host_copy(value) for value in self._values]
-        self._arrived: torch.cuda.Event | None = None
+        self._arrived: list[torch.cuda.Event] = []
         self._decays: list[float | Tensor] = []
         self._draws: list[int | Tensor] = []
         self.is_full = False
@@ -36,16 +36,23 @@ class Staging:
             copy.copy_(value, non_blocking=True)
         self._decays, self._draws = list(map(_sent, decays)), list(map(_sent, draws))
         self.is_full = True
-        if any(value.device.type == "cuda" for value in self._values):
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        scalars = [scalar for scalar in (*decays, *draws) if isinstance(scalar, Tensor)]
+        devices = {tensor.device for tensor in (*self._values, *scalars)}
+        self._arrived = [_recorded(device) for device in devices if device.type == "cuda"]
 
     def empty(self) -> tuple[list[float], list[int]]:
         """Wait until all has arrived; the decays and draws of the averages to make."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        for event in self._arrived:
+            event.synchronize()
         self.is_full = False
         return list(map(float, self._decays)), list(map(int, self._draws))
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    """An event behind all that the device's current stream has been given."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _host_copy(value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ except ImportError:
 
 CHUNK = 16 * 1024  # elements in one piece of work, as in csrc and in kernels/ema.py
 TYPES = {dtype: index for index, dtype in enumerate(KERNEL_DTYPES)}  # as in csrc/cpu/calls.h
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of torch._foreach
 _MAX_TABLES = 8
 _tables: OrderedDict[tuple[int, ...], Lists] = OrderedDict()
 
@@ -93,7 +94,8 @@ class Layout:
 class DeviceUpdate:
     """What one teacher takes from its student on a GPU, in few launches for any number of tensors.
 
-    One averages, one copies floating point tensors, three copy integers. `rest` is not served.
+    One averages, one copies floating point tensors, three copy integers, and a few make the decays
+    of these, each of one number. `rest` is not served.
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
@@ -176,17 +178,22 @@ def _is_on(row: Row, device: torch.device) -> bool:
 
 def _is_copied_integer(row: Row) -> bool:
     average, value = _pair(row)
-    is_integer = not (average.is_floating_point() or average.is_complex())
-    return row.modes[0] == COPY and is_integer and average.dtype == value.dtype != torch.bool
+    return row.modes[0] == COPY and average.dtype == value.dtype and average.dtype in _INTEGERS
 
 
 def _layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
     """A function that tells whether other tensors have the dtypes, sizes and strides of these."""
+    expected = list(map(_layout, tensors))
+
+    def holds(*others: Tensor) -> bool:
+        return expected == list(map(_layout, others))
+
     if not tensors or TensorGuards is None:
-        expected = list(map(_layout, tensors))
-        return lambda *others: expected == list(map(_layout, others))
+        return holds
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    # The guards also ask what does not matter here: autocast, inference mode, requires_grad.
+    return lambda *others: same(*others) or holds(*others)
 
 
 def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:

@@ -24,6 +24,9 @@ from fastmt.kernels.views import NARROW, device_of
 ROWS = 6  # columns of a band: two of the student, two of the teacher, two of the gradient
 WINDOW = 16  # low-resolution columns that a matrix product makes at once
 JOINED = 1024  # low-resolution gradients of one program
+# Of a strip in one piece: the product that shares out gradients takes 96 KiB of shared memory for
+# 320 classes, of 99 KiB that the GPUs of compute capability 8.6 and 8.9 have.
+PRODUCT_CLASSES = 320
 
 
 class Strips(NamedTuple):
@@ -36,7 +39,7 @@ class Strips(NamedTuple):
 
 
 @functools.cache
-def strips_for(classes: int, columns: float) -> Strips:
+def strips_for(classes: int, columns: float, gradient: bool = True) -> Strips:
     """The strip for an operation that holds `columns` at once, at least 16 pixels wide.
 
     The wider a strip, the less scratch its gradients take; the narrower a piece, the more classes
@@ -49,7 +52,7 @@ def strips_for(classes: int, columns: float) -> Strips:
         warps *= 2
     room = most * 32 * warps
     pixels = 32 if classes * 32 <= room else 16
-    piece = pixels
+    piece = pixels // 2 if gradient and classes > PRODUCT_CLASSES else pixels
     while piece > 1 and classes * piece > (room if piece == pixels else room // 2):
         piece //= 2
     return Strips(pixels, piece, warps, tiles_of(classes, max(32 * warps // piece, 1)))
@@ -116,11 +119,14 @@ def precision(warps: int) -> str:
 
 @triton.jit
 def strip_of(strips, bands, STRIP: tl.constexpr, WIDE: tl.constexpr):
-    """(image, band, first output column) of this program."""
+    """(image, band, first output column) of this program; 64-bit if WIDE, but the image always."""
     program = tl.program_id(0)
     begin = (program % strips) * STRIP
     row = program // strips
-    return (row // bands).to(tl.int64), row % bands, begin.to(tl.int64) if WIDE else begin
+    band = row % bands
+    if WIDE:
+        begin, band = begin.to(tl.int64), band.to(tl.int64)
+    return (row // bands).to(tl.int64), band, begin
 
 
 @triton.jit
@@ -167,7 +173,7 @@ def join_kernel(
     for i in range(spread):
         strip = begin // PIXELS + i
         here = inside & (strip * PIXELS < end) & (end > begin)
-        first, _, _ = neighbours(strip * PIXELS, columns)
+        first, _ = neighbours(strip * PIXELS, columns)
         part = scratch + c * span + x - first
         program = (image * height + y) * strips + strip
         total += tl.load(part + 2 * program * (CLASSES * span), mask=here, other=0.0)

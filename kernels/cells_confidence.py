@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmt.kernels.cells import strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
-from fastmt.kernels.grid import band_of, first_beyond, neighbours
+from fastmt.kernels.grid import band_of, corners, first_beyond, neighbours
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
 
@@ -35,13 +35,13 @@ def cells_confidence_kernel(
     image, band, begin = strip_of(strips, grid[0][0], BLOCK, WIDE)
     columns = begin + tl.arange(0, BLOCK)
     inside = columns < out_width
-    before, after, t = neighbours(columns, grid[1])
+    before, after, t = corners(columns, grid[1])
     data = teachers[0] + image * grid[2][0]
     upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
     first = first_beyond(band, grid[0], out_height)
     for j in range(first_beyond(band + 1, grid[0], out_height) - first):
         row = first + j
-        _, _, down = neighbours(row, grid[0])
+        _, down = neighbours(row, grid[0])
         value, best, _ = cells_teacher(
             teachers,
             grids,
@@ -72,7 +72,7 @@ def confidence(
 ) -> None:
     """Fills score (N, *size) float32 and label (N, *size) int64."""
     classes = logits[0].shape[1]
-    _, block, warps, tiles = strips_for(classes, 6 if kind == "entropy" else 5)
+    _, block, warps, tiles = strips_for(classes, 6 if kind == "entropy" else 5, gradient=False)
     walk = walk_of(logits[0], logits, tuple(score.shape[1:]), align_corners, block)
     with device_of(score):
         cells_confidence_kernel[(walk.programs,)](

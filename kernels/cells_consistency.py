@@ -20,7 +20,15 @@ from fastmt.kernels.cells import (
     walk_of,
 )
 from fastmt.kernels.columns import classes_of
-from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_strip
+from fastmt.kernels.grid import (
+    add_scaled,
+    band_of,
+    between,
+    corners,
+    first_beyond,
+    neighbours,
+    put_strip,
+)
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
@@ -75,7 +83,7 @@ def cells_consistency_kernel(
     for piece in range(STRIP // BLOCK):
         columns = begin + piece * BLOCK + tl.arange(0, BLOCK)
         inside = columns < out_width
-        before, after, t = neighbours(columns, grid[1])
+        before, after, t = corners(columns, grid[1])
         upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
         teacher_upper, teacher_step = upper, step
         if SHARED:
@@ -87,7 +95,7 @@ def cells_consistency_kernel(
         lower_sum = zeros(classes, columns)
         for j in range(rows):
             row = first + j
-            _, _, down = neighbours(row, grid[0])
+            _, down = neighbours(row, grid[0])
             score, label, q = cells_teacher(
                 teachers,
                 grids,

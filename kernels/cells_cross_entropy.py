@@ -10,7 +10,15 @@ from torch import Tensor
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.cells import WINDOW, join, map_row, precision, strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
-from fastmt.kernels.grid import add_scaled, band_of, between, first_beyond, neighbours, put_strip
+from fastmt.kernels.grid import (
+    add_scaled,
+    band_of,
+    between,
+    corners,
+    first_beyond,
+    neighbours,
+    put_strip,
+)
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
@@ -61,13 +69,13 @@ def cells_cross_entropy_kernel(
     for piece in range(STRIP // BLOCK):
         columns = begin + piece * BLOCK + tl.arange(0, BLOCK)
         inside = columns < out_width
-        before, after, t = neighbours(columns, grid[1])
+        before, after, t = corners(columns, grid[1])
         upper, step = band_of(data, band, grid, before, after, t, classes, CLASSES)
         upper_sum = zeros(classes, columns)
         lower_sum = zeros(classes, columns)
         for j in range(rows):
             row = first + j
-            _, _, down = neighbours(row, grid[0])
+            _, down = neighbours(row, grid[0])
             given = map_row(labels, labels_strides, image, row, columns, inside).to(tl.int64)
             factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
             label, keep, wrong, weight, own_weight = label_weight(

@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
 
 
 @functools.cache
-def blocks_for(classes: int, itemsize: int, columns: float) -> Blocks:
+def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False) -> Blocks:
     """The block for logits of `itemsize` bytes and an operation that holds `columns` at once.
 
     A thread takes 16 bytes at a time, but at most 4 pixels (8 bytes in half precision) where it
@@ -38,8 +38,11 @@ def blocks_for(classes: int, itemsize: int, columns: float) -> Blocks:
     and no exchange, and the registers that 8 pixels' own values would take. A warp still asks for
     256 bytes in a row, the same sectors; with 8 pixels the losses would take 8 to 32 % more
     instructions, and "mse" of 19 classes 253 registers instead of 168 (sm_90).
+
+    Where neighbouring pixels lie `apart` in memory (channels last, rows) every logit of a thread
+    takes an address of its own: it has room for one pixel, and for a column less.
     """
-    most = int(MAX_FLOATS / columns)  # logits of one column in a thread
+    most = int(MAX_FLOATS / (columns + apart))  # logits of one column in a thread
     sector = 32 // itemsize  # pixels that memory hands over at once
     warps = 1
     while classes * sector > most * 32 * warps and warps < MAX_WARPS:
@@ -47,7 +50,9 @@ def blocks_for(classes: int, itemsize: int, columns: float) -> Blocks:
     pixels = 256
     while pixels > 1 and classes * pixels > most * 32 * warps:
         pixels //= 2
-    vector = min(16 // itemsize, 4 if columns > 1 else 8, pixels)
+    if apart:
+        pixels = min(pixels, 32 * warps)
+    vector = 1 if apart else min(16 // itemsize, 4 if columns > 1 else 8, pixels)
     rows_at_once = max(32 * warps * vector // pixels, 1)
     return Blocks(pixels, warps, tiles_of(classes, rows_at_once), vector)
 

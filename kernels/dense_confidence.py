@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of
 from fastmt.kernels.teachers import dense_teacher
-from fastmt.kernels.views import describe, device_of, pixels_at, place_of
+from fastmt.kernels.views import describe, device_of, lie_apart, pixels_at, place_of
 
 
 @triton.jit
@@ -53,7 +53,8 @@ def confidence(
     """Fills score (N, *spatial) float32 and label (N, *spatial) int64."""
     classes = logits[0].shape[1]
     columns = 1 if logits[0].itemsize == 2 and len(logits) == 1 else 2
-    block, warps, tiles, vector = blocks_for(classes, min(t.itemsize for t in logits), columns)
+    itemsize, apart = min(t.itemsize for t in logits), lie_apart(logits)
+    block, warps, tiles, vector = blocks_for(classes, itemsize, columns, apart)
     pixels = describe(logits, [score, label], block)
     with device_of(score):
         confidence_kernel[(pixels.blocks,)](

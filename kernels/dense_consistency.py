@@ -11,7 +11,7 @@ from fastmt.kernels import pixel
 from fastmt.kernels.calls import ConsistencyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.teachers import dense_teacher
-from fastmt.kernels.views import describe, device_of, map_at, place_of
+from fastmt.kernels.views import describe, device_of, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
 
 
@@ -88,9 +88,9 @@ def consistency(call: ConsistencyCall, student: Tensor, gradient: Tensor | None)
     """Fills the gradient and returns the partial sums (5, programs)."""
     classes = student.shape[1]
     itemsize = min(t.itemsize for t in (student, *call.teacher))
-    block, warps, tiles, vector = blocks_for(classes, itemsize, call.columns)
     written = student if gradient is None else gradient
     columns = [student, written, *call.teacher]
+    block, warps, tiles, vector = blocks_for(classes, itemsize, call.columns, lie_apart(columns))
     pixels = describe(columns, [call.pixel_weight, call.valid], block)
     partials = student.new_empty((5, pixels.blocks), dtype=torch.float32)
     with device_of(student):

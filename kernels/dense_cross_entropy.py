@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
-from fastmt.kernels.views import describe, device_of, map_at, place_of
+from fastmt.kernels.views import describe, device_of, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
 
@@ -74,15 +74,14 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
     classes = logits.shape[1]
-    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2)
-    written = logits if gradient is None else gradient
-    pixels = describe([logits, written], [call.labels, call.pixel_weight], block)
+    columns = [logits, logits if gradient is None else gradient]
+    block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2, lie_apart(columns))
+    pixels = describe(columns, [call.labels, call.pixel_weight], block)
     partials = logits.new_empty((4, pixels.blocks), dtype=torch.float32)
     wrong_labels = logits.new_empty(pixels.blocks, dtype=torch.int64)
     with device_of(logits):
         cross_entropy_kernel[(pixels.blocks,)](
-            logits,
-            written,
+            *columns,
             call.labels,
             call.pixel_weight,
             call.class_weight,

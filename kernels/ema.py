@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmt.kernels.views import device_of
 
-CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema.py
+CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema_table.py
 BLOCK = 2048
 COLUMNS = 5  # of the table: teacher address, student address, length, teacher type, student type
 ALIGNMENT = tl.constexpr(16)  # bytes of one access
@@ -58,7 +58,7 @@ def write(address, at, mask, kind, value, ALIGNED: tl.constexpr):
 
 @triton.jit
 def average(teacher, student, teacher_kind, student_kind, at, mask, decay, ALIGNED: tl.constexpr):
-    """As torch.lerp from the nearer end, so that decay 1 keeps exactly; decay 0 is a copy."""
+    """As torch.lerp from the nearer end; decay 0 copies, whatever was there."""
     old = read(teacher, at, mask, teacher_kind, ALIGNED)
     new = read(student, at, mask, student_kind, ALIGNED)
     near_student = decay < 0.5
@@ -78,10 +78,14 @@ def ema_kernel(
     BLOCK: tl.constexpr,
     LOOKUP: tl.constexpr,
 ):
-    """teacher <- decay * teacher + (1 - decay) * student, chunk by chunk."""
+    """teacher <- decay * teacher + (1 - decay) * student, chunk by chunk.
+
+    Decay 1 keeps, whatever the student holds.
+    """
     decay = tl.load(decay).to(tl.float64)
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), 4)  # one layout in registers for every dtype
-    for chunk in range(tl.program_id(0), tl.load(starts + rows), tl.num_programs(0)):
+    chunks = tl.where(decay == 1, 0, tl.load(starts + rows))
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         row = row_of(chunk, starts, rows, LOOKUP)
         entry = table + row.to(tl.int64) * COLUMNS
         teacher = tl.load(entry)

@@ -31,12 +31,23 @@ def grid_of(
 
 @triton.jit
 def neighbours(position, axis):
-    """The low-resolution positions on both sides of an output position, and its distance t."""
-    place = position * axis[1] + axis[2]
-    place = tl.minimum(tl.maximum(place, 0), (axis[0] - 1) * axis[3])
+    """The low-resolution position before an output position, and the distance t from there, < 1."""
+    place = tl.maximum(position * axis[1] + axis[2], 0)
     before = place // axis[3]
     t = (place - before * axis[3]).to(tl.float32) / axis[3]
-    return before, tl.minimum(before + 1, axis[0] - 1), t
+    last = axis[0] - 1
+    return tl.minimum(before, last), tl.where(before < last, t, 0.0)
+
+
+@triton.jit
+def corners(columns, axis):
+    """The low-resolution columns on both sides of output columns, and the share t of the second.
+
+    A logit of weight 0 does not count, whatever it holds: where only the first has any weight it
+    is both of them, half each.
+    """
+    before, t = neighbours(columns, axis)
+    return before, tl.where(t == 0, before, before + 1), tl.where(t == 0, 0.5, t)
 
 
 @triton.jit
@@ -71,7 +82,7 @@ def row_of(
         else:
             left = tl.load(left).to(tl.float32)
             right = tl.load(right).to(tl.float32)
-        column = column + (left + t[None, :] * (right - left),)
+        column = column + ((1.0 - t)[None, :] * left + t[None, :] * right,)
     return column
 
 
@@ -83,16 +94,20 @@ def band_of(image, row, grid, before, after, t, classes, CLASSES: tl.constexpr):
     lower = row_of(image, below, grid[2], before, after, t, classes, 2, CLASSES)
     step = ()
     for i in tl.static_range(len(classes)):
-        step = step + (lower[i] - upper[i],)
+        stays = (upper[i] == float("-inf")) & (lower[i] < float("inf"))  # -inf - -inf is NaN
+        step = step + (tl.where(stays, 0.0, lower[i] - upper[i]),)
     return upper, step
 
 
 @triton.jit
 def between(upper, step, t, classes, CLASSES: tl.constexpr):
-    """The column of output pixels at distance t below the upper row; -inf in the padding."""
+    """The column of output pixels at distance t below the upper row; -inf in the padding.
+
+    The lower row does not count where t is 0, whatever it holds.
+    """
     column = ()
     for i in tl.static_range(len(classes)):
-        tile = upper[i] + t * step[i]
+        tile = tl.where(t == 0, upper[i], upper[i] + t * step[i])
         if i == len(classes) - 1:
             tile = tl.where(classes[i] < CLASSES, tile, float("-inf"))
         column = column + (tile,)
@@ -137,7 +152,7 @@ def put_strip(
     if before.shape[0] == STRIP:
         put_rows(to, rows, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
     else:
-        first, _, _ = neighbours(begin, axis)
+        first, _ = neighbours(begin, axis)
         add_rows(to, rows, first, before, after, t, span, classes, CLASSES)
 
 
@@ -156,7 +171,8 @@ def put_rows(
 ):
     """Fills (rows, C, span) of a program: gradients at output columns to low-resolution ones.
 
-    The longer side of a product is its first, as tensor cores have it.
+    The longer side of a product is its first, as tensor cores have it. A gradient that is NaN makes
+    all of its class in these rows NaN, not only where it has a share: 0 * NaN.
     """
     first = tl.min(before, 0)
     for begin in range(0, span, WINDOW):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
-LOG_TINY = tl.constexpr(-87.33654475055310)
+LOG_TINY = tl.constexpr(-88.0)  # exp of this is next to nothing
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_CLASS = tl.constexpr(2**30)
 
@@ -25,7 +25,12 @@ def times(probability, logarithm):
 
 @triton.jit
 def log_positive(x):
-    return tl.log(tl.maximum(x, TINY))
+    return tl.log(at_least_tiny(x))
+
+
+@triton.jit
+def at_least_tiny(x):
+    return tl.where(x < TINY, TINY, x)  # a maximum would lose a NaN
 
 
 @triton.jit
@@ -56,6 +61,12 @@ def first_of(column, classes, top):
         found = tl.where(column[i] < top[None, :], NO_CLASS, classes[i])
         label = tl.minimum(label, tl.min(found, 0))
     return label
+
+
+@triton.jit
+def label_of(label, total):
+    """Where the sum of the exponentials is NaN all probabilities are, and the first is the top."""
+    return tl.where(total == total, label, 0)
 
 
 @triton.jit
@@ -103,7 +114,7 @@ def teacher_pixel(y, classes, inverse_temperature, KIND: tl.constexpr, CLASSES: 
             x = (y[i] - top[None, :]) * inverse_temperature
             moment += tl.sum(powers[i] * tl.maximum(x, LOG_TINY), 0)
         score = entropy_score(tl.log(total) - moment * inverse, CLASSES)
-    return score, label, scaled(powers, inverse)
+    return score, label_of(label, total), scaled(powers, inverse)
 
 
 @triton.jit
@@ -113,10 +124,10 @@ def entropy_score(entropy, CLASSES: tl.constexpr):
 
 
 @triton.jit
-def add_member(q, y, inverse_temperature, share):
-    """q + share * softmax(y / T) of one member of an ensemble; q is () before the first."""
+def add_member(q, y, inverse_temperature):
+    """q + softmax(y / T) of one member of an ensemble; q is () before the first."""
     powers, total = exponentials(y, largest(y), inverse_temperature)
-    member = scaled(powers, share / total)
+    member = scaled(powers, 1.0 / total)
     tiles = ()
     for i in tl.static_range(len(y)):
         tiles = tiles + (member[i] if len(q) == 0 else q[i] + member[i],)
@@ -124,22 +135,25 @@ def add_member(q, y, inverse_temperature, share):
 
 
 @triton.jit
-def ensemble_pixel(q, classes, KIND: tl.constexpr, CLASSES: tl.constexpr):
-    """Score and label of probabilities q that an ensemble has averaged."""
+def ensemble_pixel(q, classes, MEMBERS: tl.constexpr, KIND: tl.constexpr, CLASSES: tl.constexpr):
+    """Score and label of what the members of an ensemble have summed up in q, and its mean."""
     top = largest(q)
     label = first_of(q, classes, top)
     total = tl.zeros_like(top)
     for i in tl.static_range(len(q)):
         total += tl.sum(q[i], 0)
-    score = tl.where(total == total, top, total)
+    score = top
     if KIND == "margin" and CLASSES > 1:
         score -= largest_but(q, classes, label)
+    # Divided, as IEEE has it, so that certain members score exactly 1.
+    score = tl.div_rn(score, tl.full(score.shape, MEMBERS, tl.float32))
+    q = scaled(q, tl.full(top.shape, 1.0 / MEMBERS, tl.float32))
     if KIND == "entropy" and CLASSES > 1:
         entropy = tl.zeros_like(top)
         for i in tl.static_range(len(q)):
             entropy -= tl.sum(q[i] * log_positive(q[i]), 0)
         score = entropy_score(entropy, CLASSES)
-    return score, label
+    return score, label_of(label, total), q
 
 
 @triton.jit
@@ -244,7 +258,13 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
     top = largest(z)
     label = first_of(z, classes, top)
     second = largest_but(z, classes, label)
-    gap = second - top + (top - top)  # an infinite logit makes everything NaN, as in softmax
+    # Where all others are -inf nothing is left to be kept relative to.
+    second = tl.where(second == float("-inf"), top, second)
+    # An infinite logit makes everything NaN, as it does in softmax; so does a NaN, which a maximum
+    # loses.
+    gap = second - top + (top - top)
+    for i in tl.static_range(len(z)):
+        gap += tl.sum(tl.where(z[i] == z[i], 0.0, z[i]), 0)
     rest = tl.zeros_like(top)
     expected = tl.zeros_like(top)
     q_top = tl.zeros_like(top)
@@ -266,7 +286,7 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
         counts = (classes[i] != label[None, :]) & (classes[i] < CLASSES)
         value -= tl.sum(tl.where(counts, (1.0 - q[i]) * log_one_minus(p[i]), 0.0), 0)
         odds += tl.sum(tl.where(counts, (1.0 - q[i]) * p[i] / (1.0 - p[i]) - q[i], 0.0), 0)
-    share = (1.0 - q_top) * p_top / rest
+    share = tl.where(rest == 0.0, 0.0, (1.0 - q_top) * p_top / rest)
     gradient_top = p_top - q_top - p_top * odds
     gradient = ()
     for i in tl.static_range(len(z)):
@@ -275,7 +295,7 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
         is_top = classes[i] == label[None, :]
         gradient = gradient + (tl.where(is_top, gradient_top[None, :], other),)
     if CLASSES == 1:
-        value = tl.zeros_like(top)
+        value = tl.sum(tl.where(classes[0] == 0, (z[0] - z[0]) + (q[0] - q[0]), 0.0), 0)
         gradient = (tl.zeros_like(z[0]),)
     return value, gradient
 
@@ -289,7 +309,7 @@ def js_pixel(z, q):
     mean = tl.zeros_like(total)
     halves = ()
     for i in tl.static_range(len(z)):
-        twice = 2.0 / tl.maximum(p[i] + q[i], TINY)
+        twice = 2.0 / at_least_tiny(p[i] + q[i])
         g = 0.5 * log_positive(p[i] * twice)
         mean += tl.sum(p[i] * g, 0)
         value += tl.sum(p[i] * g + 0.5 * q[i] * log_positive(q[i] * twice), 0)

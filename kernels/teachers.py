@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastmt.kernels import pixel
 from fastmt.kernels.columns import load_column
-from fastmt.kernels.grid import band_of, between, neighbours
+from fastmt.kernels.grid import band_of, between, corners, neighbours
 
 
 @triton.jit
@@ -31,9 +31,9 @@ def dense_teacher(
         if len(teachers) == 1:
             score, label, q = pixel.teacher_pixel(y, classes, inverse_temperature, KIND, CLASSES)
         else:
-            q = pixel.add_member(q, y, inverse_temperature, 1.0 / len(teachers))
+            q = pixel.add_member(q, y, inverse_temperature)
     if len(teachers) > 1:
-        score, label = pixel.ensemble_pixel(q, classes, KIND, CLASSES)
+        score, label, q = pixel.ensemble_pixel(q, classes, len(teachers), KIND, CLASSES)
     return score, label, q
 
 
@@ -64,15 +64,15 @@ def cells_teacher(
             y = between(upper, step, t, classes, CLASSES)
         else:
             grid = grids[m]
-            above, _, down = neighbours(row, grid[0])
-            before, after, across = neighbours(columns, grid[1])
+            above, down = neighbours(row, grid[0])
+            before, after, across = corners(columns, grid[1])
             data = teachers[m] + image * grid[2][0]
             first, change = band_of(data, above, grid, before, after, across, classes, CLASSES)
             y = between(first, change, down, classes, CLASSES)
         if len(teachers) == 1:
             score, label, q = pixel.teacher_pixel(y, classes, inverse_temperature, KIND, CLASSES)
         else:
-            q = pixel.add_member(q, y, inverse_temperature, 1.0 / len(teachers))
+            q = pixel.add_member(q, y, inverse_temperature)
     if len(teachers) > 1:
-        score, label = pixel.ensemble_pixel(q, classes, KIND, CLASSES)
+        score, label, q = pixel.ensemble_pixel(q, classes, len(teachers), KIND, CLASSES)
     return score, label, q

@@ -50,6 +50,13 @@ def describe(columns: Sequence[Tensor], maps: Sequence[Tensor | None], block: in
     return Pixels((1,) * lead + tuple(sizes), strides, blocks)
 
 
+def lie_apart(columns: Sequence[Tensor]) -> bool:
+    """Whether neighbouring pixels of any tensor (N, C, *spatial) do not lie side by side."""
+    first = columns[0]
+    inner = next((d for d in (*range(first.ndim - 1, 1, -1), 0) if first.shape[d] != 1), 0)
+    return any(tensor.stride(inner) != 1 for tensor in columns)
+
+
 def merge(shape: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """Sizes and strides without the dimensions of one pixel or that continue the one before."""
     kept = [d for d, size in enumerate(shape) if size != 1] or [len(shape) - 1]

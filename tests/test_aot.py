@@ -8,7 +8,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import aot  # noqa: E402  where Triton is
+from triton.backends.compiler import GPUTarget  # noqa: E402  where Triton is
+
+from benchmarks import aot  # noqa: E402
+from fastmt.kernels.cells import PRODUCT_CLASSES, strips_for  # noqa: E402
 
 RESULTS = json.loads((aot.RESULTS / "aot.json").read_text())
 ROWS = {aot.key_of(row): row for row in RESULTS["rows"]}
@@ -50,6 +53,16 @@ def test_logits_and_gradients_at_output_resolution_move_in_vectors():
 
 def test_no_kernel_spills():
     assert [row for row in ROWS.values() if row["stack"]] == []
+
+
+@same_compiler
+@pytest.mark.parametrize(("target", "limit"), [("sm_75", 64), ("sm_89", 99)])
+def test_the_largest_product_fits_into_the_shared_memory_of_small_gpus(target, limit, monkeypatch):
+    monkeypatch.setitem(aot.TARGETS, target, GPUTarget("cuda", int(target[3:]), 32))
+    rows = aot.measured(target, [PRODUCT_CLASSES], ["float32"], wanted="cells cross_entropy".__eq__)
+    assert all(row["shared"] <= limit * 1024 for row in rows)
+    strip = strips_for(PRODUCT_CLASSES + 1, 6)
+    assert strip.piece < strip.pixels
 
 
 @same_compiler

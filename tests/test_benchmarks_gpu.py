@@ -165,19 +165,49 @@ def test_cases_for_which_no_time_is_left_are_named(no_gpu_needed, monkeypatch):
     assert gpu.exit_status(result) == 0
 
 
+@pytest.mark.parametrize("error", [Exception("out of resource"), RuntimeError("lost")])
+def test_a_case_that_fails_is_left_out_and_the_others_are_measured(
+    error, no_gpu_needed, monkeypatch
+):
+    def fails(device, compiled):
+        raise error
+
+    cases = [harness.Case("bad", "dense", fails), harness.Case("good", "dense", None)]
+    measure = gpu.measure
+    monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
+    monkeypatch.setattr(
+        gpu,
+        "measure",
+        lambda case, *a, **o: (
+            measure(case, *a, **o) if case.build else fake(case.name, "dense", {"triton": 1e-3})
+        ),
+    )
+    result = run()
+    assert result["left_out"] == {"bad": f"{type(error).__name__}: {error}"}
+    assert [case["name"] for case in result["cases"]] == ["good"]
+
+
 def test_torch_compile_is_left_out_first_when_time_runs_short(no_gpu_needed, monkeypatch):
-    names = [f"case {i}" for i in range(10)]
+    names = [f"case {i}" for i in range(4)]
     cases = [harness.Case(name, "dense", None, compiled=True) for name in names]
     monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
-    asked = {}
+    clock, asked = gpu.Clock(3), []
+    left = [180.0]
+    monkeypatch.setattr(clock, "left", lambda: left[0])
 
     def measured(case, device, *, with_compile):
-        asked[case.name] = with_compile
-        return fake(case.name, "dense", {"triton": 1e-3})
+        asked.append((case.name, with_compile))
+        left[0] -= 45 if with_compile else 5
+        return fake(case.name, "dense", {"triton": 1e-3}, 2e-3 if with_compile else None)
 
     monkeypatch.setattr(gpu, "measure", measured)
-    run(clock=gpu.Clock(3), with_compile=True)  # 180 s: 90 to compile, 15 for each case to come
-    assert asked == {name: i >= 5 for i, name in enumerate(names)}
+    result = run(clock=clock, with_compile=True)  # 160 s for torch.compile, none below 90
+    assert asked == [*((name, False) for name in names), *((name, True) for name in names[:2])]
+    assert [case["name"] for case in result["cases"]] == names
+    compiled = ["torch.compile" in case["variants"] for case in result["cases"]]
+    assert compiled == [True, True, False, False]
+    late = {f"{name}, torch.compile": "the 3 minutes are over" for name in names[2:]}
+    assert result["left_out"] == late
 
 
 def fake(name, group, fused, compile_s=2e-3, left_out=None):

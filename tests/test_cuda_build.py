@@ -129,6 +129,43 @@ def test_what_the_cuda_kernels_leave_to_others_is_a_stated_reason(monkeypatch):
     assert obstacle("ema_update_", 1, False) == "not built"
 
 
+def test_a_gpu_that_the_cuda_kernels_do_not_run_on_is_a_stated_reason(monkeypatch):
+    def scale_(*_):
+        raise RuntimeError("fastmt: CUDA says no kernel image is available for execution\nmore")
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    monkeypatch.setattr(torch.ops.fastmt, "scale_", scale_)
+    assert backends._launch.__wrapped__(3) == (
+        "the CUDA C++ kernels do not run on cuda:3: "
+        "fastmt: CUDA says no kernel image is available for execution"
+    )
+    monkeypatch.setattr(torch.ops.fastmt, "scale_", lambda *_: None)
+    assert backends._launch.__wrapped__(3) is None
+
+
+class Elsewhere:
+    """As much of a tensor on a GPU as the choice of a backend asks for."""
+
+    is_cuda, dtype, ndim, device = True, torch.float32, 4, torch.device("cuda", 0)
+
+    def get_device(self):
+        return 0
+
+
+def test_triton_takes_over_where_the_cuda_kernels_do_not_run(monkeypatch):
+    monkeypatch.setattr(backends, "_tensor_obstacle", lambda tensors: None)
+    monkeypatch.setattr(backends, "extension_missing", lambda: None)
+    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: None)
+    monkeypatch.setattr(backends.triton_backend, "obstacle", lambda *_: None)
+    for reason, expected in ((None, "cpp"), ("no kernel image", "triton")):
+        monkeypatch.setattr(backends, "cuda_launch_obstacle", lambda index, reason=reason: reason)
+        choice = backends._resolve("consistency_loss", "auto", [Elsewhere()] * 2, None, True)
+        assert choice.backend == expected
+    asked = backends._resolve("consistency_loss", "cpp", [Elsewhere()] * 2, None, True)
+    assert asked == ("eager", "no kernel image")
+
+
 def test_no_table_is_written_without_kernels(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(backends, "build_info", lambda: {"cuda": {"built": False, "reason": "why"}})
     assert cuda_resources.main(["--out", str(tmp_path / "table.json")]) == 1

@@ -38,6 +38,10 @@ from test_upsampling import (  # noqa: F401, the cases of the C++ kernels for th
     test_nothing_to_learn_gives_zero_loss_and_gradient,
     test_one_class_that_rises_from_nothing_to_everything_within_a_cell_is_followed,
 )
+from test_upsampling_borders import (  # noqa: F401
+    test_a_logit_leaves_no_trace_where_it_has_no_weight,
+    test_a_nan_in_either_network_makes_loss_and_gradient_of_its_pixel_nan,
+)
 from tolerances import assert_average_close
 
 import fastmt
@@ -51,7 +55,7 @@ COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 OPERATIONS = ("consistency_loss", "cross_entropy", "ema_update_", "scale_")
 FIXED = (19, 21)  # class counts with kernels of their own
 CHUNK = 16 * 1024  # of the table of ema_update_
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int64: 4}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
@@ -271,6 +275,46 @@ def test_a_nan_score_never_passes_and_its_pixels_leave_no_trace(classes):
     assert gradient.any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [*FIXED, 7])
+@pytest.mark.parametrize("members", [1, 3, 11])
+def test_a_certain_teacher_scores_exactly_one(kind, classes, members):
+    student = random_logits((1, classes, 3, 5), 0)
+    teacher = torch.full((1, classes, 3, 5), -200.0)
+    teacher[:, 2] = 40 * torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
+    options = {"confidence": kind, "threshold": 1.0, "size": (24, 40), "return_stats": True}
+    _, stats = fastmt.consistency_loss(student, [teacher] * members, **options)
+    assert stats.selected == 1
+    assert stats.mean_score == 1
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("classes", "members"), [(19, 1), (19, 2), (7, 1)])
+@pytest.mark.parametrize("at", [0, 3])
+def test_the_label_of_a_pixel_that_is_nan_is_that_of_the_reference(poison, classes, members, at):
+    student, teacher = (random_logits((1, classes, 2, 6), seed) for seed in (0, 1))
+    teacher[0, at] = poison
+    for kind in KINDS:
+        options = {"loss": "ce", "weight": "none", "confidence": kind, "size": (8, 24)}
+        loss = fastmt.consistency_loss(student, [teacher] * members, **options)
+        expected = reference.consistency_loss(student.double(), [teacher.double()], **options)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("classes", [*FIXED, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_that_is_excluded_everywhere_has_probability_zero(classes, kind):
+    student, teacher = (random_logits((1, classes, 3, 5), seed, 4.0) for seed in (1, 2))
+    student[:, -1] = teacher[:, -1] = -torch.inf
+    kept = student[:, :-1].double(), [teacher[:, :-1].double()]
+    for loss, align_corners in itertools.product(("mse", "ce", "kl"), (False, True)):
+        options = {"loss": loss, "confidence": kind, "weight": "none"}
+        options |= {"size": (17, 33), "align_corners": align_corners}
+        value = fastmt.consistency_loss(student, teacher, **options)
+        expected = reference.consistency_loss(*kept, **options)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_loss_alone_is_the_same_loss(operations):
     student, teacher = (random_logits((2, 19, 5, 6), seed, 4.0) for seed in (1, 2))
     call = (student, [teacher], torch.tensor([0.5]), None, None, [0, 0, 0, 0, 0, 0], 1.0, [20, 24])
@@ -337,19 +381,17 @@ def test_one_launch_averages_tensors_of_all_dtypes_lengths_and_alignments(operat
         assert_average_close(average, mean)
 
 
-def test_integers_are_copied_in_the_same_launch(operations):
-    teachers = [torch.zeros(5000), torch.zeros(5001, dtype=torch.uint8), torch.zeros(3).long()]
-    students = [torch.ones(5000), torch.arange(5001).to(torch.uint8), torch.tensor([2**40, -1, 7])]
-    update(operations, teachers, students, 0.5)
-    assert torch.equal(teachers[0], torch.full((5000,), 0.5))
-    assert torch.equal(teachers[1], students[1])
-    assert torch.equal(teachers[2], students[2])
-
-
 def test_decay_0_copies_over_a_nan(operations):
     teacher, student = torch.full((5000,), torch.nan), random_logits((5000,), 0)
     update(operations, [teacher], [student], 0.0)
     assert torch.equal(teacher, student)
+
+
+def test_decay_1_keeps_whatever_the_student_holds(operations):
+    teacher, student = random_logits((5000,), 0), torch.full((5000,), torch.nan)
+    before = teacher.clone()
+    update(operations, [teacher], [student], 1.0)
+    assert torch.equal(teacher, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ from torch import nn
 import fastmt
 from fastmt import backends, ema_plan
 from fastmt.ema_bound import AVERAGE, COPY, STOCHASTIC, Row
-from fastmt.ema_table import DeviceUpdate
+from fastmt.ema_table import DeviceUpdate, Layout
 
 pytestmark = [
     pytest.mark.skipif(
@@ -34,6 +34,7 @@ class Net(nn.Module):
         self.register_buffer("in_half", torch.randn(7).bfloat16())
         self.register_buffer("mask", torch.tensor([True, False]))
         self.register_buffer("bytes", torch.arange(5, dtype=torch.uint8))
+        self.register_buffer("words", torch.arange(5).to(torch.uint16))
         self.register_buffer("wide", torch.randn(3, dtype=torch.float64))
         self.register_buffer("complex", torch.randn(3, dtype=torch.complex64))
         self.register_buffer("empty", torch.zeros(0))
@@ -46,6 +47,8 @@ def moved(network, seed):
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.dtype == torch.bool:
                 tensor.logical_not_()
+            elif tensor.dtype == torch.uint16:
+                tensor.copy_(tensor.int() + seed + 1)
             elif tensor.is_floating_point() or tensor.is_complex():
                 tensor.add_(torch.randn(tensor.shape, generator=generator))
             else:
@@ -118,6 +121,18 @@ def test_a_tensor_that_moved_in_memory_is_found_again(as_on_a_gpu):
         assert average.module.scalar.item() == pytest.approx(0.9 * old + 0.1 * 5.0)
 
 
+def test_what_is_no_matter_of_memory_makes_no_new_table():
+    tensors = [torch.zeros(3), torch.ones(2, 2)]
+    layout = Layout(tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layout.is_that_of(tensors)
+    with torch.inference_mode():
+        assert layout.is_that_of(tensors)
+    assert layout.is_that_of([tensors[0].requires_grad_(), tensors[1]])
+    assert not layout.is_that_of([tensors[0], tensors[1].t()[:1]])
+    assert not layout.is_that_of([tensors[0], tensors[1].view(torch.int32)])
+
+
 def row(average, value, mode=AVERAGE):
     return Row(0, (average,), value, (mode,), (None,))
 
@@ -147,6 +162,7 @@ def test_what_no_kernel_serves_is_left_to_the_reference():
         row(torch.zeros(3, dtype=torch.float64), torch.ones(3)),
         row(torch.zeros(2, 3), torch.ones(3, 2).t()),
         row(torch.tensor([True]), torch.tensor([False]), COPY),
+        row(torch.zeros(2, dtype=torch.uint16), torch.ones(2, dtype=torch.uint16), COPY),
         row(torch.zeros(3).bfloat16(), torch.zeros(3), STOCHASTIC),
         row(torch.zeros(3, device="meta"), torch.zeros(3, device="meta")),
     ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from followed import Net, advance, assert_same
 
-from fastmt import EMATeacher, ema_plan
+from fastmt import EMATeacher, ema_plan, ema_staging
 from fastmt.teacher import update_together
 
 
@@ -175,3 +175,32 @@ def test_a_student_on_a_gpu_is_averaged_on_the_cpu():
             expected.update()
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(teacher.state_dict()[name], tensor)
+
+
+def test_copies_of_every_gpu_are_waited_for(monkeypatch):
+    recorded, waited = [], []
+
+    class Event:
+        def record(self, stream):
+            self.stream = stream
+            recorded.append(stream)
+
+        def synchronize(self):
+            waited.append(self.stream)
+
+    class Value:
+        def __init__(self, name):
+            self.device = torch.device(name)
+
+        def copy_(self, *_, **__):
+            return self
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    staging = ema_staging.Staging([])
+    staging._values = list(map(Value, ("cuda:0", "cuda:1", "cpu", "cuda:1")))
+    staging.copies = staging._values
+    staging.fill([0.5], [0])
+    assert sorted(recorded) == ["cuda:0", "cuda:1"]
+    assert staging.empty() == ([0.5], [0])
+    assert sorted(waited) == ["cuda:0", "cuda:1"]

@@ -140,3 +140,43 @@ def test_neither_loss_nor_gradient_depends_on_how_groups_fall_to_threads(heights
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize(("at", "classes"), [((0, 0), 19), ((1, 2), 7), ((2, 3), 7), ((1, 4), 19)])
+@pytest.mark.parametrize("poison", [torch.nan, -torch.inf, 1e30])
+@pytest.mark.parametrize(("size", "align_corners"), [((12, 20), False), ((9, 9), True)])
+def test_a_logit_leaves_no_trace_where_it_has_no_weight(size, align_corners, classes, poison, at):
+    student, teacher = (random_logits((1, classes, 3, 5), seed, 4.0) for seed in (1, 2))
+    poisoned, mark = [student.clone(), teacher.clone()], torch.zeros(1, 1, 3, 5)
+    poisoned[0][0, 1, at[0], at[1]] = poisoned[1][0, 2, at[0], at[1]] = poison
+    mark[0, 0, at[0], at[1]] = 1
+    untouched = reference.upsample(mark, size, align_corners)[:, 0] == 0
+    labels = torch.where(untouched, 0, 255)
+
+    def everything(student, teacher):
+        z = student.requires_grad_()
+        options = {"align_corners": align_corners, "normalize": "valid"}
+        masked = {**options, "weight": "none", "valid": untouched, "size": size}
+        losses = [fastmt.consistency_loss(z, teacher, **masked)]
+        losses.append(fastmt.cross_entropy(z, labels, **options))
+        return [*losses, *(torch.autograd.grad(loss, z)[0] for loss in losses)]
+
+    results = zip(everything(*poisoned), everything(student, teacher), strict=True)
+    for result, clean in results:
+        torch.testing.assert_close(result, clean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_nan_in_either_network_makes_loss_and_gradient_of_its_pixel_nan(which, loss):
+    operands = [random_logits((1, 7, 2, 4), seed) for seed in (1, 2)]
+    operands[which][0, 0, 0, 0] = torch.nan
+    student, teacher = operands[0].requires_grad_(), operands[1]
+    value = fastmt.consistency_loss(student, teacher, loss=loss, weight="none", size=(4, 8))
+    (gradient,) = torch.autograd.grad(value, student)
+    if loss == "ce" and which == 1:  # which takes no more than a label from the teacher
+        assert value.isfinite()
+    else:
+        assert value.isnan()
+        assert gradient[0, :, 0, 0].isnan().all()
+    assert gradient[..., 2].isfinite().all()

@@ -88,7 +88,6 @@ struct ConsistencyCells {
   int32_t members, loss, kind, weight;
   bool class_mean, strict, threshold_by_label;
   float inverse_temperature, gradient_scale;
-  float limit;             // where `threshold` is null
   const float* threshold;  // one, or one for each class
 };
 
@@ -115,14 +114,12 @@ struct Finish {
 
 constexpr int64_t EMA_CHUNK = 16 * 1024;  // elements between two entries of `starts`
 
-// Rows (teacher, student, elements, teacher's type, student's type); bytes and 64-bit integers are
-// copied, so that any integer tensor can be handed over as bytes. `starts` counts the chunks before
-// each row.
+// Rows (teacher, student, elements, teacher's type, student's type), of floating types. `starts`
+// counts the chunks before each row.
 struct EmaCall {
   const int64_t *table, *starts;
   int64_t rows;
   const double* decay;
-  double value;  // where `decay` is null
 };
 
 struct ScaleCall {

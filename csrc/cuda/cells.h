@@ -112,16 +112,24 @@ struct Tile {
   }
 };
 
-// The corners of a thread's column in one grid: the offset of the left one, from there to the right
-// one, and the share t of that.
-struct Across {
-  int64_t left, over;
+// The two logits on an axis that a position lies between: the offset of the first, from there to
+// the second, and the share t of that. A logit of weight 0 does not count, whatever it holds: where
+// only one has any weight it is both of them, half each.
+struct Between {
+  int64_t first, next;
   float t;
 
-  FASTMT_INLINE Across(const Grid& grid, int64_t image, At at) {
-    left = image * grid.image + at.index * grid.column;
-    over = at.index + 1 < grid.columns.size ? grid.column : 0;
-    t = at.t;
+  FASTMT_INLINE Between(At at, int64_t stride) : first(at.index * stride), next(stride), t(at.t) {
+    if (t == 1) first += stride;
+    if (t == 0 || t == 1) next = 0, t = 0.5f;
+  }
+  FASTMT_INLINE float mix(float a, float b) const { return (1 - t) * a + t * b; }
+};
+
+// The corners of a thread's column in one grid.
+struct Across : Between {
+  FASTMT_INLINE Across(const Grid& grid, int64_t image, At at) : Between(at, grid.column) {
+    first += image * grid.image;
   }
 };
 
@@ -132,40 +140,39 @@ struct Column {
   FASTMT_INLINE float& operator[](int c) const { return at[c * pitch]; }
 };
 
-// f(c, top, bottom): the logits of a column at the low-resolution rows above and below an output.
+// f(c, top, bottom): the logits of a column at the low-resolution row of offset `row`, and at the one
+// that lies `down` from there.
 template <class F>
-FASTMT_INLINE void each_corner(const Grid& grid, const Across& across, int32_t index, int classes,
-                               F f) {
-  const int64_t down = index + 1 < grid.rows.size ? grid.row : 0;
+FASTMT_INLINE void each_corner(const Grid& grid, const Across& across, int64_t row, int64_t down,
+                               int classes, F f) {
   with_type(grid.type, [&](auto type) {
     using T = typename decltype(type)::type;
-    const T* left = static_cast<const T*>(grid.data) + index * grid.row + across.left;
+    const T* left = static_cast<const T*>(grid.data) + row + across.first;
     FASTMT_UNROLL
     for (int c = 0; c < classes; ++c, left += grid.channel) {
-      const T *right = left + across.over, *below = left + down, *opposite = below + across.over;
-      const float top = widen(*left), bottom = widen(*below);
-      f(c, top + across.t * (widen(*right) - top), bottom + across.t * (widen(*opposite) - bottom));
+      const T *right = left + across.next, *below = left + down, *opposite = below + across.next;
+      f(c, across.mix(widen(*left), widen(*right)), across.mix(widen(*below), widen(*opposite)));
     }
   });
 }
 
 FASTMT_INLINE void interpolate(const Grid& grid, const Across& across, At row, int classes,
                                Column to) {
-  each_corner(grid, across, row.index, classes,
-              [&](int c, float top, float bottom) { to[c] = top + row.t * (bottom - top); });
+  const Between down(row, grid.row);
+  each_corner(grid, across, down.first, down.next, classes,
+              [&](int c, float top, float bottom) { to[c] = down.mix(top, bottom); });
 }
 
 // The logit of one class.
 FASTMT_INLINE float logit_at(const Grid& grid, const Across& across, At row, int c) {
-  const int64_t down = row.index + 1 < grid.rows.size ? grid.row : 0, up = row.index * grid.row;
+  const Between down(row, grid.row);
   float logit = 0;
   with_type(grid.type, [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto* left = static_cast<const T*>(grid.data) + up + across.left + c * grid.channel;
-    const auto* right = left + across.over;
-    const float top = widen(*left), bottom = widen(left[down]);
-    const float upper = top + across.t * (widen(*right) - top);
-    logit = upper + row.t * (bottom + across.t * (widen(right[down]) - bottom) - upper);
+    const auto* left = static_cast<const T*>(grid.data) + down.first + across.first + c * grid.channel;
+    const auto *right = left + across.next, *below = left + down.next;
+    logit = down.mix(across.mix(widen(*left), widen(*right)),
+                     across.mix(widen(*below), widen(below[across.next])));
   });
   return logit;
 }
@@ -178,7 +185,7 @@ struct Powers {
   float column[C];  // exp(scale * (logit - top)), the pixel.h kind of Powers
   float ratio[C];
   bool walks;
-  static constexpr float REACH = 80.0f;  // exp(-80) is a normal number
+  static constexpr float REACH = 60.0f;  // exp(60) times a large weight is still finite
 
   FASTMT_INLINE Powers() : walks(false) {}
   FASTMT_INLINE Column at() { return {column, 1}; }
@@ -197,18 +204,22 @@ struct Powers {
   FASTMT_INLINE void skip() { walks = false; }
 
   FASTMT_INLINE void start(const Grid& grid, const Across& across, At row, float scale) {
-    float high = -INFINITY, low = INFINITY;
-    each_corner(grid, across, row.index, C, [&](int c, float above, float below) {
-      high = max(high, max(above, below));
+    float top = -INFINITY, low = INFINITY, not_finite = 0;
+    const int64_t down = row.index + 1 < grid.rows.size ? grid.row : 0;
+    each_corner(grid, across, row.index * grid.row, down, C, [&](int c, float above, float below) {
+      top = max(top, max(above, below));
       low = min(low, min(above, below));
+      not_finite += 0 * (below - above);
       column[c] = above;
-      ratio[c] = below - above;
+      ratio[c] = below;
     });
-    walks = (high - low) * scale < REACH;  // what is NaN stays so in either way
-    float top = walks ? high : -INFINITY;
+    walks = (top - low) * scale + not_finite < REACH;
+    if (!walks) top = -INFINITY;
     FASTMT_UNROLL
     for (int c = 0; c < C; ++c) {
-      column[c] += row.t * ratio[c];
+      const float above = column[c], below = ratio[c];
+      column[c] = row.t == 0 ? above : row.t == 1 ? below : (1 - row.t) * above + row.t * below;
+      ratio[c] = below - above;
       if (!walks) top = max(top, column[c]);
     }
     FASTMT_UNROLL

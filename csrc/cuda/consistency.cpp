@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
                   "consistency_loss: the CUDA C++ kernels serve 2-D logits that they up-sample");
   STD_TORCH_CHECK(teacher.size() <= MAX_TEACHERS, "consistency_loss: more than ", MAX_TEACHERS,
                   " teachers");
-  STD_TORCH_CHECK(!threshold.is_cpu() || student.is_cpu() || threshold.numel() == 1,
+  STD_TORCH_CHECK(threshold.is_cpu() == student.is_cpu(),
                   "threshold: a tensor on the CPU, expected the device of student");
   const OnDevice device(student);
   const int64_t height = (*size)[0], width = (*size)[1];
@@ -38,10 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
   const int normalize = int(options[5]);
   call.inverse_temperature = float(inverse_temperature);
   call.threshold_by_label = threshold.numel() > 1;
-  if (threshold.is_cpu() && threshold.numel() == 1)
-    call.limit = *data_of<const float>(threshold);
-  else
-    call.threshold = data_of<const float>(threshold);
+  call.threshold = data_of<const float>(threshold);
 
   const int64_t pixels = student.size(0) * height * width;
   const bool known = (normalize == Normalize::all || (normalize == Normalize::valid && !valid)) &&

@@ -26,8 +26,7 @@ FASTMT_INLINE float weigh(const ConsistencyCells& call, const Block& block, int 
                           const Teacher& teacher, bool valid) {
   if (!valid) return 0;
   const Weight kind = Weight(call.weight);
-  const float limit =
-      call.threshold ? call.threshold[call.threshold_by_label ? teacher.label : 0] : call.limit;
+  const float limit = call.threshold[call.threshold_by_label ? teacher.label : 0];
   const bool passing = call.strict ? teacher.score > limit : teacher.score >= limit;
   float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
   if (kind == Weight::confidence && passing) weight = teacher.score;
@@ -133,11 +132,11 @@ FASTMT_INLINE Teacher look(const ConsistencyCells& call, const Block& block, int
   for (int c = 0; c < classes; ++c) y[c] = 0;
   for (int m = 0; m < call.members; ++m) {
     logits(m, scratch);
-    add_member(scratch, y, classes, scale, 1.0f / float(call.members));
+    add_member(scratch, y, classes, scale);
   }
-  if (kind == Kind::max_prob) return ensemble_pixel<Kind::max_prob>(y, classes);
-  if (kind == Kind::entropy) return ensemble_pixel<Kind::entropy>(y, classes);
-  return ensemble_pixel<Kind::margin>(y, classes);
+  if (kind == Kind::max_prob) return ensemble_pixel<Kind::max_prob>(y, classes, call.members);
+  if (kind == Kind::entropy) return ensemble_pixel<Kind::entropy>(y, classes, call.members);
+  return ensemble_pixel<Kind::margin>(y, classes, call.members);
 }
 
 // "bce" has logarithms of every class under way at once, too many for registers.

@@ -2,19 +2,17 @@
 
 namespace fastmt::cuda {
 
-// `table` (rows, 5) and `starts` (rows + 1) as in EmaCall, on the device; `decay` 0-dim float64,
-// there or on the CPU.
+// `table` (rows, 5) and `starts` (rows + 1) as in EmaCall, `decay` 0-dim float64; all on the device.
 void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decay) {
   if (table.size(0) == 0) return;
+  STD_TORCH_CHECK(decay.is_cpu() == table.is_cpu(),
+                  "decay: a tensor on the CPU, expected the device of the tensors");
   const OnDevice device(table);
   EmaCall call{};
   call.table = data_of<const int64_t>(table);
   call.starts = data_of<const int64_t>(starts);
   call.rows = table.size(0);
-  if (decay.is_cpu())
-    call.value = *data_of<const double>(decay);
-  else
-    call.decay = data_of<const double>(decay);
+  call.decay = data_of<const double>(decay);
   launch_ema(call, device.stream);
 }
 

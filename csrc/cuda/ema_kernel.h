@@ -65,13 +65,14 @@ FASTMT_INLINE void update_piece(T* to, const S* from, int count, F f) {
 }
 
 struct Decay {
-  bool copies, near_student;
+  bool keeps, copies, near_student;
   float step;
 
-  // As torch.lerp: from the nearer end, so that decay 1 keeps exactly; 0 copies, whatever was
+  // As torch.lerp: from the nearer end. 1 keeps, whatever the student holds; 0 copies, whatever was
   // there.
   FASTMT_INLINE explicit Decay(double decay)
-      : copies(decay == 0),
+      : keeps(decay == 1),
+        copies(decay == 0),
         near_student(decay < 0.5),
         step(float(near_student ? decay : 1 - decay)) {}
 
@@ -96,10 +97,6 @@ struct Span {
 };
 
 FASTMT_INLINE void update_span(const Span& span, Type teacher, Type student, const Decay& decay) {
-  if (teacher == Type::uint8)
-    return span.update<uint8_t, uint8_t>([](uint8_t, uint8_t x) { return x; });
-  if (teacher == Type::int64)
-    return span.update<int64_t, int64_t>([](int64_t, int64_t x) { return x; });
   with_type(teacher, [&](auto t) {
     using T = typename decltype(t)::type;
     with_type(student, [&](auto s) {
@@ -124,8 +121,9 @@ FASTMT_INLINE int64_t row_of(const int64_t* starts, int64_t rows, int64_t chunk)
 
 // How many pieces there are only the device knows, so the blocks take turns.
 __global__ void __launch_bounds__(EMA_THREADS, 4) ema_kernel(const __grid_constant__ EmaCall call) {
+  const Decay decay(*call.decay);
+  if (decay.keeps) return;
   const int64_t pieces = call.starts[call.rows] * PIECES;
-  const Decay decay(call.decay ? *call.decay : call.value);
   for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const int64_t chunk = piece / PIECES, row = row_of(call.starts, call.rows, chunk);
     const int64_t* entry = call.table + row * 5;

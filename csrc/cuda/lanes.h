@@ -25,6 +25,12 @@ FASTMT_INLINE ints iselect(ints mask, ints a, ints b) { return mask ? a : b; }
 FASTMT_INLINE floats max(floats a, floats b) { return fmaxf(a, b); }  // the other where one is NaN
 FASTMT_INLINE floats min(floats a, floats b) { return fminf(a, b); }
 
+// The division that nvcc is told to take is an ulp off.
+FASTMT_INLINE floats quotient(floats a, floats b) {
+  const float inverse = 1.0f / b, near = a * inverse;
+  return fmaf(fmaf(-near, b, a), inverse, near);
+}
+
 // The same number, of which the compiler does not know it: what it computes from that anew takes no
 // registers in between.
 FASTMT_INLINE floats again(floats x) { return opaque(x); }

@@ -73,14 +73,15 @@ def test_tensors_on_two_devices_are_refused_by_name():
         fastmt.cross_entropy(student, labels)
 
 
-def test_more_than_two_to_the_31_elements_are_addressed():
+@pytest.mark.parametrize(("size", "marked"), [(None, 400 * 400), ((64, 64), 1)])
+def test_classes_that_lie_2_to_the_31_elements_apart_are_addressed(size, marked):
     if torch.cuda.mem_get_info(GPU)[0] < 24 << 30:
         pytest.skip("needs 24 GiB of GPU memory")
-    side = 32_800  # 2 x 32800 x 32800 > 2^31
-    logits = torch.zeros((1, 2, side, side), dtype=torch.bfloat16, device=GPU)
-    logits[0, 1, -1, -1] = 8.0
-    score, label = fastmt.softmax_confidence(logits)
-    assert label.sum() == 1
-    assert label[0, -1, -1] == 1
+    side = 23_200  # the last of 5 classes begins at 4 * side**2 > 2^31
+    logits = torch.zeros((1, 5, side, side), dtype=torch.bfloat16, device=GPU)
+    logits[0, 4, -400:, -400:] = 8.0
+    score, label = fastmt.softmax_confidence(logits, size=size)
+    assert label.count_nonzero() == marked
+    assert label[0, -1, -1] == 4
     assert score[0, -1, -1] > 0.99
-    assert score[0, -1, -2] == 0.5
+    assert score[0, 0, 0] == pytest.approx(0.2)

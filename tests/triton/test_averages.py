@@ -9,6 +9,7 @@ import torch
 from operands import DTYPES, random_logits
 from test_ema import *  # noqa: F403
 from tolerances import assert_average_close
+from torch import nn
 
 import fastmt
 from fastmt import kernels
@@ -40,6 +41,23 @@ def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatc
     assert table.shape == (len(pairs), 5)
     assert starts[-1] == sum(-(-len(t) // (16 * 1024)) for t in teacher)
     assert decay.ndim == 0
+
+
+@pytest.mark.parametrize("decay", [torch.tensor(1.0), None])
+def test_a_student_that_is_not_finite_leaves_no_trace_where_nothing_is_to_change(decay):
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        teacher = fastmt.EMATeacher(network, 0.9)
+        teacher.update()
+        before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+        network[0].weight[0, 0], network[1].running_mean[0] = torch.nan, torch.inf
+    if decay is None:
+        teacher.update(finite=torch.tensor(False), decay=torch.tensor(0.9, dtype=torch.float64))
+    else:
+        averages, values = [teacher.module[0].weight.data], [network[0].weight.data]
+        fastmt.ema_update_(averages, values, decay)
+    for name, value in teacher.module.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import small
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import DTYPES, laid_out, random_logits, threshold_near
@@ -21,6 +23,7 @@ import fastmt
 from fastmt.confidence import KINDS
 from fastmt.consistency import LOSSES, NORMALIZATIONS, WEIGHTS
 from fastmt.kernels import calls, cells
+from fastmt.kernels.grid import first_beyond, neighbours
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -235,19 +238,6 @@ def test_logits_of_any_range_are_exact_all_through_wide_cells(scale):
         )
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other(poison):
-    teacher = random_logits((1, 5, 4, 9), 0)
-    size = (8, 36)
-    clean = fastmt.softmax_confidence(teacher, size=size)
-    teacher[0, 2, 1, 5] = poison
-    score, label = fastmt.softmax_confidence(teacher, size=size)
-    reached_by_it = upsampled(teacher, size, False).softmax(1).amax(1).isnan()
-    assert torch.equal(score.isnan(), reached_by_it)
-    assert torch.equal(score[~reached_by_it], clean.score[~reached_by_it])
-    assert torch.equal(label[~reached_by_it], clean.label[~reached_by_it])
-
-
 def everything(student, teacher, labels, size):
     z = student.detach().requires_grad_()
     loss = fastmt.consistency_loss(z, teacher, threshold=0.5, size=size)
@@ -272,6 +262,24 @@ def test_64_bit_offsets_and_repeated_calls_give_the_same_bits(monkeypatch):
         assert not a.isnan().any()
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+@triton.jit
+def band_kernel(found, bands, rows, out_height, BAND: tl.constexpr, WIDE: tl.constexpr):
+    _, band, _ = cells.strip_of(1, bands, 16, WIDE)
+    first = first_beyond(band + BAND, rows, out_height)
+    tl.store(found, first)
+    tl.store(found + 1, first_beyond(band + BAND + 1, rows, out_height) - first)
+    tl.store(found + 2, neighbours(first, rows)[0])
+
+
+def test_rows_whose_places_take_64_bits_are_found():
+    low, high, band = 24_000, 48_000, 23_500
+    walk = cells.walk_of(torch.empty(1, 2, low, 1), [], (high, 1), False, 16)
+    assert walk.wide(2)
+    found = torch.zeros(3, dtype=torch.int64)
+    band_kernel[(1,)](found, low, walk.first[0], high, BAND=band, WIDE=True)
+    assert found.tolist() == [2 * band + 1, 2, band]
 
 
 def test_a_label_out_of_range_is_named_also_when_logits_are_upsampled():

@@ -1,0 +1,69 @@
+"""What is not finite, excluded or certain, dense and up-sampled inside the Triton kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operands import random_logits
+from test_upsampling_borders import (  # noqa: F401, every fifth of the cases
+    test_a_border_knows_nothing_of_large_logits_that_do_not_reach_it,
+    test_a_class_that_is_excluded_everywhere_has_probability_zero,
+    test_a_logit_leaves_no_trace_where_it_has_no_weight,
+    test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other,
+    test_the_label_of_a_pixel_that_is_nan_is_that_of_the_reference,
+)
+
+import fastmt
+from fastmt.confidence import KINDS
+from fastmt.consistency import LOSSES
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("classes", "members"), [(1, 3), (2, 1), (5, 11), (19, 14)])
+@pytest.mark.parametrize("size", [None, (4, 7)])
+def test_a_certain_teacher_scores_exactly_one(kind, classes, members, size):
+    teacher = torch.full((1, classes, 2, 3), -200.0)
+    teacher[:, 0] = 7.25
+    score, label = fastmt.softmax_confidence([teacher] * members, kind=kind, size=size)
+    assert (score == 1).all()
+    assert not label.any()
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_nan_makes_loss_and_gradient_of_its_pixel_nan(loss, at, which):
+    operands = {
+        name: random_logits((1, 5, 2, 2), i) for i, name in enumerate(("teacher", "student"))
+    }
+    operands[which][0, at, 0, 0] = torch.nan
+    student = operands["student"].requires_grad_()
+    value = fastmt.consistency_loss(student, operands["teacher"], loss=loss, weight="none")
+    (gradient,) = torch.autograd.grad(value, student)
+    if loss == "ce" and which == "teacher":  # which gives no more than a label
+        assert value.isfinite()
+    else:
+        assert value.isnan()
+        assert gradient[0, :, 0, 0].isnan().all()
+    assert gradient[0, :, 1, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("others", [1, 4])
+def test_bce_of_a_student_that_excludes_all_classes_but_the_right_one_is_zero(others):
+    student = torch.full((1, 1 + others, 1, 3), -torch.inf)
+    student[:, 0] = 2.0
+    teacher = student.clone()
+    student.requires_grad_()
+    value = fastmt.consistency_loss(student, teacher, loss="bce", weight="none")
+    assert value == 0
+    assert not torch.autograd.grad(value, student)[0].any()
+
+
+def test_bce_of_one_class_is_nan_only_where_a_logit_is_not_finite():
+    student, teacher = torch.zeros(1, 1, 1, 2, requires_grad=True), torch.zeros(1, 1, 1, 2)
+    options = {"loss": "bce", "weight": "none"}
+    assert fastmt.consistency_loss(student, teacher, **options) == 0
+    teacher[..., 1] = torch.nan
+    assert fastmt.consistency_loss(student, teacher, **options).isnan()
