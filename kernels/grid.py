@@ -105,13 +105,16 @@ def between(upper, step, t, classes, CLASSES: tl.constexpr):
 
     The lower row does not count where t is 0, whatever it holds.
     """
-    column = ()
+    column = upper
+    if t != 0:
+        column = add_scaled(upper, t, step)
+    tiles = ()
     for i in tl.static_range(len(classes)):
-        tile = tl.where(t == 0, upper[i], upper[i] + t * step[i])
+        tile = column[i]
         if i == len(classes) - 1:
             tile = tl.where(classes[i] < CLASSES, tile, float("-inf"))
-        column = column + (tile,)
-    return column
+        tiles = tiles + (tile,)
+    return tiles
 
 
 @triton.jit

@@ -55,10 +55,10 @@ def largest(column):
 
 @triton.jit
 def first_of(column, classes, top):
-    """The first class whose value is not below `top`: the label, in range also beside a NaN."""
-    label = tl.min(tl.where(column[0] < top[None, :], NO_CLASS, classes[0]), 0)
+    """The first class whose value is `top`; never one that is NaN."""
+    label = tl.min(tl.where(column[0] >= top[None, :], classes[0], NO_CLASS), 0)
     for i in tl.static_range(1, len(column)):
-        found = tl.where(column[i] < top[None, :], NO_CLASS, classes[i])
+        found = tl.where(column[i] >= top[None, :], classes[i], NO_CLASS)
         label = tl.minimum(label, tl.min(found, 0))
     return label
 
@@ -260,11 +260,8 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
     second = largest_but(z, classes, label)
     # Where all others are -inf nothing is left to be kept relative to.
     second = tl.where(second == float("-inf"), top, second)
-    # An infinite logit makes everything NaN, as it does in softmax; so does a NaN, which a maximum
-    # loses.
+    # An infinite logit makes everything NaN, as it does in softmax; so does a NaN, through `rest`.
     gap = second - top + (top - top)
-    for i in tl.static_range(len(z)):
-        gap += tl.sum(tl.where(z[i] == z[i], 0.0, z[i]), 0)
     rest = tl.zeros_like(top)
     expected = tl.zeros_like(top)
     q_top = tl.zeros_like(top)

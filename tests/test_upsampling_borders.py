@@ -144,7 +144,7 @@ def test_neither_loss_nor_gradient_depends_on_how_groups_fall_to_threads(heights
 
 @pytest.mark.parametrize(("at", "classes"), [((0, 0), 19), ((1, 2), 7), ((2, 3), 7), ((1, 4), 19)])
 @pytest.mark.parametrize("poison", [torch.nan, -torch.inf, 1e30])
-@pytest.mark.parametrize(("size", "align_corners"), [((12, 20), False), ((9, 9), True)])
+@pytest.mark.parametrize(("size", "align_corners"), [((6, 20), False), ((5, 9), True)])
 def test_a_logit_leaves_no_trace_where_it_has_no_weight(size, align_corners, classes, poison, at):
     student, teacher = (random_logits((1, classes, 3, 5), seed, 4.0) for seed in (1, 2))
     poisoned, mark = [student.clone(), teacher.clone()], torch.zeros(1, 1, 3, 5)

@@ -6,8 +6,6 @@ import pytest
 import torch
 from operands import random_logits
 from test_upsampling_borders import (  # noqa: F401, every fifth of the cases
-    test_a_border_knows_nothing_of_large_logits_that_do_not_reach_it,
-    test_a_class_that_is_excluded_everywhere_has_probability_zero,
     test_a_logit_leaves_no_trace_where_it_has_no_weight,
     test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other,
     test_the_label_of_a_pixel_that_is_nan_is_that_of_the_reference,
@@ -29,6 +27,16 @@ def test_a_certain_teacher_scores_exactly_one(kind, classes, members, size):
     score, label = fastmt.softmax_confidence([teacher] * members, kind=kind, size=size)
     assert (score == 1).all()
     assert not label.any()
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce", "kl"])
+def test_a_class_that_is_excluded_everywhere_has_probability_zero(loss):
+    student, teacher = (random_logits((1, 4, 2, 3), seed) for seed in (0, 1))
+    options = {"loss": loss, "size": (4, 6), "weight": "none", "confidence": "entropy"}
+    expected = fastmt.consistency_loss(student[:, :3], teacher[:, :3], **options)
+    student[:, 3] = teacher[:, 3] = -torch.inf
+    value = fastmt.consistency_loss(student, teacher, **options)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
