@@ -90,7 +90,7 @@ constexpr uintptr_t HUGE_PAGE = 2 << 20;
 // fastmt/kept_memory.py
 Tensor kept_output_like(const Tensor& tensor) {
   StableIValue stack[] = {torch::stable::detail::from(tensor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("fastmt::output_like", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
