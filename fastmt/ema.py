@@ -58,12 +58,13 @@ def ema_update_(
         return
     if isinstance(decay, Tensor) and decay.is_cpu:
         _check_decay(float(decay))
-    choice = backends.choose("ema_update_", _representatives(teacher))
+    first = _representatives(teacher)
+    choice = backends.choose("ema_update_", first)
     if choice.backend == "eager":
         pairs = [(teacher[i], student[i]) for i in _checked(teacher, student)]
         reference.ema_update_([t for t, _ in pairs], [s for _, s in pairs], decay)
         return
-    if ema_table.is_read_by(choice.backend, _representatives(teacher)):
+    if ema_table.is_read_by(choice.backend, ema_table.are_on_host(first)):
         _update_on_device(backends.operations(choice.backend), teacher, student, decay)
         return
     increment_version(teacher)  # first: it brings the tensors' records near

@@ -23,7 +23,7 @@ from fastmt.ema_bound import (
     update_eagerly,
 )
 from fastmt.ema_staging import Staging
-from fastmt.ema_table import DeviceUpdate, decay_on, is_read_by
+from fastmt.ema_table import DeviceUpdate, are_on_host, decay_on, is_read_by
 from fastmt.matching import Pair, Shards, Structure, check_storage, matched
 
 _RULES = {"copy": COPY, "ema": AVERAGE, "keep": KEEP}
@@ -65,6 +65,7 @@ class Plan:
         averages = [average for row in self.rows for average in row.averages]
         self.device = averages[0].device if averages else torch.device("cpu")
         self._first = [average for average in averages if average.is_floating_point()][:1]
+        self.on_host = are_on_host(self._first)
         self._choice = backends.Remembered("ema_update_", self._first)
         usable = backends.extension_missing() is None
         served = [usable and is_served(row) for row in self.rows]
@@ -104,12 +105,12 @@ class Plan:
 
     def _average(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> bool:
         backend = self._choice.backend()
-        if is_read_by(backend, self._first):
+        if is_read_by(backend, self.on_host):
             return self._run_on_device(backends.operations(backend), decays, draws)
         bound, rest = self._bound, self._rest
         if backend == "eager" or [decay for decay in decays if isinstance(decay, Tensor)]:
             bound, rest = None, self.rows
-        if not all(map(_fits, rest)) or (bound is not None and not bound.holds()):
+        if (rest and not all(map(_fits, rest))) or (bound is not None and not bound.holds()):
             return False
         increment_version(self._written)
         if bound is not None:

@@ -23,13 +23,13 @@ _MAX_TABLES = 8
 _tables: OrderedDict[tuple[int, ...], Lists] = OrderedDict()
 
 
-def is_read_by(backend: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernels of a backend find these tensors by a table; on CPU C++ holds them."""
-    return backend == "triton" or (backend == "cpp" and not all(map(_is_on_cpu, tensors)))
+def is_read_by(backend: str, on_host: bool) -> bool:
+    """Whether the kernels of a backend find tensors by a table; on the host C++ holds them."""
+    return backend == "triton" or (backend == "cpp" and not on_host)
 
 
-def _is_on_cpu(tensor: Tensor) -> bool:
-    return tensor.is_cpu
+def are_on_host(tensors: Sequence[Tensor]) -> bool:
+    return all([tensor.is_cpu for tensor in tensors])
 
 
 def kernel_serves(average: Tensor, value: Tensor) -> bool:

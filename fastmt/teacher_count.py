@@ -164,10 +164,6 @@ class Counting(nn.Module):
         count = self.__dict__["_device_count"]
         return count is not None and count.may_skip
 
-    def _may_average(self) -> bool:
-        """Whether the next call of update() averages, or only a device knows."""
-        return self._is_due() or self._may_skip()
-
     def _captured(self) -> DeviceCount:
         if self._device_count is None:
             raise RuntimeError(

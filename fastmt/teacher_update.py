@@ -57,16 +57,18 @@ def update_together(
     capturing = _is_capturing()
     recorded = capturing and decays is None  # advance() counts, at each replay
     on_device = recorded or finite is not None or decays is not None
-    if on_device or True in [teacher._may_average() for teacher in teachers]:
+    on_device = on_device or True in [teacher._may_skip() for teacher in teachers]
+    due = [] if on_device else [teacher._due_decay() for teacher in teachers]
+    if on_device or max(due) >= 0:
         plan = teachers[0]._plan_for(teachers, network)
         if plan.staging is not None and capturing:
             raise RuntimeError("update: an update of a teacher on the CPU cannot be captured")
-        if on_device or True in [teacher._may_skip() for teacher in teachers]:
+        if on_device:
             now, draws = _on_device(teachers, decays, finite, capturing)
         else:
-            now, draws = [t._due_decay() for t in teachers], [t._draw() for t in teachers]
-            if plan.device.type != "cpu":
-                now = [decay_on(plan.device, decay) for decay in now]
+            now, draws = due, [teacher._draw() for teacher in teachers]
+            if not plan.on_host:
+                now = [decay_on(plan.device, decay) for decay in due]
         if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
             teachers[0]._plan_anew(teachers, network).run(now, draws)
     for teacher in teachers:
