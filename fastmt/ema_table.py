@@ -29,7 +29,7 @@ def is_read_by(backend: str, on_host: bool) -> bool:
 
 
 def are_on_host(tensors: Sequence[Tensor]) -> bool:
-    return all([tensor.is_cpu for tensor in tensors])
+    return all(tensor.is_cpu for tensor in tensors)
 
 
 def kernel_serves(average: Tensor, value: Tensor) -> bool:
