@@ -16,7 +16,7 @@ def shape(tensor: Tensor) -> str:
     return f"({', '.join(map(str, tensor.shape))})"
 
 
-def check_choice(name: str, value: str, options: Sequence[str]) -> None:
+def check_choice(name: str, value: object, options: Sequence[object]) -> None:
     if value not in options:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, options))}")
 
@@ -24,6 +24,45 @@ def check_choice(name: str, value: str, options: Sequence[str]) -> None:
 def check_positive(name: str, value: float) -> None:
     if not (isinstance(value, Real) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
+
+
+def check_finite(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name}: got {value!r}, expected at least {least}")
+
+
+def check_between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value!r}, expected a number in [{low}, {high}]")
+
+
+def check_height_width(name: str, size: Sequence[int], least: int) -> None:
+    if len(size) != 2 or min(size) < least:
+        raise ValueError(f"{name}: got {tuple(size)}, expected (height, width) of at least {least}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: got {tensor.dtype}, expected floating point")
+
+
+def check_image_shape(name: str, images: Tensor, channels: int | None = None) -> None:
+    if images.ndim != 4 or channels not in (None, images.shape[1]):
+        raise ValueError(
+            f"{name}: got shape {shape(images)}, expected (N, {channels or 'C'}, H, W)"
+        )
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: got one on {generator.device}, expected one on {device}")
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -122,5 +161,5 @@ def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
 def label_message(label: int, classes: int, ignore_index: int) -> str:
     return (
         f"labels: got label {label}, expected 0..{classes - 1} or ignore_index={ignore_index} "
-        f"for logits of {classes} classes"
+        f"for {classes} classes"
     )

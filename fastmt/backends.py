@@ -305,7 +305,7 @@ def explain(function: Callable, *args: object, **kwargs: object) -> Choice:
         Whatever the call itself would raise for its arguments; TypeError if `function` is not an
         operation of fastmt.
     """
-    refusal = f"function: {function!r} is not an operation of fastmt"
+    refusal = f"function: got {function!r}, expected an operation of fastmt"
     if not _is_own(function):  # to call it might do anything
         raise TypeError(refusal)
     before = _state.explaining

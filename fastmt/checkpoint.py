@@ -48,7 +48,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     file gone.
     """
     if not isinstance(state, dict):
-        raise TypeError(f"state must be a dict, got {type(state).__name__}")
+        raise TypeError(f"state: got {type(state).__name__}, expected a dict")
     _check_plain(state, "state")
     payload = {"format": _FORMAT, "version": _VERSION, "state": state}
     _write_atomically(path, lambda file: _torch_save(payload, file))
@@ -116,7 +116,8 @@ def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor])
     safetensors_torch = _import_safetensors()
     for name, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"state_dict[{name!r}] must be a tensor, got {type(tensor).__name__}")
+            kind = type(tensor).__name__
+            raise TypeError(f"state_dict[{name!r}]: got {kind}, expected a tensor")
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in state_dict.items()
@@ -155,15 +156,14 @@ def _check_plain(value: Any, where: str) -> None:
     if kind in (dict, OrderedDict, Counter):  # MultiStepLR keeps its milestones in a Counter
         for key, item in value.items():
             if type(key) not in _PLAIN:
-                raise TypeError(f"{where} has a key of type {type(key).__name__}; use strings")
+                raise TypeError(f"{where}: got a {type(key).__name__} as key, expected a string")
             _check_plain(item, f"{where}[{key!r}]")
     elif kind in (list, tuple):
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
     elif kind not in _PLAIN and kind not in _TENSORS:
         raise TypeError(
-            f"{where} is of type {kind.__name__}; a checkpoint holds dicts, lists, tuples, "
-            "tensors, numbers and strings"
+            f"{where}: got {kind.__name__}, expected a dict, list, tuple, tensor, number or string"
         )
 
 

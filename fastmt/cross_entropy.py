@@ -83,8 +83,7 @@ def cross_entropy(
 
 def _check_options(normalize: str, label_smoothing: float) -> None:
     arguments.check_choice("normalize", normalize, NORMALIZATIONS)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
+    arguments.check_between("label_smoothing", label_smoothing, 0, 1)
 
 
 def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:

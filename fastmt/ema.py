@@ -51,13 +51,13 @@ def ema_update_(
         if decay.ndim:
             raise ValueError(f"decay: got shape {arguments.shape(decay)}, expected a 0-dim tensor")
     else:
-        _check_decay(decay)
+        arguments.check_between("decay", decay, 0, 1)
     teacher, student = list(teacher), list(student)
     if torch.compiler.is_compiling():
         _update_traced(teacher, student, torch.as_tensor(decay, dtype=torch.float64))
         return
     if isinstance(decay, Tensor) and decay.is_cpu:
-        _check_decay(float(decay))
+        arguments.check_between("decay", float(decay), 0, 1)
     first = _representatives(teacher)
     choice = backends.choose("ema_update_", first)
     if choice.backend == "eager":
@@ -72,11 +72,6 @@ def ema_update_(
     bound = binding is not None and binding.has(teacher, student)
     if not (bound and binding.update(teacher, student, float(decay))):
         _bind(teacher, student).update(teacher, student, float(decay))
-
-
-def _check_decay(decay: float) -> None:
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1]")
 
 
 @torch.library.custom_op("fastmt::ema_update_traced_", mutates_args=("teacher",))

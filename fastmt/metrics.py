@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmt import arguments
+
 
 class ConfusionMatrix:
     """Counts of (truth, prediction) pairs, and the scores that follow from them.
@@ -25,8 +27,7 @@ class ConfusionMatrix:
         ignore_index: int = 255,
         device: torch.device | str | None = None,
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        arguments.check_at_least("num_classes", num_classes, 1)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self._device = None if device is None else torch.device(device)
@@ -66,7 +67,9 @@ class ConfusionMatrix:
     def merge(self, other: ConfusionMatrix) -> None:
         """Add the counts of another matrix of the same classes."""
         if other.num_classes != self.num_classes:
-            raise ValueError(f"other has {other.num_classes} classes, expected {self.num_classes}")
+            raise ValueError(
+                f"other: got a matrix of {other.num_classes} classes, expected {self.num_classes}"
+            )
         self._follow(other._counts.device)
         self._counts += other._counts.to(self._counts.device)
 
@@ -76,8 +79,8 @@ class ConfusionMatrix:
         out_of_range = int(self._counts[-1])
         if out_of_range:
             raise ValueError(
-                f"{out_of_range} pixels had a label or prediction outside"
-                f" 0..{self.num_classes - 1} (ignore_index {self.ignore_index})"
+                f"predicted, labels: got {out_of_range} pixels out of range, expected "
+                f"0..{self.num_classes - 1} or ignore_index={self.ignore_index}"
             )
         return self._counts[:-2].view(self.num_classes, self.num_classes).clone()
 
@@ -103,19 +106,19 @@ class ConfusionMatrix:
 
     def _out_of_range(self, truth: Tensor, guess: Tensor) -> str:
         c = self.num_classes
-        expected = f"expected 0..{c - 1}"
         bad = truth[(truth < 0) | (truth >= c)]
         if bad.numel():
-            return f"labels has {int(bad[0])}, {expected} or ignore_index {self.ignore_index}"
+            return arguments.label_message(int(bad[0]), c, self.ignore_index)
         bad = guess[(guess < 0) | (guess >= c)]
-        return f"predicted has {int(bad[0])}, {expected}"
+        return f"predicted: got {int(bad[0])}, expected 0..{c - 1}"
 
 
 def _check_integers(predicted: Tensor, labels: Tensor) -> None:
     for name, tensor in (("predicted", predicted), ("labels", labels)):
         if tensor.is_floating_point() or tensor.is_complex():
-            raise TypeError(f"{name} must be an integer tensor, got {tensor.dtype}")
+            raise TypeError(f"{name}: got {tensor.dtype}, expected integers")
     if predicted.shape != labels.shape:
         raise ValueError(
-            f"predicted has shape {tuple(predicted.shape)} but labels {tuple(labels.shape)}"
+            f"predicted: got shape {arguments.shape(predicted)}, expected "
+            f"{arguments.shape(labels)} as labels"
         )

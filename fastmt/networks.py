@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmt import arguments
+
 __all__ = ["UNet"]
 
 _OUTPUT_STRIDES = (2, 4, 8, 16)
@@ -33,14 +35,11 @@ class UNet(nn.Module):
         self, num_classes: int, *, in_channels: int = 3, width: int = 32, stride: int = 4
     ) -> None:
         super().__init__()
-        if num_classes < 1 or in_channels < 1:
-            raise ValueError(
-                f"num_classes and in_channels must be >= 1, got {num_classes} and {in_channels}"
-            )
+        arguments.check_at_least("num_classes", num_classes, 1)
+        arguments.check_at_least("in_channels", in_channels, 1)
         if width < 2 or width % 2:
-            raise ValueError(f"width must be an even number >= 2, got {width}")
-        if stride not in _OUTPUT_STRIDES:
-            raise ValueError(f"stride must be one of {_OUTPUT_STRIDES}, got {stride}")
+            raise ValueError(f"width: got {width}, expected an even number of at least 2")
+        arguments.check_choice("stride", stride, _OUTPUT_STRIDES)
         self.num_classes = num_classes
         self.in_channels = in_channels
         self.stride = stride
@@ -57,10 +56,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(skips[-1], num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(
-                f"images must have shape (N, {self.in_channels}, H, W), got {tuple(images.shape)}"
-            )
+        arguments.check_image_shape("images", images, self.in_channels)
         features = [self.stem(images)]
         for stage in self.encoder:
             features.append(stage(features[-1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmt import backends, reference
+from fastmt import arguments, backends, reference
 
 __all__ = ["class_mix", "gaussian_noise", "mix", "photometric_jitter"]
 
@@ -37,9 +37,10 @@ def gaussian_noise(
     Differentiable in `images`. Raises TypeError for integer images, ValueError for negative sigma
     or clip. Source: Yu et al., "Uncertainty-aware Self-ensembling Model", MICCAI 2019.
     """
-    _check_floating("images", images)
-    _check_not_negative(sigma=sigma, clip=clip)
-    _check_generator(generator, images)
+    arguments.check_floating("images", images)
+    arguments.check_at_least("sigma", sigma, 0)
+    arguments.check_at_least("clip", clip, 0)
+    arguments.check_generator(generator, images.device)
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return _noise_of_torch(images, sigma, clip, clamp, generator)
     wants_gradient = images.requires_grad and torch.is_grad_enabled()
@@ -79,13 +80,13 @@ def photometric_jitter(
     Computed in float32, differentiable in `images`. Raises TypeError for integer images, ValueError
     for another shape, a negative strength or a probability outside [0, 1].
     """
-    _check_floating("images", images)
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}")
-    _check_not_negative(brightness=brightness, contrast=contrast, saturation=saturation)
-    if not 0.0 <= greyscale <= 1.0:
-        raise ValueError(f"greyscale must be a probability in [0, 1], got {greyscale}")
-    _check_generator(generator, images)
+    arguments.check_floating("images", images)
+    arguments.check_image_shape("images", images, 3)
+    arguments.check_at_least("brightness", brightness, 0)
+    arguments.check_at_least("contrast", contrast, 0)
+    arguments.check_at_least("saturation", saturation, 0)
+    arguments.check_between("greyscale", greyscale, 0, 1)
+    arguments.check_generator(generator, images.device)
 
     draws = torch.rand((4, len(images), 1, 1), device=images.device, generator=generator)
     gain = _factor(brightness, draws[0])
@@ -120,12 +121,11 @@ def class_mix(
     ignored. Sources: Olsson et al., "ClassMix", WACV 2021; Tranheden et al., "DACS", WACV 2021.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integer, got {labels.dtype}")
+        raise TypeError(f"labels: got {labels.dtype}, expected integers")
     if labels.ndim < 2:
-        raise ValueError(f"labels must have shape (N, *spatial), got {tuple(labels.shape)}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be >= 1, got {num_classes}")
-    _check_generator(generator, labels)
+        raise ValueError(f"labels: got shape {arguments.shape(labels)}, expected (N, *spatial)")
+    arguments.check_at_least("num_classes", num_classes, 1)
+    arguments.check_generator(generator, labels.device)
 
     label = labels.long().flatten(1)  # (N, P)
     in_range = (label >= 0) & (label < num_classes)
@@ -152,20 +152,19 @@ def mix(mask: Tensor, pasted: Tensor, base: Tensor) -> Tensor:
     for what does not fit.
     """
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
+        raise TypeError(f"mask: got {mask.dtype}, expected bool")
     if pasted.dtype != base.dtype:
-        raise TypeError(f"pasted and base must share a dtype, got {pasted.dtype} and {base.dtype}")
+        raise TypeError(f"pasted: got {pasted.dtype}, expected {base.dtype} as base")
     if pasted.shape != base.shape:
         raise ValueError(
-            f"pasted and base must have one shape, got {tuple(pasted.shape)} "
-            f"and {tuple(base.shape)}"
+            f"pasted: got shape {arguments.shape(pasted)}, expected {arguments.shape(base)} as base"
         )
     if mask.shape == base.shape:
         return torch.where(mask, pasted, base)
     if mask.shape != base.shape[:1] + base.shape[2:]:
         raise ValueError(
-            f"mask must have shape (N, *spatial) of base {tuple(base.shape)}, "
-            f"got {tuple(mask.shape)}"
+            f"mask: got shape {arguments.shape(mask)}, expected (N, *spatial) of base "
+            f"{arguments.shape(base)}"
         )
     return torch.where(mask.unsqueeze(1), pasted, base)
 
@@ -177,25 +176,5 @@ def _factor(strength: float, draw: Tensor) -> Tensor:
 
 def _check_range(label: Tensor, known: Tensor, num_classes: int, ignore_index: int) -> None:
     if not known.all():
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}) or equal ignore_index {ignore_index}, "
-            f"got {label[~known][0].item()}"
-        )
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-
-
-def _check_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0.0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
-
-
-def _check_generator(generator: torch.Generator | None, tensor: Tensor) -> None:
-    if generator is not None and generator.device.type != tensor.device.type:
-        raise ValueError(
-            f"generator must be on the tensor's device {tensor.device}, got {generator.device}"
-        )
+        wrong = int(label[~known][0])
+        raise ValueError(arguments.label_message(wrong, num_classes, ignore_index))

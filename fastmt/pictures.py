@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from fastmt.arguments import check_between
 from fastmt.files import replacing
 
 VOID_COLOUR = (24, 24, 28)
@@ -50,8 +51,7 @@ def default_palette(num_classes: int) -> np.ndarray:
     The first eleven suit street scenes; each further one is the colour of a coarse RGB grid
     that lies farthest from all before it. At most 255 classes.
     """
-    if not 0 <= num_classes <= MAX_CLASSES:
-        raise ValueError(f"num_classes must be in 0..{MAX_CLASSES}, got {num_classes}")
+    check_between("num_classes", num_classes, 0, MAX_CLASSES)
     colours = np.array(_STREET_COLOURS, np.float64)[:num_classes]
     steps = np.linspace(40, 250, 8).round()
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
@@ -79,10 +79,11 @@ def colour(label: np.ndarray | Tensor, palette: np.ndarray) -> np.ndarray:
     """
     ids = _array(label)
     if ids.ndim != 2:
-        raise ValueError(f"label must have shape (H, W), got {tuple(ids.shape)}")
+        raise ValueError(f"label: got shape {tuple(ids.shape)}, expected (H, W)")
     wrong = ids[((ids < 0) | (ids >= len(palette))) & (ids != 255)]
     if wrong.size:
-        raise ValueError(f"label has id {wrong[0]} but palette has {len(palette)} colours")
+        expected = f"expected 0..{len(palette) - 1}, the colours of palette, or 255"
+        raise ValueError(f"label: got id {wrong[0]}, {expected}")
     table = np.full((256, 3), VOID_COLOUR, np.uint8)
     table[: len(palette)] = palette
     return table[ids]
@@ -188,16 +189,18 @@ def panel(
 
 def _check_rows(rows, titles: Sequence[str]) -> list[list[np.ndarray]]:
     if not rows or not titles:
-        raise ValueError(f"panel needs rows and titles, got {len(rows)} and {len(titles)}")
+        got = f"got {len(rows)} and {len(titles)}"
+        raise ValueError(f"rows, titles: {got}, expected at least one of each")
     for r, row in enumerate(rows):
         if len(row) != len(titles):
-            raise ValueError(f"rows[{r}] has {len(row)} images for {len(titles)} titles")
+            expected = f"expected {len(titles)}, one for each title"
+            raise ValueError(f"rows[{r}]: got {len(row)} images, {expected}")
     images = [[_array(image) for image in row] for row in rows]
     for r, row in enumerate(images):
         for c, image in enumerate(row):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 got = f"{image.dtype} {tuple(image.shape)}"
-                raise ValueError(f"rows[{r}][{c}] must be uint8 (H, W, 3), got {got}")
+                raise ValueError(f"rows[{r}][{c}]: got {got}, expected uint8 (H, W, 3)")
     return images
 
 

@@ -15,6 +15,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fastmt.arguments import check_at_least, check_between, check_finite
+
 Schedule = Callable[[int], float]
 
 __all__ = [
@@ -36,7 +38,7 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        _check_finite("value", self.value)
+        check_finite("value", self.value)
 
     def __call__(self, step: int) -> float:
         return float(self.value)
@@ -55,7 +57,7 @@ class SigmoidRampUp:
     length: int
 
     def __post_init__(self) -> None:
-        _check_finite("value", self.value)
+        check_finite("value", self.value)
         _check_length(self.length)
 
     def __call__(self, step: int) -> float:
@@ -70,7 +72,7 @@ class LinearRampUp:
     length: int
 
     def __post_init__(self) -> None:
-        _check_finite("value", self.value)
+        check_finite("value", self.value)
         _check_length(self.length)
 
     def __call__(self, step: int) -> float:
@@ -89,7 +91,7 @@ class CosineRampDown:
     length: int
 
     def __post_init__(self) -> None:
-        _check_finite("value", self.value)
+        check_finite("value", self.value)
         _check_length(self.length)
 
     def __call__(self, step: int) -> float:
@@ -113,8 +115,7 @@ class UncertaintyThreshold:
 
     def __post_init__(self) -> None:
         _check_length(self.length)
-        if not 0.0 <= self.base <= 1.0:
-            raise ValueError(f"base must be in [0, 1], got {self.base}")
+        check_between("base", self.base, 0, 1)
 
     def __call__(self, step: int) -> float:
         return (1.0 - self.base) * (1.0 - _sigmoid_ramp(_progress(step, self.length)))
@@ -142,15 +143,18 @@ class OnDevice:
         return tensor.fill_(value)
 
 
-def as_schedule(value: float | Schedule) -> Schedule:
-    """Return a callable unchanged and a number as `Constant`; anything else is a TypeError."""
+def as_schedule(value: float | Schedule, name: str = "value") -> Schedule:
+    """Return a callable unchanged and a number as `Constant`; anything else is a TypeError.
+
+    name: of the argument that `value` came as, for the error.
+    """
     if callable(value):
         return value
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return Constant(float(value))
-    raise TypeError(
-        f"a schedule is a number or a callable step -> float, got {type(value).__name__}"
-    )
+    if isinstance(value, bool) or not isinstance(value, Real):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: got {kind}, expected a number or a callable step -> float")
+    check_finite(name, value)
+    return Constant(float(value))
 
 
 def _sigmoid_ramp(progress: float) -> float:
@@ -159,20 +163,10 @@ def _sigmoid_ramp(progress: float) -> float:
 
 def _progress(step: int, length: int) -> float:
     """The fraction of the ramp that lies behind, in [0, 1]."""
-    if step < 0:
-        raise ValueError(f"step must be >= 0, got {step}")
+    check_at_least("step", step, 0)
     return 1.0 if step >= length else float(step / length)
 
 
-def _check_finite(name: str, value: float) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-
-
 def _check_length(length: int) -> None:
-    if not isinstance(length, Real):
-        raise TypeError(f"length must be a number of steps, got {type(length).__name__}")
-    if not 0 <= length < math.inf:
-        raise ValueError(f"length must be a finite number of steps >= 0, got {length}")
+    check_finite("length", length)
+    check_at_least("length", length, 0)

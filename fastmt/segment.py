@@ -194,8 +194,7 @@ def _check(network: nn.Module, images: Tensor, scales: Sequence[float], divisor:
         )
     if not isinstance(divisor, int):
         raise TypeError(f"divisor: got {type(divisor).__name__}, expected an integer")
-    if divisor < 1:
-        raise ValueError(f"divisor: got {divisor}, expected at least 1")
+    arguments.check_at_least("divisor", divisor, 1)
     if not isinstance(scales, Sequence):
         raise TypeError(f"scales: got {type(scales).__name__}, expected a sequence of factors")
     if not len(scales):

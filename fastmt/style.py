@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmt import arguments
+
 Style = Callable[[Tensor, Tensor], Tensor]
 
 __all__ = ["Style", "as_style", "fourier_style", "match_statistics"]
@@ -40,8 +42,7 @@ def fourier_style(
     integer images. Source: Yang and Soatto, "FDA: Fourier Domain Adaptation for Semantic
     Segmentation", CVPR 2020.
     """
-    if not 0.0 <= beta <= 0.5:
-        raise ValueError(f"beta must be in [0, 0.5], got {beta}")
+    arguments.check_between("beta", beta, 0, 0.5)
     paired = _pair(source, target, generator)
     height, width = source.shape[-2:]
     reach = math.floor(beta * min(height, width))
@@ -134,9 +135,8 @@ def as_style(style: str | Style | None) -> Style:
     if callable(style):
         return style
     if not isinstance(style, str):
-        raise TypeError(f"style must be a name, a callable or None, got {type(style).__name__}")
-    if style not in _STYLES:
-        raise ValueError(f"style must be one of {', '.join(map(repr, _STYLES))}, got {style!r}")
+        raise TypeError(f"style: got {type(style).__name__}, expected a name, a callable or None")
+    arguments.check_choice("style", style, tuple(_STYLES))
     return _STYLES[style]
 
 
@@ -172,19 +172,13 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _check(source: Tensor, target: Tensor, generator: torch.Generator | None) -> None:
     for name, images in (("source", source), ("target", target)):
-        if not images.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {images.dtype}")
-        if images.ndim != 4:
-            raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(images.shape)}")
+        arguments.check_floating(name, images)
+        arguments.check_image_shape(name, images)
     if len(target) == 0:
-        raise ValueError("target must hold at least one image, got none")
+        raise ValueError("target: got no images, expected at least one")
     if source.shape[1] != target.shape[1]:
         raise ValueError(
-            f"target must have the source's {source.shape[1]} channels, got {target.shape[1]}"
+            f"target: got {target.shape[1]} channels, expected {source.shape[1]} as source"
         )
-    if source.device != target.device:
-        raise ValueError(f"target must be on {source.device} like source, got {target.device}")
-    if generator is not None and generator.device.type != source.device.type:
-        raise ValueError(
-            f"generator must be on the images' device {source.device}, got {generator.device}"
-        )
+    arguments.check_device("target", target, source.device)
+    arguments.check_generator(generator, source.device)

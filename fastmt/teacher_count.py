@@ -80,10 +80,8 @@ class Counting(nn.Module):
         draw_seed: int | None,
     ) -> None:
         super().__init__()
-        if update_every < 1 or start < 0:
-            raise ValueError(
-                f"update_every, start: got {update_every}, {start}, expected >= 1 and >= 0"
-            )
+        arguments.check_at_least("update_every", update_every, 1)
+        arguments.check_at_least("start", start, 0)
         if not callable(decay) and not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
         if not callable(warmup) and warmup is not None:

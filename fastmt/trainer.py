@@ -99,8 +99,8 @@ class MeanTeacher:
         self.teacher = EMATeacher(student, decay) if teacher is None else teacher
         self.consistency = ConsistencyLoss() if consistency is None else consistency
         self.supervised = CrossEntropy() if supervised is None else supervised
-        self.weight = as_schedule(weight)
-        self.threshold = None if threshold is None else as_schedule(threshold)
+        self.weight = as_schedule(weight, "weight")
+        self.threshold = None if threshold is None else as_schedule(threshold, "threshold")
         self.clip_norm, self.amp, self.accumulate = clip_norm, amp, accumulate
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._untrained = [p for p in student.parameters() if id(p) not in trained]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmt.arguments import shape
+from fastmt.arguments import check_between, shape
 from fastmt.perturb import class_mix, gaussian_noise, mix, photometric_jitter
 from fastmt.style import Style, as_style
 
@@ -46,8 +46,7 @@ class Views:
         seed: int,
         device: torch.device,
     ) -> None:
-        if not 0 <= class_mixing <= 1:
-            raise ValueError(f"class_mixing: got {class_mixing}, expected a probability in [0, 1]")
+        check_between("class_mixing", class_mixing, 0, 1)
         if noise is not None:
             _check_noise(noise)
         if jitter is not None:

@@ -87,10 +87,10 @@ def test_saving_makes_missing_folders_and_writes_through_links(tmp_path):
 @pytest.mark.parametrize(
     ("state", "where"),
     [
-        ({"model": {"act": nn.ReLU()}}, r"state\['model'\]\['act'\] is of type ReLU"),
-        ({"history": [1, {2, 3}]}, r"state\['history'\]\[1\] is of type set"),
-        ({"scale": lambda step: step}, r"state\['scale'\] is of type function"),
-        ([1, 2], "state must be a dict, got list"),
+        ({"model": {"act": nn.ReLU()}}, r"state\['model'\]\['act'\]: got ReLU, expected a dict"),
+        ({"history": [1, {2, 3}]}, r"state\['history'\]\[1\]: got set, expected"),
+        ({"scale": lambda step: step}, r"state\['scale'\]: got function, expected"),
+        ([1, 2], "^state: got list, expected a dict"),
     ],
 )
 def test_what_could_not_be_loaded_is_refused_at_saving(tmp_path, state, where):
@@ -320,7 +320,7 @@ def test_weights_come_back_with_tied_and_strided_tensors(tmp_path):
 
 
 def test_weights_that_are_no_tensors_are_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"state_dict\['step'\] must be a tensor, got int"):
+    with pytest.raises(TypeError, match=r"state_dict\['step'\]: got int, expected a tensor"):
         save_weights(tmp_path / "a.safetensors", {"step": 3})
 
 

@@ -207,7 +207,7 @@ def repeated_stem(root):
 def names_that_do_not_match(root):
     write(root, "a")
     (root / "classes.txt").write_text("x\ny\n")
-    return root, {"num_classes": 3}, "classes.txt has 2 names but num_classes is 3"
+    return root, {"num_classes": 3}, "^num_classes: got 3, expected 2, .*classes.txt"
 
 
 def blank_name(root):
@@ -231,6 +231,11 @@ def no_name(root):
     return root, {"classes": []}, "classes: got no name"
 
 
+def more_names_than_labels_hold(root):
+    write(root, "a")
+    return root, {"classes": ["x"] * 256}, "^classes: got 256 classes, expected at most 255"
+
+
 def only_void(root):
     write(root, "a", label=np.full((6, 8), 255, np.uint8))
     return root, {}, "every label pixel is void"
@@ -251,6 +256,7 @@ def only_void(root):
         no_class,
         fewer_than_no_class,
         no_name,
+        more_names_than_labels_hold,
         only_void,
     ],
 )
@@ -355,7 +361,9 @@ def test_one_string_is_no_sequence_of_class_names(tmp_path):
 
 
 def test_an_empty_sequence_of_folders_is_refused():
-    with pytest.raises(DataError, match="empty sequence"):
+    with pytest.raises(
+        DataError, match="^root: got an empty sequence, expected at least one folder"
+    ):
         SegmentationFolder([])
 
 

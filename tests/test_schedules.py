@@ -70,19 +70,26 @@ def test_numbers_become_constants_and_callables_stay_themselves():
     assert as_schedule(2) == Constant(2.0)
     assert as_schedule(math.sqrt) is math.sqrt
     for wrong in ("0.5", None, True):
-        with pytest.raises(TypeError, match="number or a callable"):
+        kind = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"^value: got {kind}, expected a number or a callable"):
             as_schedule(wrong)
+        with pytest.raises(TypeError, match=f"^weight: got {kind}, expected a number or a callabl"):
+            as_schedule(wrong, "weight")
+    with pytest.raises(ValueError, match="^weight: got inf, expected a finite number"):
+        as_schedule(math.inf, "weight")
 
 
 def test_arguments_out_of_range_are_named():
     for ramp in (SigmoidRampUp, LinearRampUp, CosineRampDown):
-        with pytest.raises(ValueError, match="length must be .* >= 0, got -1"):
+        with pytest.raises(ValueError, match="^length: got -1, expected at least 0"):
             ramp(1.0, -1)
-        with pytest.raises(ValueError, match="value must be finite, got nan"):
+        with pytest.raises(ValueError, match="^value: got nan, expected a finite number"):
             ramp(math.nan, 10)
-        with pytest.raises(TypeError, match="length must be a number of steps, got str"):
+        with pytest.raises(TypeError, match="^length: got str, expected a number"):
             ramp(1.0, "10")
-    with pytest.raises(ValueError, match=r"base must be in \[0, 1\], got 1.5"):
+        with pytest.raises(ValueError, match="^length: got inf, expected a finite number"):
+            ramp(1.0, math.inf)
+    with pytest.raises(ValueError, match=r"^base: got 1.5, expected .* \[0, 1\]"):
         UncertaintyThreshold(10, base=1.5)
-    with pytest.raises(ValueError, match="step must be >= 0, got -3"):
+    with pytest.raises(ValueError, match="^step: got -3, expected at least 0"):
         LinearRampUp(1.0, 10)(-3)

@@ -159,8 +159,8 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
         ({"images_per_step": 8}, "^images_per_step: got 8 without half_life"),
         ({"warmup": "linear"}, "^warmup: got 'linear'"),
         ({"buffers": "mean"}, "^buffers: got 'mean'"),
-        ({"update_every": 0}, "^update_every, start: got 0, 0"),
-        ({"start": -1}, "^update_every, start: got 1, -1"),
+        ({"update_every": 0}, "^update_every: got 0, expected at least 1"),
+        ({"start": -1}, "^start: got -1, expected at least 0"),
         ({"dtype": torch.bfloat16}, "^dtype: got torch.bfloat16"),
     ],
 )

@@ -65,7 +65,9 @@ def test_batches_that_do_not_fit_are_named(batch, error, message):
         ({"clip_norm": 0}, ValueError, "^clip_norm: got 0"),
         ({"teacher": Net()}, TypeError, "^teacher: got Net, expected an EMATeacher"),
         ({"style": "rococo"}, ValueError, "style"),
-        ({"weight": "much"}, TypeError, "schedule"),
+        ({"weight": "much"}, TypeError, "^weight: got str, expected a number or a callable"),
+        ({"weight": float("nan")}, ValueError, "^weight: got nan"),
+        ({"threshold": "much"}, TypeError, "^threshold: got str, expected a number or a callable"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, error, message):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmt.arguments import check_at_least, check_height_width
 from fastmt.data.folders import DataError, check_crop, size_of
 
 
@@ -48,14 +49,12 @@ class Batches:
         seed: int = 0,
         flip: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
-        if crop is not None and (len(crop) != 2 or min(crop) < 1):
-            raise ValueError(f"crop must be (height, width) of at least 1, got {tuple(crop)}")
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("seed", seed, 0)
+        if crop is not None:
+            check_height_width("crop", crop, 1)
         if not len(dataset):
-            raise DataError("dataset: has no items; a batch needs at least one")
+            raise DataError("dataset: got no items, expected at least one")
         self.dataset = dataset
         self.batch_size = batch_size
         self.crop = crop
@@ -65,8 +64,7 @@ class Batches:
 
     def indices(self, step: int) -> list[int]:
         """Dataset indices of the batch of a step."""
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
+        check_at_least("step", step, 0)
         count = len(self.dataset)
         stream = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [int(self._permutation(at // count)[at % count]) for at in stream]

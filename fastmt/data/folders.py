@@ -61,7 +61,7 @@ class SegmentationFolder:
         require_pillow()
         roots = [root] if isinstance(root, (str, os.PathLike)) else list(root)
         if not roots:
-            raise DataError("root: an empty sequence of folders; name at least one folder")
+            raise DataError("root: got an empty sequence, expected at least one folder")
         roots = [Path(r).expanduser() for r in roots]
         self.labelled = labelled
         self.cache = cache
@@ -144,10 +144,12 @@ class SegmentationFolder:
             raise DataError("classes: got no name, expected one for each class")
         elif num_classes is not None and num_classes != len(names):
             raise DataError(
-                f"{source} has {len(names)} names but num_classes is {num_classes}; make them equal"
+                f"num_classes: got {num_classes}, expected {len(names)}, the number of names in"
+                f" {source}"
             )
         if len(names) > VOID:
-            raise DataError(f"num_classes: {len(names)} classes; uint8 labels hold at most {VOID}")
+            name = source or "num_classes"
+            raise DataError(f"{name}: got {len(names)} classes, expected at most {VOID}")
         return tuple(names)
 
     def _infer_num_classes(self) -> int:

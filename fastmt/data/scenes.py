@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmt.arguments import check_at_least, check_choice, check_height_width
 from fastmt.data import painter
 from fastmt.data.looks import CLASSES, LOOKS, PAVEMENT, ROAD
 from fastmt.data.painter import Canvas, rgb
@@ -43,8 +44,7 @@ class Scenes:
         cache: bool = True,
     ) -> None:
         _check_scene(domain, seed, size)
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+        check_at_least("count", count, 1)
         self.domain, self.count, self.seed, self.size = domain, count, seed, tuple(size)
         self.labelled, self.cache = labelled, cache
         self.classes = CLASSES
@@ -89,8 +89,7 @@ def render_scene(
         image uint8 (H, W, 3) and label uint8 (H, W), ids as in `CLASSES`, without void.
     """
     _check_scene(domain, seed, size)
-    if index < 0:
-        raise ValueError(f"index must not be negative, got {index}")
+    check_at_least("index", index, 0)
     rng = np.random.default_rng((seed, index, get_args(Domain).index(domain)))
     look, canvas, street = LOOKS[domain], Canvas(*size), Street(rng, size)
     for paint in (paint_sky, paint_ground, paint_buildings):
@@ -103,12 +102,9 @@ def render_scene(
 
 
 def _check_scene(domain: str, seed: int, size: tuple[int, int]) -> None:
-    if domain not in get_args(Domain):
-        raise ValueError(f"domain must be one of {', '.join(get_args(Domain))}, got {domain!r}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    if len(size) != 2 or min(size) < MIN_SIZE:
-        raise ValueError(f"size must be (height, width) of at least {MIN_SIZE}, got {tuple(size)}")
+    check_choice("domain", domain, get_args(Domain))
+    check_at_least("seed", seed, 0)
+    check_height_width("size", size, MIN_SIZE)
 
 
 def _light_day(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
