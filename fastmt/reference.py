@@ -262,10 +262,17 @@ def _mean(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
     return torch.where(share == 1, value, average.to(wide).lerp(value, share))  # even over a NaN
 
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 def _where_counted(decay: float | Tensor, after: Tensor, before: Tensor) -> Tensor:
-    if isinstance(decay, Tensor):
-        return torch.where(decay.to(after.device) >= 0, after, before)
-    return after if decay >= 0 else before
+    if not isinstance(decay, Tensor):
+        return after if decay >= 0 else before
+    counted = decay.to(after.device) >= 0
+    if after.dtype != before.dtype:
+        return torch.where(counted, after, before)
+    bits = _SIGNED.get(after.dtype, after.dtype)  # torch.where of 2.11 takes no unsigned ones
+    return torch.where(counted, after.view(bits), before.view(bits)).view(after.dtype)
 
 
 def random_bits(like: Tensor, draw: int | Tensor, number: int) -> Tensor:
