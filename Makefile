@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
@@ -37,11 +38,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/ruff: | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt ruff
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) ruff
 
 # The kernels come in the next step, where torch's headers are installed and the compiler is heard.
-$(VENV)/packages.stamp: pyproject.toml constraints.txt setup.py | $(BIN)/python
-	FASTMT_BUILD_CPP=0 FASTMT_BUILD_CUDA=0 $(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+$(VENV)/packages.stamp: pyproject.toml $(CONSTRAINTS) setup.py | $(BIN)/python
+	FASTMT_BUILD_CPP=0 FASTMT_BUILD_CUDA=0 $(PIP) install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 $(VENV)/kernels.stamp: $(VENV)/packages.stamp $(CSRC)
