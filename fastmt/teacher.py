@@ -13,7 +13,7 @@ from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
 from fastmt.matching import plain_name, unwrapped
 from fastmt.teacher_count import Counting
-from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, retype
+from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, lent, retype
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
@@ -206,18 +206,9 @@ class EMATeacher(Counting):
         No teacher averages it meanwhile: update() and another swapped() raise RuntimeError.
         """
         network = self._resolve(student)
-        if network in carrying:
-            raise RuntimeError("swapped: the student carries a teacher's weights already")
-        own = [tensor.detach().clone() for _, tensor in all_pairs(self.module, network)]
-        try:
-            carrying.add(network)
+        with lent(network):
             self.copy_to(network)
             yield
-        finally:
-            carrying.discard(network)
-            with torch.no_grad():
-                for (_, tensor), value in zip(all_pairs(self.module, network), own, strict=True):
-                    tensor.copy_(value)
 
     @property
     def _swapped(self) -> bool:

@@ -40,6 +40,21 @@ def test_swapped_gives_the_student_the_teachers_weights_and_back_also_after_an_e
     assert student.tied is student.last.weight
 
 
+def test_swapped_puts_back_what_it_can_where_entries_came_went_or_changed_size_inside(student):
+    teacher = EMATeacher(student)
+    advance(student, 0)
+    own = copy.deepcopy(student)
+    with teacher.swapped():
+        student.register_buffer("cache", torch.ones(2), persistent=False)
+    assert_same(student, own)
+    del student.cache
+    named = pytest.raises(ValueError, match="^student: 'first.bias' was removed or resized")
+    with named, teacher.swapped():
+        student.first.bias = nn.Parameter(torch.zeros(5))
+    student.first.bias = own.first.bias
+    assert_same(student, own)
+
+
 def test_copy_to_writes_the_average_into_any_network(student):
     teacher, other = EMATeacher(student), Net()
     teacher.copy_to(other)
