@@ -155,7 +155,7 @@ class EMATeacher(Counting):
         return plan
 
     def _track(self) -> Track:
-        return Track(self.module, self.buffer_rule, self.rounding, self.compensation)
+        return Track(self, self.buffer_rule, self.rounding, self.compensation)
 
     def flush(self) -> None:
         """Make the average that a teacher on the CPU still owes its last update."""
