@@ -97,7 +97,8 @@ class EMATeacher(Counting):
         self.compensation: dict[str, Tensor] = {}
         self._student = weakref.ref(unwrapped(student))
         self._plan: Plan | None = None
-        self._offloaded: Plan | None = None
+        self._others: list[EMATeacher] = []  # of the plan
+        self._offloaded: Plan | None = None  # which owes the last average
         self.eval()
 
     def update(
@@ -140,7 +141,7 @@ class EMATeacher(Counting):
         for teacher in teachers:
             check_wide(teacher.module, teacher.rounding)
         plan = self._plan = Plan([teacher._track() for teacher in teachers], network)
-        self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
+        self._others = teachers[1:]  # without itself: a cycle would live on until it is collected
         for teacher in teachers:
             teacher._offloaded = plan if plan.staging is not None else None
         # Its children and parameters would outlive the student in the plan.
@@ -150,8 +151,10 @@ class EMATeacher(Counting):
 
     def _plan_for(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
         plan = self._plan
-        if plan is None or self._planned != teachers or not plan.holds(network):
+        if plan is None or self._others != teachers[1:] or not plan.holds(network):
             return self._plan_anew(teachers, network)
+        if plan.staging is not None and any(t._offloaded is not plan for t in teachers):
+            return self._plan_anew(teachers, network)  # once another plan's average is made
         return plan
 
     def _track(self) -> Track:
@@ -165,7 +168,10 @@ class EMATeacher(Counting):
     def _forget(self) -> None:
         """Let go of the student's tensors."""
         self.flush()
-        self._plan, self._planned, self._offloaded = None, [], None
+        for teacher in self._others:
+            if teacher._offloaded is self._plan:
+                teacher._offloaded = None
+        self._plan, self._others, self._offloaded = None, [], None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         self._forget()
@@ -286,5 +292,5 @@ class EMATeacher(Counting):
         return {
             **self.__dict__,
             **dict.fromkeys(lost),
-            "_planned": [],
+            "_others": [],
         }

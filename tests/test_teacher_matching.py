@@ -190,6 +190,19 @@ def test_the_students_tensors_are_freed_with_the_student():
     assert teacher._plan is None
 
 
+def test_a_teacher_is_freed_at_once_and_lets_go_of_the_students_tensors(student):
+    teacher = EMATeacher(student)
+    teacher.update()
+    ends = weakref.ref(teacher), weakref.ref(student.first.bias)
+    gc.disable()  # a cycle would wait for it
+    try:
+        del teacher
+        student.first.bias = None
+        assert [end() for end in ends] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_versions_are_bumped_so_that_autograd_notices(student):
     teacher = EMATeacher(student, 0.5, warmup=None)
     x = torch.ones(2, 4, requires_grad=True)
