@@ -289,8 +289,4 @@ class EMATeacher(Counting):
         self.flush()
         self.settle()
         lost = ("_student", "_plan", "_offloaded", "_farewell", "_device_count")
-        return {
-            **self.__dict__,
-            **dict.fromkeys(lost),
-            "_others": [],
-        }
+        return {**super().__getstate__(), **dict.fromkeys(lost), "_others": []}

@@ -104,6 +104,12 @@ def test_a_copied_teacher_continues_the_average_with_a_student_given(student, cl
     assert twin.current_decay() == teacher.current_decay()
 
 
+def test_a_compiled_teacher_is_pickled_as_any_module(student):
+    teacher = EMATeacher(student)
+    teacher.compile(backend="eager")
+    assert_same(pickle.loads(pickle.dumps(teacher)).module, teacher.module)
+
+
 class Compiled(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
