@@ -14,6 +14,7 @@ from fastmt.ema_plan import Plan, Track
 from fastmt.matching import plain_name, unwrapped
 from fastmt.teacher_count import Counting
 from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, lent, retype
+from fastmt.teacher_state import add_versions, versioned
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
@@ -228,7 +229,9 @@ class EMATeacher(Counting):
         """
         self.flush()
         self.settle()
-        return self.module.state_dict(*args, **kwargs)
+        state = self.module.state_dict(*args, **kwargs)
+        add_versions(state, kwargs.get("prefix", ""))
+        return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
@@ -242,7 +245,7 @@ class EMATeacher(Counting):
         goes on where it was: give it load_progress().
         """
         averaged = state_dict.get("state_dict_ema", state_dict)
-        return super().load_state_dict(averaged, strict, assign)
+        return super().load_state_dict(versioned(averaged, self.module), strict, assign)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
