@@ -154,6 +154,19 @@ def test_shared_storage_is_refused_by_name(student):
         teacher.update()
 
 
+@pytest.mark.parametrize("buffers", ["copy", "ema"])
+def test_buffers_that_are_views_of_others_or_expanded_are_each_averaged_once(student, buffers):
+    student.register_buffer("whole", torch.zeros(4, 3))
+    student.register_buffer("flat", student.whole.view(12))
+    student.register_buffer("expanded", torch.zeros(()).expand(3))
+    teacher = EMATeacher(student, 0.5, warmup=None, buffers=buffers)
+    student.whole.fill_(4)
+    student.expanded = torch.tensor(4.0).expand(3)
+    teacher.update()
+    for name in ("whole", "flat", "expanded"):
+        assert (teacher.module.get_buffer(name) == {"copy": 4, "ema": 2}[buffers]).all(), name
+
+
 def test_a_teacher_made_half_precision_later_is_refused(student):
     teacher = EMATeacher(student)
     teacher.to(torch.bfloat16)
