@@ -19,6 +19,7 @@ from fastmt.ema_bound import (
     STOCHASTIC,
     Bound,
     Row,
+    is_averaged,
     is_served,
     update_eagerly,
 )
@@ -194,15 +195,11 @@ def _followed(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> 
     """A buffer; integer and bool ones are copied unless kept."""
     rules = [_RULES[track.buffers] for track in tracks]
     modes = [
-        rule if rule == KEEP or _is_float(pair.average) else COPY
+        rule if rule == KEEP or is_averaged(pair.average) else COPY
         for pair, rule in zip(pairs, rules, strict=True)
     ]
     averages = tuple(pair.average for pair in pairs)
     return Row(number, averages, pairs[0].value, tuple(modes), (None,) * len(pairs))
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_half(tensor: Tensor) -> bool:

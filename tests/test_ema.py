@@ -111,6 +111,27 @@ def test_integer_and_bool_tensors_become_copies():
     assert torch.equal(teacher[2], student[2])
 
 
+def test_complex_tensors_are_averaged():
+    teacher, student = torch.zeros(3, dtype=torch.complex64), torch.full((3,), 2 + 4j)
+    for value in (student, student.conj()):
+        average = teacher.clone()
+        fastmt.ema_update_([average], [value], 0.75)
+        assert torch.equal(average, value / 4)
+    with pytest.raises(
+        TypeError, match=r"^student\[0\]: got torch.int64, teacher\[0\] is torch.comp"
+    ):
+        fastmt.ema_update_([teacher], [torch.ones(3, dtype=torch.int64)], 0.5)
+
+
+def test_a_view_that_negates_when_it_is_read_is_read_anew_at_each_call():
+    base = torch.ones(20)
+    teacher, student = [torch.zeros(3), torch.zeros(20)], [torch.ones(3), torch._neg_view(base)]
+    for value in (1.0, 2.0):
+        base.fill_(value)
+        fastmt.ema_update_(teacher, student, 0.0)
+        assert (teacher[1] == -value).all()
+
+
 def test_a_tied_parameter_is_averaged_once():
     tied, student = torch.zeros(20), torch.ones(20)
     fastmt.ema_update_([tied, tied, tied.view(4, 5)], [student, student, student.view(4, 5)], 0.5)
