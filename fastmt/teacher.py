@@ -137,6 +137,8 @@ class EMATeacher(Counting):
 
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
+        if len(set(teachers)) < len(teachers):
+            raise ValueError("teachers: got one twice, expected each once")
         for teacher in teachers:
             teacher.flush()
         for teacher in teachers:

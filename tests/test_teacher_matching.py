@@ -154,19 +154,6 @@ def test_shared_storage_is_refused_by_name(student):
         teacher.update()
 
 
-@pytest.mark.parametrize("buffers", ["copy", "ema"])
-def test_buffers_that_are_views_of_others_or_expanded_are_each_averaged_once(student, buffers):
-    student.register_buffer("whole", torch.zeros(4, 3))
-    student.register_buffer("flat", student.whole.view(12))
-    student.register_buffer("expanded", torch.zeros(()).expand(3))
-    teacher = EMATeacher(student, 0.5, warmup=None, buffers=buffers)
-    student.whole.fill_(4)
-    student.expanded = torch.tensor(4.0).expand(3)
-    teacher.update()
-    for name in ("whole", "flat", "expanded"):
-        assert (teacher.module.get_buffer(name) == {"copy": 4, "ema": 2}[buffers]).all(), name
-
-
 def test_a_teacher_made_half_precision_later_is_refused(student):
     teacher = EMATeacher(student)
     teacher.to(torch.bfloat16)
@@ -250,6 +237,13 @@ def test_teachers_of_different_students_are_refused_unless_one_is_given(student)
     assert_same(teachers[1].module, other)
     update_together(teachers, student=student)
     assert_same(teachers[1].module, student)
+
+
+def test_a_teacher_given_twice_is_refused_and_not_averaged(student):
+    teacher = EMATeacher(student)
+    with pytest.raises(ValueError, match="^teachers: got one twice"):
+        update_together([teacher, teacher])
+    assert teacher.calls == 0
 
 
 def test_an_attached_teacher_updates_after_each_step_that_is_not_skipped(student):
