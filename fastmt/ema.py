@@ -18,6 +18,7 @@ from fastmt.ema_bound import (
     KERNEL_DTYPES,
     Bound,
     Row,
+    is_averaged,
     is_served,
     update_eagerly,
 )
@@ -32,8 +33,8 @@ def ema_update_(
     """teacher <- decay * teacher + (1 - decay) * student, in place, all tensors in one launch.
 
     Args:
-        teacher: tensors of any shape and floating dtype; integer and bool tensors become copies of
-            the student's. A tensor that occurs twice (tied parameters) is averaged once.
+        teacher: tensors of any shape and floating or complex dtype; integer and bool tensors become
+            copies of the student's. A tensor that occurs twice (tied parameters) is averaged once.
         student: tensors of the same shapes, in the same order; never written.
         decay: in [0, 1], a float or a 0-dim tensor; one on a GPU is read there alone, unchecked.
 
@@ -116,7 +117,8 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
                 f"student[{i}]: got shape {arguments.shape(value)}, expected "
                 f"{arguments.shape(average)} as teacher[{i}]"
             )
-        if average.is_floating_point() != value.is_floating_point():
+        kinds = [(t.is_floating_point(), t.is_complex()) for t in (average, value)]
+        if kinds[0] != kinds[1]:
             raise TypeError(f"student[{i}]: got {value.dtype}, teacher[{i}] is {average.dtype}")
         if value.numel() and value.untyped_storage().data_ptr() in storages:
             raise ValueError(f"student[{i}]: shares storage with the teacher; clone one of them")
@@ -126,7 +128,7 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
 
 
 def _row(position: int, average: Tensor, value: Tensor) -> Row:
-    mode = AVERAGE if average.is_floating_point() else COPY
+    mode = AVERAGE if is_averaged(average) else COPY
     return Row(position, (average,), value, (mode,), (None,))
 
 

@@ -93,9 +93,14 @@ def _follows(average: Tensor, value: Tensor, mode: int) -> bool:
     return average.stride() == value.stride() and is_dense(average)
 
 
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether it holds numbers that have an average: no integers or truth values."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """No subclass, whose data the kernels would not know."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    """No subclass, whose data the kernels would not know, nor what negates when it is read."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -116,8 +121,8 @@ def update_eagerly(
     ):
         if mode != KEEP:
             reference.ema_update_(
-                [_real(average)],
-                [_real(row.value)],
+                [average.detach()],
+                [row.value.detach()],
                 _copying(decay) if mode == COPY else decay,
                 rounding=_ROUNDINGS[mode],
                 draw=draw,
@@ -129,8 +134,3 @@ def update_eagerly(
 def _copying(decay: float | Tensor) -> float | Tensor:
     """Decay 0, and negative where `decay` is."""
     return decay.clamp_max(0) if isinstance(decay, Tensor) else min(decay, 0.0)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -19,6 +19,7 @@ from fastmt.ema_bound import (
     STOCHASTIC,
     Bound,
     Row,
+    is_averaged,
     is_served,
     update_eagerly,
 )
@@ -31,9 +32,9 @@ _ROUNDINGS = {None: AVERAGE, "stochastic": STOCHASTIC, "kahan": KAHAN}
 
 
 class Track(NamedTuple):
-    """One teacher's network, and how it follows."""
+    """One teacher, and how its network follows."""
 
-    network: nn.Module
+    teacher: nn.Module  # its network is `module`, which may be exchanged as well
     buffers: str  # "copy", "ema" or "keep"
     rounding: str | None  # of half-precision parameters: None, "stochastic" or "kahan"
     compensation: dict[str, Tensor]  # by parameter, what "kahan" has lost; filled as needed
@@ -44,7 +45,7 @@ class Plan:
 
     def __init__(self, tracks: Sequence[Track], network: nn.Module) -> None:
         self.student = weakref.ref(network)
-        networks = [*(track.network for track in tracks), network]
+        networks = [*(track.teacher for track in tracks), network]
         shards, structure = Shards(networks), Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
         buffers = _rows(tracks, network, nn.Module.named_buffers)
@@ -162,7 +163,7 @@ def _is_offloaded(row: Row) -> bool:
 
 def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair, ...]]:
     """The pairs of each entry of `network`, one a teacher; empty tensors are left out."""
-    followed = [matched(named(track.network), named(network)) for track in tracks]
+    followed = [matched(named(track.teacher.module), named(network)) for track in tracks]
     for pairs in followed:
         check_storage(pairs)
     return [pairs for pairs in zip(*followed, strict=True) if pairs[0].average.numel()]
@@ -194,15 +195,11 @@ def _followed(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> 
     """A buffer; integer and bool ones are copied unless kept."""
     rules = [_RULES[track.buffers] for track in tracks]
     modes = [
-        rule if rule == KEEP or _is_float(pair.average) else COPY
+        rule if rule == KEEP or is_averaged(pair.average) else COPY
         for pair, rule in zip(pairs, rules, strict=True)
     ]
     averages = tuple(pair.average for pair in pairs)
     return Row(number, averages, pairs[0].value, tuple(modes), (None,) * len(pairs))
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_half(tensor: Tensor) -> bool:

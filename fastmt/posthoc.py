@@ -47,8 +47,9 @@ def average(
         gamma: of the wanted average, see `gamma_of`.
         updates: the moment in training; by default that of the last snapshot.
 
-    Floating tensors are summed in float64 and keep their dtype; others are those of the last
-    snapshot. Raises ValueError without snapshots, or for a time before the first update.
+    Floating and complex tensors are summed in double precision and keep their dtype; all else is
+    that of the last snapshot. Raises ValueError without snapshots, for a time before the first
+    update, or for a gamma of at most -1/2.
     """
     if not snapshots:
         raise ValueError("snapshots: got none, expected at least one")
@@ -56,10 +57,11 @@ def average(
     end = last.updates if updates is None else updates
     shares = weights([s.updates for s in snapshots], [s.gamma for s in snapshots], end, gamma)
     mixed = {}
-    for name, tensor in last.state.items():
-        mixed[name] = tensor.clone()
-        if tensor.is_floating_point():
-            terms = [w * s.state[name].double() for w, s in zip(shares, snapshots, strict=True)]
+    for name, entry in last.state.items():
+        mixed[name] = entry.clone() if isinstance(entry, Tensor) else entry
+        if isinstance(entry, Tensor) and (entry.is_floating_point() or entry.is_complex()):
+            wide = torch.complex128 if entry.is_complex() else torch.float64
+            terms = [w * s.state[name].to(wide) for w, s in zip(shares, snapshots, strict=True)]
             mixed[name].copy_(torch.stack(terms).sum(0))
     return mixed
 
@@ -67,11 +69,15 @@ def average(
 def weights(updates: Sequence[int], gammas: Sequence[float], end: int, gamma: float) -> list[float]:
     """The weight of each snapshot: least squares between the profiles in training time.
 
-    Raises ValueError for a time before the first update, which no profile covers.
+    Raises ValueError for a time before the first update, which no profile covers, and for a gamma
+    whose profile has no square integral.
     """
     for name, number in (*(("snapshots", number) for number in updates), ("updates", end)):
         if number < 1:
             raise ValueError(f"{name}: got one after {number} updates, expected at least 1")
+    for each in (*gammas, gamma):
+        if not each > -0.5:
+            raise ValueError(f"gamma: got {each!r}, expected a number above -1/2")
     times, powers = np.asarray(updates, np.float64), np.asarray(gammas, np.float64)
     products = _product(times[:, None], powers[:, None], times[None], powers[None])
     wanted = _product(times, powers, np.float64(end), np.float64(gamma))

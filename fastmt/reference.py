@@ -237,6 +237,7 @@ def ema_update_(
     """
     numbers = range(len(teacher)) if numbers is None else numbers
     lost = [None] * len(teacher) if compensation is None else compensation
+    teacher, student = map(_real, teacher), map(_real, map(Tensor.resolve_conj, student))
     for average, value, number, rest in zip(teacher, student, numbers, lost, strict=True):
         before = average if rest is None else average.float() + rest.float()
         after = _where_counted(decay, _mean(before, value, decay), before)
@@ -250,6 +251,10 @@ def ema_update_(
 
 
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _mean(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
 from fastmt.matching import plain_name, unwrapped
 from fastmt.teacher_count import Counting
-from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, retype
+from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, lent, retype
+from fastmt.teacher_state import add_versions, versioned
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
@@ -97,7 +98,8 @@ class EMATeacher(Counting):
         self.compensation: dict[str, Tensor] = {}
         self._student = weakref.ref(unwrapped(student))
         self._plan: Plan | None = None
-        self._offloaded: Plan | None = None
+        self._others: list[EMATeacher] = []  # of the plan
+        self._offloaded: Plan | None = None  # which owes the last average
         self.eval()
 
     def update(
@@ -135,12 +137,14 @@ class EMATeacher(Counting):
 
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
+        if len(set(teachers)) < len(teachers):
+            raise ValueError("teachers: got one twice, expected each once")
         for teacher in teachers:
             teacher.flush()
         for teacher in teachers:
             check_wide(teacher.module, teacher.rounding)
         plan = self._plan = Plan([teacher._track() for teacher in teachers], network)
-        self.__dict__["_planned"] = teachers  # past nn.Module, which would register them
+        self._others = teachers[1:]  # without itself: a cycle would live on until it is collected
         for teacher in teachers:
             teacher._offloaded = plan if plan.staging is not None else None
         # Its children and parameters would outlive the student in the plan.
@@ -150,12 +154,14 @@ class EMATeacher(Counting):
 
     def _plan_for(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
         plan = self._plan
-        if plan is None or self._planned != teachers or not plan.holds(network):
+        if plan is None or self._others != teachers[1:] or not plan.holds(network):
             return self._plan_anew(teachers, network)
+        if plan.staging is not None and any(t._offloaded is not plan for t in teachers):
+            return self._plan_anew(teachers, network)  # once another plan's average is made
         return plan
 
     def _track(self) -> Track:
-        return Track(self.module, self.buffer_rule, self.rounding, self.compensation)
+        return Track(self, self.buffer_rule, self.rounding, self.compensation)
 
     def flush(self) -> None:
         """Make the average that a teacher on the CPU still owes its last update."""
@@ -165,7 +171,10 @@ class EMATeacher(Counting):
     def _forget(self) -> None:
         """Let go of the student's tensors."""
         self.flush()
-        self._plan, self._planned, self._offloaded = None, [], None
+        for teacher in self._others:
+            if teacher._offloaded is self._plan:
+                teacher._offloaded = None
+        self._plan, self._others, self._offloaded = None, [], None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         self._forget()
@@ -206,18 +215,9 @@ class EMATeacher(Counting):
         No teacher averages it meanwhile: update() and another swapped() raise RuntimeError.
         """
         network = self._resolve(student)
-        if network in carrying:
-            raise RuntimeError("swapped: the student carries a teacher's weights already")
-        own = [tensor.detach().clone() for _, tensor in all_pairs(self.module, network)]
-        try:
-            carrying.add(network)
+        with lent(network):
             self.copy_to(network)
             yield
-        finally:
-            carrying.discard(network)
-            with torch.no_grad():
-                for (_, tensor), value in zip(all_pairs(self.module, network), own, strict=True):
-                    tensor.copy_(value)
 
     @property
     def _swapped(self) -> bool:
@@ -231,7 +231,9 @@ class EMATeacher(Counting):
         """
         self.flush()
         self.settle()
-        return self.module.state_dict(*args, **kwargs)
+        state = self.module.state_dict(*args, **kwargs)
+        add_versions(state, kwargs.get("prefix", ""))
+        return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
@@ -245,7 +247,7 @@ class EMATeacher(Counting):
         goes on where it was: give it load_progress().
         """
         averaged = state_dict.get("state_dict_ema", state_dict)
-        return super().load_state_dict(averaged, strict, assign)
+        return super().load_state_dict(versioned(averaged, self.module), strict, assign)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
@@ -292,8 +294,4 @@ class EMATeacher(Counting):
         self.flush()
         self.settle()
         lost = ("_student", "_plan", "_offloaded", "_farewell", "_device_count")
-        return {
-            **self.__dict__,
-            **dict.fromkeys(lost),
-            "_planned": [],
-        }
+        return {**super().__getstate__(), **dict.fromkeys(lost), "_others": []}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fastmt.matching import matched, reshard, sharded_modules
+from fastmt.matching import local, matched, plain_name, reshard, sharded_modules
 
 HALVES = (torch.bfloat16, torch.float16)
 carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
@@ -15,7 +17,7 @@ carrying: set[nn.Module] = set()  # students that carry a teacher's weights for 
 
 def copied(network: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(network)
+        copied = copy.deepcopy(network)
     except (AssertionError, RuntimeError, TypeError) as error:
         remedy = (
             "make the teacher first, then shard student and teacher.module alike"
@@ -26,6 +28,9 @@ def copied(network: nn.Module) -> nn.Module:
         raise TypeError(
             f"student: {type(network).__name__} cannot be copied ({error}); {remedy}"
         ) from error
+    for buffer in copied.buffers():  # parameters have memory of their own from deepcopy
+        buffer.data = buffer.data.clone()
+    return copied
 
 
 def check_wide(network: nn.Module, rounding: str | None) -> None:
@@ -72,3 +77,40 @@ def all_pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[Tensor, Tens
         *matched(teacher.named_buffers(), student.named_buffers()),
     ]
     return [(pair.average, pair.value) for pair in pairs]
+
+
+@contextlib.contextmanager
+def lent(student: nn.Module) -> Iterator[None]:
+    """The student is to carry a teacher's weights in this context, and its own again after it."""
+    if student in carrying:
+        raise RuntimeError("swapped: the student carries a teacher's weights already")
+    own = {name: tensor.detach().clone() for name, tensor in _entries(student).items()}
+    carrying.add(student)
+    try:
+        yield
+    finally:
+        carrying.discard(student)
+        _put_back(student, own)
+
+
+def _entries(network: nn.Module) -> dict[str, Tensor]:
+    """Each parameter and buffer by its name; of sharded ones this process's shard."""
+    reshard((network,))
+    named = (*network.named_parameters(), *network.named_buffers())
+    return {plain_name(name): local(tensor) for name, tensor in named}
+
+
+@torch.no_grad()
+def _put_back(student: nn.Module, own: Mapping[str, Tensor]) -> None:
+    """Write the values of `own`, all that have a place yet before one that has none is named."""
+    now, lost = _entries(student), []
+    for name, value in own.items():
+        if name in now and now[name].shape == value.shape:
+            now[name].copy_(value)
+        else:
+            lost.append(name)
+    if lost:
+        raise ValueError(
+            f"student: {lost[0]!r} was removed or resized in swapped(), expected it as before; all "
+            "that fits is put back"
+        )

@@ -111,6 +111,18 @@ def test_integer_and_bool_tensors_become_copies():
     assert torch.equal(teacher[2], student[2])
 
 
+def test_complex_tensors_are_averaged():
+    teacher, student = torch.zeros(3, dtype=torch.complex64), torch.full((3,), 2 + 4j)
+    for value in (student, student.conj()):
+        average = teacher.clone()
+        fastmt.ema_update_([average], [value], 0.75)
+        assert torch.equal(average, value / 4)
+    with pytest.raises(
+        TypeError, match=r"^student\[0\]: got torch.int64, teacher\[0\] is torch.comp"
+    ):
+        fastmt.ema_update_([teacher], [torch.ones(3, dtype=torch.int64)], 0.5)
+
+
 def test_a_tied_parameter_is_averaged_once():
     tied, student = torch.zeros(20), torch.ones(20)
     fastmt.ema_update_([tied, tied, tied.view(4, 5)], [student, student, student.view(4, 5)], 0.5)

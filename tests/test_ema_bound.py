@@ -113,3 +113,12 @@ def test_a_binding_that_watches_is_not_updated_without_what_it_watches():
         bound.run([0.5], [0])
     assert bound.update([average, value], [0.5], [0])
     assert torch.equal(average, torch.full((4,), 0.5))
+
+
+def test_a_view_that_negates_when_it_is_read_is_read_anew_at_each_call():
+    base = torch.ones(20)
+    teacher, student = [torch.zeros(3), torch.zeros(20)], [torch.ones(3), torch._neg_view(base)]
+    for value in (1.0, 2.0):
+        base.fill_(value)
+        fastmt.ema_update_(teacher, student, 0.0)
+        assert (teacher[1] == -value).all()

@@ -112,6 +112,19 @@ def test_buffers_are_copied_averaged_or_kept_and_integers_copied_unless_kept(stu
     assert not teachers["keep"].module.flag
 
 
+@pytest.mark.parametrize("buffers", ["copy", "ema"])
+def test_buffers_that_are_views_of_others_or_expanded_are_each_averaged_once(student, buffers):
+    student.register_buffer("whole", torch.zeros(4, 3))
+    student.register_buffer("flat", student.whole.view(12))
+    student.register_buffer("expanded", torch.zeros(()).expand(3))
+    teacher = EMATeacher(student, 0.5, warmup=None, buffers=buffers)
+    student.whole.fill_(4)
+    student.expanded = torch.tensor(4.0).expand(3)
+    teacher.update()
+    for name in ("whole", "flat", "expanded"):
+        assert (teacher.module.get_buffer(name) == {"copy": 4, "ema": 2}[buffers]).all(), name
+
+
 def test_tied_parameters_stay_tied_and_are_averaged_once(student):
     teacher = EMATeacher(student, 0.5, warmup=None)
     before = teacher.module.last.weight.clone()

@@ -190,6 +190,19 @@ def test_the_students_tensors_are_freed_with_the_student():
     assert teacher._plan is None
 
 
+def test_a_teacher_is_freed_at_once_and_lets_go_of_the_students_tensors(student):
+    teacher = EMATeacher(student)
+    teacher.update()
+    ends = weakref.ref(teacher), weakref.ref(student.first.bias)
+    gc.disable()  # a cycle would wait for it
+    try:
+        del teacher
+        student.first.bias = None
+        assert [end() for end in ends] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_versions_are_bumped_so_that_autograd_notices(student):
     teacher = EMATeacher(student, 0.5, warmup=None)
     x = torch.ones(2, 4, requires_grad=True)
@@ -224,6 +237,13 @@ def test_teachers_of_different_students_are_refused_unless_one_is_given(student)
     assert_same(teachers[1].module, other)
     update_together(teachers, student=student)
     assert_same(teachers[1].module, student)
+
+
+def test_a_teacher_given_twice_is_refused_and_not_averaged(student):
+    teacher = EMATeacher(student)
+    with pytest.raises(ValueError, match="^teachers: got one twice"):
+        update_together([teacher, teacher])
+    assert teacher.calls == 0
 
 
 def test_an_attached_teacher_updates_after_each_step_that_is_not_skipped(student):

@@ -6,7 +6,9 @@ Pinned memory and copies that run beside the GPU's work are only exercised where
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -116,6 +118,33 @@ def test_several_teachers_each_see_their_last_average(student, offloaded):
     second = copy.deepcopy(teachers[1].state_dict())
     for name, tensor in expected_after(3).state_dict().items():
         assert torch.equal(second[name], tensor)
+
+
+def test_teachers_updated_together_and_alone_in_turn_lose_no_average(student, offloaded):
+    decays = {"slow": 0.9, "fast": 0.5}
+    late, prompt = (
+        {name: EMATeacher(student, decay, device=device) for name, decay in decays.items()}
+        for device in ("cpu", None)
+    )
+    for seed, names in enumerate([("fast",), ("slow", "fast"), ("fast",), ("slow", "fast")] * 2):
+        advance(student, seed)
+        update_together([late[name] for name in names])
+        for name in names:
+            prompt[name].update()
+            prompt[name].flush()
+    for name in decays:
+        late[name].flush()
+        assert_same(late[name].module, prompt[name].module)
+
+
+def test_the_students_tensors_are_freed_with_the_student(offloaded):
+    network = Net()
+    teachers = [EMATeacher(network, device="cpu") for _ in range(2)]
+    update_together(teachers)
+    parameter = weakref.ref(network.first.weight)
+    del network
+    gc.collect()
+    assert parameter() is None
 
 
 def test_a_replaced_parameter_is_followed_after_what_was_on_its_way(student, offloaded):

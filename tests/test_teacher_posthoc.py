@@ -40,6 +40,22 @@ def test_two_tracks_give_the_average_of_a_third_length():
     assert (mixed - direct).abs().max() < 0.05 * spread
 
 
+def test_complex_entries_are_averaged_and_what_is_no_tensor_is_that_of_the_last_snapshot():
+    early, last = (
+        posthoc.Snapshot(n, 7.0, {"w": torch.tensor([n * (1 + 2j)]), "_extra_state": {"of": n}})
+        for n in (50, 100)
+    )
+    (a, b), mixed = posthoc.weights([50, 100], [7, 7], 80, 7), posthoc.average([early, last], 7, 80)
+    torch.testing.assert_close(mixed["w"], a * early.state["w"] + b * last.state["w"])
+    assert mixed["_extra_state"] == {"of": 100}
+
+
+@pytest.mark.parametrize(("track", "wanted"), [(7.0, -0.5), (-0.6, 7.0), (7.0, float("nan"))])
+def test_a_gamma_whose_profile_has_no_square_integral_is_refused(track, wanted):
+    with pytest.raises(ValueError, match="^gamma: got"):
+        posthoc.average([posthoc.Snapshot(4, track, {"w": torch.ones(1)})], wanted)
+
+
 @pytest.mark.parametrize("width", [0, 0.3, float("nan")])
 def test_a_width_that_no_power_function_has_is_refused(width):
     with pytest.raises(ValueError, match="^sigma_rel: got"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -128,6 +129,15 @@ def test_what_is_exchanged_is_followed_from_the_next_update_on(student, change, 
         advance(student, seed)
         teacher.update()
         assert_same_values(teacher.module, student)
+
+
+def test_another_network_in_the_place_of_the_teachers_is_the_one_that_is_averaged(student):
+    teacher = EMATeacher(student, 0.0, warmup=None)
+    teacher.update()
+    teacher.module = copy.deepcopy(teacher.module)
+    advance(student, 0)
+    teacher.update()
+    assert_same_values(teacher.module, student)
 
 
 def assert_same_values(left: nn.Module, right: nn.Module) -> None:

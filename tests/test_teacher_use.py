@@ -10,6 +10,7 @@ import pytest
 import torch
 from followed import Net, NoHostReads, advance, assert_same, follow
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastmt import EMATeacher, backend
 
@@ -40,6 +41,21 @@ def test_swapped_gives_the_student_the_teachers_weights_and_back_also_after_an_e
     assert student.tied is student.last.weight
 
 
+def test_swapped_puts_back_what_it_can_where_entries_came_went_or_changed_size_inside(student):
+    teacher = EMATeacher(student)
+    advance(student, 0)
+    own = copy.deepcopy(student)
+    with teacher.swapped():
+        student.register_buffer("cache", torch.ones(2), persistent=False)
+    assert_same(student, own)
+    del student.cache
+    named = pytest.raises(ValueError, match="^student: 'first.bias' was removed or resized")
+    with named, teacher.swapped():
+        student.first.bias = nn.Parameter(torch.zeros(5))
+    student.first.bias = own.first.bias
+    assert_same(student, own)
+
+
 def test_copy_to_writes_the_average_into_any_network(student):
     teacher, other = EMATeacher(student), Net()
     teacher.copy_to(other)
@@ -57,12 +73,38 @@ def test_the_state_dict_loads_into_the_plain_network_and_back(student):
     assert_same(other.module, teacher.module)
 
 
+class Compiled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = network
+
+
 def test_a_network_that_holds_a_teacher_saves_and_loads(student):
     holder = nn.ModuleDict({"student": student, "teacher": EMATeacher(student)})
     state = copy.deepcopy(holder.state_dict())
     advance(holder["teacher"].module, 5)
     holder.load_state_dict(state)
     assert_same(holder["teacher"].module, student)
+
+
+class Versioned(nn.Linear):
+    """Refuses a state dict that does not tell its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+@pytest.mark.parametrize("student", [Versioned(2, 2), nn.Sequential(Versioned(2, 2))])
+def test_the_versions_of_modules_are_loaded_with_them(student):
+    teacher = EMATeacher(student)
+    holder = nn.ModuleDict({"student": student, "teacher": teacher})
+    holder.load_state_dict(holder.state_dict())
+    for source in (teacher, student, AveragedModel(student), Compiled(student)):
+        teacher.load_state_dict(source.state_dict())
+    student.load_state_dict(teacher.state_dict())
 
 
 def test_the_student_is_no_part_of_the_teacher_and_is_not_kept_alive():
@@ -89,10 +131,10 @@ def test_a_copied_teacher_continues_the_average_with_a_student_given(student, cl
     assert twin.current_decay() == teacher.current_decay()
 
 
-class Compiled(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = network
+def test_a_compiled_teacher_is_pickled_as_any_module(student):
+    teacher = EMATeacher(student)
+    teacher.compile(backend="eager")
+    assert_same(pickle.loads(pickle.dumps(teacher)).module, teacher.module)
 
 
 @pytest.mark.parametrize(
