@@ -11,19 +11,28 @@ from torch import Tensor, nn
 class Buffers:
     """The buffers of a network as they are now, to be put back into it.
 
-    Those of one shape are kept together: a network has hundreds of small ones in few shapes, and to
-    launch a kernel for each takes longer than to move their bytes.
+    A forward may write into a buffer or put another tensor in its place; both are undone. Those of
+    one shape are kept together: a network has hundreds of small ones in few shapes, and to launch a
+    kernel for each takes longer than to move their bytes.
     """
 
     @torch.no_grad()
     def __init__(self, network: nn.Module) -> None:
+        self._places = [
+            (module._buffers, name, buffer)
+            for module in network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-        for buffer in network.buffers():
+        for buffer in {id(buffer): buffer for *_, buffer in self._places}.values():
             alike[buffer.shape, buffer.dtype, buffer.device].append(buffer)
         self._kept = [(buffers, torch.stack(buffers)) for buffers in alike.values()]
 
     @torch.no_grad()
     def put_back(self) -> None:
+        for held, name, buffer in self._replaced():
+            held[name] = buffer
         for buffers, kept in self._kept:
             torch._foreach_copy_(buffers, kept.unbind())
 
@@ -33,6 +42,11 @@ class Buffers:
         for buffers, kept in self._kept:
             values = torch.where(finite, torch.stack(buffers), kept)
             torch._foreach_copy_(buffers, values.unbind())
+        for held, name, buffer in self._replaced():
+            held[name] = torch.where(finite, held[name], buffer)
+
+    def _replaced(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+        return [place for place in self._places if place[0].get(place[1]) is not place[2]]
 
 
 def step_where(
