@@ -169,3 +169,16 @@ def test_how_an_optimiser_steps_and_the_tensor_of_its_rate_are_up_to_the_run(tmp
     trainer.resume(tmp_path / "fused.pt")
     (group,) = trainer.optimizer.param_groups
     assert not group["fused"] and type(group["lr"]) is float
+
+
+@pytest.mark.parametrize("call", ["save", "resume"])
+def test_swapped_weights_are_neither_saved_as_the_students_nor_resumed_into(tmp_path, call):
+    trainer = make_trainer()
+    trainer.save(tmp_path / "first.pt")
+    trainer.step(*make_batch())
+    before = everything(trainer)
+    path = tmp_path / ("first.pt" if call == "resume" else "other.pt")
+    with trainer.teacher.swapped(), pytest.raises(RuntimeError, match=f"^{call}: .*swapped"):
+        getattr(trainer, call)(path)
+    assert not (tmp_path / "other.pt").exists()
+    assert_same(before, everything(trainer))
