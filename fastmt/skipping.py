@@ -26,7 +26,8 @@ class Buffers:
         ]
         alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
         for buffer in {id(buffer): buffer for *_, buffer in self._places}.values():
-            alike[buffer.shape, buffer.dtype, buffer.device].append(buffer)
+            if not _is_expanded(buffer):  # nothing can write into it
+                alike[buffer.shape, buffer.dtype, buffer.device].append(buffer)
         self._kept = [(buffers, torch.stack(buffers)) for buffers in alike.values()]
 
     @torch.no_grad()
@@ -47,6 +48,11 @@ class Buffers:
 
     def _replaced(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
         return [place for place in self._places if place[0].get(place[1]) is not place[2]]
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory."""
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def step_where(

@@ -100,6 +100,18 @@ def test_buffers_that_a_network_replaces_are_put_back_as_well(wait):
     assert_same(before, everything(trainer))
 
 
+def test_an_expanded_buffer_stays_as_it_is():
+    network = nn.BatchNorm2d(3)
+    network.register_buffer("mean", torch.full((1, 1, 1), 0.5).expand(3, 1, 1))
+    kept, mean = skipping.Buffers(network), network.mean
+    network.running_mean += 1
+    kept.put_back_unless(torch.tensor(False))
+    assert network.mean is mean and not network.running_mean.any()
+    network.running_mean += 1
+    kept.put_back()
+    assert network.mean is mean and not network.running_mean.any()
+
+
 def test_a_step_on_swapped_weights_is_refused_before_anything_moves():
     trainer = make_trainer()
     trainer.step(*make_batch())
