@@ -9,6 +9,7 @@ import torch
 
 from fastmt.checkpoint import CheckpointError, check_architecture
 from fastmt.inputs import check_own_weights
+from fastmt.matching import unwrapped
 
 if TYPE_CHECKING:
     from fastmt.trainer import MeanTeacher
@@ -95,11 +96,12 @@ def _check(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike[
                 "the parts it was trained with"
             )
     for name in ("student", "teacher"):
-        check_architecture(getattr(trainer, name).state_dict(), state[name], path)
+        check_architecture(_parts(trainer)[name].state_dict(), state[name], path)
 
 
 def _parts(trainer: MeanTeacher) -> dict[str, Any]:
     parts = {name: getattr(trainer, name) for name in _PARTS}
+    parts["student"] = unwrapped(trainer.student)  # a run may go on compiled, or on one GPU
     return {name: part for name, part in parts.items() if part is not None}
 
 
