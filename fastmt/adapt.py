@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmt import checkpoint
 from fastmt.adapt_data import Domains
 from fastmt.checkpoint import CheckpointError
-from fastmt.confidence import softmax_confidence
 from fastmt.consistency import ConsistencyLoss
 from fastmt.data import Batches, SegmentationDataset
 from fastmt.metrics import ConfusionMatrix
 from fastmt.networks import UNet
 from fastmt.schedules import SigmoidRampUp, UncertaintyThreshold
+from fastmt.segment import segment
 from fastmt.style import Style, fourier_style
 from fastmt.trainer import MeanTeacher, StepReport
 
@@ -109,7 +109,7 @@ def train(
     device: torch.device,
     checkpoint_every: int,
     resume: bool = False,
-) -> nn.Module:
+) -> UNet:
     """Train one variant and return the moving average of its student.
 
     Writes `out/seed<seed>/<variant>.pt` every `checkpoint_every` steps and at the end, curves
@@ -149,18 +149,12 @@ def checkpoint_path(out: Path, seed: int, variant: str) -> Path:
     return out / f"seed{seed}" / f"{variant}.pt"
 
 
-@torch.inference_mode()
-def predict(network: nn.Module, image: Tensor, device: torch.device) -> Tensor:
-    """Class ids int64 (H, W) of an image uint8 (3, H, W); sets the network to eval mode."""
-    network.eval()
-    pixels = image[None].to(device).float().div(255)
-    logits = network(pixels.contiguous(memory_format=torch.channels_last))
-    return softmax_confidence(logits, size=tuple(image.shape[1:])).label[0]
+def predict(network: UNet, image: Tensor, device: torch.device) -> Tensor:
+    """Class ids int64 (H, W) of an image uint8 (3, H, W), as `fastmt segment` gives them."""
+    return segment(network, image.to(device), divisor=network.stride).label
 
 
-def evaluate(
-    network: nn.Module, dataset: SegmentationDataset, device: torch.device
-) -> ConfusionMatrix:
+def evaluate(network: UNet, dataset: SegmentationDataset, device: torch.device) -> ConfusionMatrix:
     """Confusion matrix of the network's predictions on a labelled data set."""
     matrix = ConfusionMatrix(len(dataset.classes))
     for index in range(len(dataset)):

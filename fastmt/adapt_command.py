@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import nn
 
 from fastmt import adapt, adapt_report
 from fastmt.adapt_data import Domains, folder_domains, scene_domains
 from fastmt.adapt_out import FIGURES, PICTURE, TABLE, check_out, remove_earlier
+from fastmt.networks import UNet
 from fastmt.options import MIN_SIDE, device, even, integer, number
 from fastmt.pictures import require_pillow
 
@@ -152,7 +152,7 @@ def run_adapt(args: argparse.Namespace, command: str) -> None:
 
 def _report(
     scores: adapt_report.Scores,
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, UNet],
     domains: Domains,
     settings: adapt.Settings,
     device: torch.device,

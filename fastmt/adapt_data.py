@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastmt.data import DataError, Scenes, SegmentationDataset, SegmentationFolder
+from fastmt.data.folders import names_file
 
 _CACHE_BYTES = 4 << 30
 
@@ -44,9 +46,12 @@ def folder_domains(
 
     Every file is read once up front, and all are kept where they take less than 4 GiB, by the size
     of each folder's first image. Raises DataError naming the file and the remedy, also for a
-    training image smaller than `crop` (height, width), and for a test image that is a training
-    image of the target.
+    training image smaller than `crop` (height, width), for a test image that is a training image
+    of the target, and for a classes.txt of the test images that is not that of the source, unless
+    `classes` are given.
     """
+    if classes is None:
+        _check_names(source, test)
     labelled = SegmentationFolder(source, num_classes=num_classes, classes=classes)
     target_folder = SegmentationFolder(target, labelled=False)
     test_folder = SegmentationFolder(test, classes=labelled.classes)
@@ -64,6 +69,17 @@ def folder_domains(
             )
     names = (", ".join(map(str, folders)) for folders in (source, target, test))
     return Domains(labelled, target_folder, test_folder, "{} -> {}, tested on {}".format(*names))
+
+
+def _check_names(source: Sequence[str], test: Sequence[str]) -> None:
+    """A class id has to mean the same in both, where both say what it means."""
+    found = [names_file([Path(f).expanduser() for f in folders]) for folders in (source, test)]
+    (trained, expected), (tested, names) = found
+    if expected is not None and names is not None and names != expected:
+        raise DataError(
+            f"{tested}: other classes than in {trained}; number the labels of both alike, or give"
+            " the names for both as classes"
+        )
 
 
 def _bytes(folder: SegmentationFolder) -> int:

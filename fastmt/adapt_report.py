@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastmt.adapt import VARIANTS, predict
 from fastmt.adapt_out import SOFTWARE
 from fastmt.data import SegmentationDataset
 from fastmt.files import replacing
 from fastmt.metrics import ConfusionMatrix
+from fastmt.networks import UNet
 from fastmt.pictures import colour, panel
 
 _TITLES = {"source_only": "source only", "adapted": "adapted"}
@@ -74,7 +74,7 @@ def write_results(path: Path, figures: Mapping[str, Any]) -> None:
 
 def picture(
     path: Path,
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, UNet],
     dataset: SegmentationDataset,
     device: torch.device,
 ) -> None:

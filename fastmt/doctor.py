@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -160,7 +161,8 @@ def _versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
     return {
-        "fastmt": fastmt.__version__,
+        # Started in a checkout, Python imports it and no kernels that are installed elsewhere.
+        "fastmt": f"{fastmt.__version__} in {Path(fastmt.__file__).parent}",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none in this torch",

@@ -16,7 +16,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     After an error in the block `path` is as it was, and the temporary file gone.
     """
     target = Path(os.path.realpath(path))  # a rename would replace a symbolic link, not its file
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    start = target.name[:40]  # all of it might leave no room for what is added
+    temporary = target.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         os.replace(temporary, target)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmt.arguments import check_positive, shape
+from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
+from fastmt.teacher_network import carrying
 
 LABEL_DTYPES = (torch.uint8, torch.int64)
 _AMP_DTYPES = (None, torch.bfloat16, torch.float16)
@@ -25,6 +27,12 @@ def check_networks(student: nn.Module, teacher: EMATeacher | None) -> None:
             f"teacher: got {type(teacher).__name__}, expected an EMATeacher; wrap the network that "
             "is to follow: EMATeacher(student)"
         )
+
+
+def check_own_weights(call: str, student: nn.Module) -> None:
+    """RuntimeError in a call within swapped(), where the student has not its own weights."""
+    if unwrapped(student) in carrying:
+        raise RuntimeError(f"{call}: the student carries a teacher's weights; leave swapped()")
 
 
 def check_options(amp: torch.dtype | None, clip_norm: float | None, **counts: int) -> None:

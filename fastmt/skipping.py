@@ -11,19 +11,29 @@ from torch import Tensor, nn
 class Buffers:
     """The buffers of a network as they are now, to be put back into it.
 
-    Those of one shape are kept together: a network has hundreds of small ones in few shapes, and to
-    launch a kernel for each takes longer than to move their bytes.
+    A forward may write into a buffer or put another tensor in its place; both are undone. Those of
+    one shape are kept together: a network has hundreds of small ones in few shapes, and to launch a
+    kernel for each takes longer than to move their bytes.
     """
 
     @torch.no_grad()
     def __init__(self, network: nn.Module) -> None:
+        self._places = [
+            (module._buffers, name, buffer)
+            for module in network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-        for buffer in network.buffers():
-            alike[buffer.shape, buffer.dtype, buffer.device].append(buffer)
+        for buffer in {id(buffer): buffer for *_, buffer in self._places}.values():
+            if not _is_expanded(buffer):  # nothing can write into it
+                alike[buffer.shape, buffer.dtype, buffer.device].append(buffer)
         self._kept = [(buffers, torch.stack(buffers)) for buffers in alike.values()]
 
     @torch.no_grad()
     def put_back(self) -> None:
+        for held, name, buffer in self._replaced():
+            held[name] = buffer
         for buffers, kept in self._kept:
             torch._foreach_copy_(buffers, kept.unbind())
 
@@ -33,6 +43,16 @@ class Buffers:
         for buffers, kept in self._kept:
             values = torch.where(finite, torch.stack(buffers), kept)
             torch._foreach_copy_(buffers, values.unbind())
+        for held, name, buffer in self._replaced():
+            held[name] = torch.where(finite, held[name], buffer)
+
+    def _replaced(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+        return [place for place in self._places if place[0].get(place[1]) is not place[2]]
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory."""
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def step_where(

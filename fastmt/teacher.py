@@ -219,11 +219,6 @@ class EMATeacher(Counting):
             self.copy_to(network)
             yield
 
-    @property
-    def _swapped(self) -> bool:
-        """Whether the student carries the weights of this teacher or of another."""
-        return (self._student and self._student()) in carrying
-
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """The averaged network's own state dict: it loads into the plain network.
 

@@ -31,10 +31,11 @@ class MeanTeacher:
             tensor, a dict with "out", or an object with `.logits`. Its mode (train, eval) stays.
         optimizer: of the student's parameters. On a GPU a fused one never waits for the device;
             any other waits once a step, to learn whether the loss and gradients are finite.
-        teacher: EMATeacher; by default `EMATeacher(student, decay)`. In a step each of its modules
-            has the mode of the student's: an average of fast-moving weights does not fit the newest
-            running statistics, so in training it normalises by the batch. Its own passes leave its
-            buffers alone. Call its eval() to evaluate.
+        teacher: EMATeacher; by default `EMATeacher(student, decay)`. It follows `student`, whatever
+            it was made from. In a step each of its modules has the mode of the student's: an
+            average of fast-moving weights does not fit the newest running statistics, so in
+            training it normalises by the batch. Its own passes leave its buffers alone. Call its
+            eval() to evaluate.
         consistency: `(student, teacher, valid=, size=, return_stats=True[, threshold=])`; by
             default ConsistencyLoss(). With several passes `teacher` is a list of logits.
         supervised: `(logits, labels)`; by default CrossEntropy().
@@ -255,7 +256,7 @@ class MeanTeacher:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         finite = loss.isfinite() & norm.isfinite()
         skipping.step_where(finite, self.optimizer, buffers, wait=not self.capturable)
-        self.teacher.update(finite=finite, decay=decay)
+        self.teacher.update(student=self.student, finite=finite, decay=decay)
         if self.scaler is not None:
             self.scaler.update()
         self.skipped += ~finite
@@ -293,8 +294,7 @@ class MeanTeacher:
 
     def check(self, source: Tensor, labels: Tensor, target: Tensor | None = None) -> None:
         """TypeError or ValueError for a batch that does not fit, by the name of the argument."""
-        if self.teacher._swapped:
-            raise RuntimeError("step: the student carries the teacher's weights; leave swapped()")
+        inputs.check_own_weights("step", self.student)
         unit_range = self.steps == 0 and self.views.needs_unit_range(target is not None)
         mixes = self.views.class_mixing > 0
         inputs.check_batch(source, labels, target, self.device, self.accumulate, unit_range, mixes)

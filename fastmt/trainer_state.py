@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastmt.checkpoint import CheckpointError, check_architecture
+from fastmt.inputs import check_own_weights
+from fastmt.matching import unwrapped
 
 if TYPE_CHECKING:
     from fastmt.trainer import MeanTeacher
@@ -20,6 +22,7 @@ _HOW = ("fused", "foreach", "capturable")  # how a group is stepped is up to the
 
 def collect(trainer: MeanTeacher) -> dict[str, Any]:
     """The state of a trainer: networks, optimiser, counters, its generator and the global ones."""
+    check_own_weights("save", trainer.student)
     cuda = torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else []
     return {name: part.state_dict() for name, part in _parts(trainer).items()} | {
         "kinds": _kinds(trainer),
@@ -35,6 +38,7 @@ def collect(trainer: MeanTeacher) -> dict[str, Any]:
 
 def restore(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Put a collected state back; CheckpointError, with nothing changed, where it does not fit."""
+    check_own_weights("resume", trainer.student)
     parts = _parts(trainer)
     _check(trainer, state, path)
     try:
@@ -92,11 +96,12 @@ def _check(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike[
                 "the parts it was trained with"
             )
     for name in ("student", "teacher"):
-        check_architecture(getattr(trainer, name).state_dict(), state[name], path)
+        check_architecture(_parts(trainer)[name].state_dict(), state[name], path)
 
 
 def _parts(trainer: MeanTeacher) -> dict[str, Any]:
     parts = {name: getattr(trainer, name) for name in _PARTS}
+    parts["student"] = unwrapped(trainer.student)  # a run may go on compiled, or on one GPU
     return {name: part for name, part in parts.items() if part is not None}
 
 

@@ -222,6 +222,12 @@ def _too_small(folder):
     return path, "smaller than the crop 48x32"
 
 
+def _other_classes(folder):
+    path = folder / "dusk_test" / "classes.txt"
+    path.write_text("road\nsky\ncar\n")
+    return path, "other classes than in"
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -234,6 +240,7 @@ def _too_small(folder):
         _sixteen_bit,
         _test_in_target,
         _too_small,
+        _other_classes,
     ],
 )
 def test_data_that_cannot_be_used_is_one_line_naming_the_file(folders, capfd, spoil):

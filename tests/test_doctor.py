@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ def test_the_report_tells_versions_devices_and_what_serves_each_operation_and_wh
         f"C++ kernels ({backends.instruction_set()}) serve this call"
     }
     text = repr(report)
+    assert report.versions["fastmt"].endswith(f" in {Path(fastmt.__file__).parent}")
     for word in (fastmt.__version__, torch.__version__, "triton", "compiler", *selftest.PLAIN):
         assert word in text
     assert report.findings[0].reason in text

@@ -185,6 +185,13 @@ def test_editable_install_serves_the_checkout_and_states_why_kernels_are_absent(
     assert "FASTMT_BUILD_CPP=0" in report["reason"]
 
 
+@needs_compiler
+def test_editable_install_compiles_where_python_started_in_the_checkout_looks(source, tmp_path):
+    only_a_stub(source)
+    install(clean_environment(tmp_path / "env"), "--editable", str(source), FASTMT_BUILD_CPP="1")
+    assert (source / "fastmt/_C.abi3.so").exists()
+
+
 def test_build_without_kernels_fits_any_machine_and_records_its_reason(source):
     wheel = built(build_wheel(source, FASTMT_BUILD_CPP="0"), source)
     assert wheel.name.endswith("-py3-none-any.whl")

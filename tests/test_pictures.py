@@ -118,6 +118,13 @@ def test_a_picture_is_written_to_where_a_link_points(tmp_path):
     assert software_of(tmp_path / "elsewhere" / "p.png") == "two"
 
 
+@pytest.mark.parametrize("letter", ["x", "\N{CJK UNIFIED IDEOGRAPH-540D}"])
+def test_a_picture_may_have_the_longest_name_that_a_file_can_have(tmp_path, letter):
+    name = letter * (251 // len(letter.encode()))
+    write_png(flat(3), tmp_path / f"{name}.png")
+    assert [path.stem for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_picture_too_large_to_open_has_no_known_origin(tmp_path, monkeypatch):
     write_png(flat(3), tmp_path / "p.png", software="one")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from training import CLASSES, STILL, Net, make_batch, make_trainer
+from training import CLASSES, STILL, Net, assert_same, everything, make_batch, make_trainer
 
 from fastmt.schedules import LinearRampUp
 from fastmt.steps import StepReport
@@ -195,6 +195,16 @@ def test_gradients_outside_of_the_optimiser_do_not_gather():
         trainer.step(*make_batch())
         gradients.append(student.body[0].weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_made_from_another_network_follows_the_trainers_student():
+    other = make_trainer()  # nothing but the teacher knows it, once it is gone
+    teacher, reference = copy.deepcopy(other.teacher), make_trainer(**STILL)
+    trainer = make_trainer(teacher=teacher, **STILL)
+    for each in (trainer, reference):
+        each.step(*make_batch())
+    assert teacher.updates == 1
+    assert_same(everything(trainer), everything(reference))
 
 
 def test_a_supervised_step_needs_no_unit_range_for_a_style_it_does_not_use():

@@ -169,3 +169,29 @@ def test_how_an_optimiser_steps_and_the_tensor_of_its_rate_are_up_to_the_run(tmp
     trainer.resume(tmp_path / "fused.pt")
     (group,) = trainer.optimizer.param_groups
     assert not group["fused"] and type(group["lr"]) is float
+
+
+@pytest.mark.parametrize("call", ["save", "resume"])
+def test_swapped_weights_are_neither_saved_as_the_students_nor_resumed_into(tmp_path, call):
+    trainer = make_trainer()
+    trainer.save(tmp_path / "first.pt")
+    trainer.step(*make_batch())
+    before = everything(trainer)
+    path = tmp_path / ("first.pt" if call == "resume" else "other.pt")
+    with trainer.teacher.swapped(), pytest.raises(RuntimeError, match=f"^{call}: .*swapped"):
+        getattr(trainer, call)(path)
+    assert not (tmp_path / "other.pt").exists()
+    assert_same(before, everything(trainer))
+
+
+@pytest.mark.parametrize("compiled", [(True, False), (False, True)])
+def test_a_run_goes_on_with_or_without_the_wrapper_of_its_student(tmp_path, compiled):
+    first, second = make_trainer(), make_trainer()
+    for trainer, wrap in zip((first, second), compiled, strict=True):
+        if wrap:
+            trainer.student = torch.compile(trainer.student, backend="eager")
+    first.step(*make_batch(0))
+    first.save(tmp_path / "run.pt")
+    second.resume(tmp_path / "run.pt")
+    reports = [trainer.step(*make_batch(1)).as_dict() for trainer in (first, second)]
+    assert reports[0] == reports[1]

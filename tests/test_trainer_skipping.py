@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import CLASSES, assert_same, everything, make_batch, make_trainer
 
 from fastmt import skipping
+from fastmt.trainer import MeanTeacher
 
 
 @pytest.mark.parametrize("options", [{}, {"amp": torch.float16}, {"clip_norm": 1.0}])
@@ -69,6 +70,46 @@ def test_a_step_that_raises_leaves_everything_as_it_was(supervised):
     reports = [trainer.step(*make_batch(2)).as_dict() for trainer in trainers]
     assert reports[0] == reports[1]
     assert_same(*map(everything, (failing, other)))
+
+
+class Centred(nn.Module):
+    """Puts another tensor in the place of its buffer, where BatchNorm2d writes into its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, CLASSES, 1)
+        self.register_buffer("centre", torch.zeros(CLASSES, 1, 1))
+
+    def forward(self, images):
+        logits = self.body(images)
+        self.centre = self.centre.lerp(logits.detach().mean((0, 2, 3)).view(-1, 1, 1), 0.1)
+        return logits - self.centre
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_buffers_that_a_network_replaces_are_put_back_as_well(wait):
+    network = Centred()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, fused=True)
+    trainer = MeanTeacher(network, optimizer, class_mixing=1.0, capturable=not wait)
+    trainer.step(*make_batch(0))
+    assert network.centre.any() and torch.equal(network.centre, trainer.teacher.module.centre)
+    before = everything(trainer)
+    source, labels, target = make_batch(1)
+    source[0, 0, 3, 3] = math.nan
+    assert trainer.step(source, labels, target).item("skipped") == 1
+    assert_same(before, everything(trainer))
+
+
+def test_an_expanded_buffer_stays_as_it_is():
+    network = nn.BatchNorm2d(3)
+    network.register_buffer("mean", torch.full((1, 1, 1), 0.5).expand(3, 1, 1))
+    kept, mean = skipping.Buffers(network), network.mean
+    network.running_mean += 1
+    kept.put_back_unless(torch.tensor(False))
+    assert network.mean is mean and not network.running_mean.any()
+    network.running_mean += 1
+    kept.put_back()
+    assert network.mean is mean and not network.running_mean.any()
 
 
 def test_a_step_on_swapped_weights_is_refused_before_anything_moves():

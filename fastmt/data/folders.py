@@ -136,7 +136,7 @@ class SegmentationFolder:
             raise TypeError(f"classes: got {classes!r}, expected a sequence of names")
         if num_classes is not None and num_classes < 1:
             raise DataError(f"num_classes: got {num_classes}, expected 1 to {VOID}")
-        source, names = ("classes", classes) if classes is not None else _names_file(roots)
+        source, names = ("classes", classes) if classes is not None else names_file(roots)
         if names is None:
             count = self._infer_num_classes() if num_classes is None else num_classes
             names = [f"class {c}" for c in range(count)]
@@ -214,7 +214,8 @@ def _by_stem(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
     return found
 
 
-def _names_file(roots: list[Path]) -> tuple[str, list[str] | None]:
+def names_file(roots: list[Path]) -> tuple[str, list[str] | None]:
+    """The classes.txt that belongs to these folders, and its names; None without one."""
     candidates = [d / "classes.txt" for r in roots for d in (r, r.resolve().parent)]
     path = next((p for p in candidates if p.is_file()), None)
     if path is None:
