@@ -13,7 +13,7 @@ from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
 from fastmt.matching import plain_name, unwrapped
 from fastmt.teacher_count import Counting
-from fastmt.teacher_network import all_pairs, carrying, check_wide, copied, lent, retype
+from fastmt.teacher_network import all_pairs, check_wide, copied, lent, retype
 from fastmt.teacher_state import add_versions, versioned
 from fastmt.teacher_update import update_together
 
