@@ -52,9 +52,9 @@ def retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) 
         )
     if dtype not in (None, torch.float32, torch.float64, *HALVES):
         raise ValueError(f"dtype: got {dtype}, expected float32, float64, bfloat16 or float16")
-    given = {}
+    given, kept = {}, _beside_statistics(network) if dtype in HALVES else set()
     for parameter in network.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter not in kept:
             widened = parameter.dtype in HALVES and rounding is None
             wanted = dtype or (torch.float32 if widened else parameter.dtype)
             given[parameter.dtype] = wanted
@@ -67,6 +67,14 @@ def retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) 
             f"rounding: got {rounding!r} for a teacher without parameters in half precision; "
             "expected dtype=torch.bfloat16 or torch.float16 with it"
         )
+
+
+def _beside_statistics(network: nn.Module) -> set[nn.Parameter]:
+    """Parameters of the layers that normalise by running statistics, which take no other dtype."""
+    kind = nn.modules.batchnorm._NormBase
+    layers = [module for module in network.modules() if isinstance(module, kind)]
+    tracking = [layer for layer in layers if layer.running_mean is not None]
+    return {parameter for layer in tracking for parameter in layer.parameters()}
 
 
 def all_pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[Tensor, Tensor]]:

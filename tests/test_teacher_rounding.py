@@ -9,6 +9,7 @@ import pytest
 import torch
 from followed import Net, advance, assert_same, follow
 from operands import random_logits
+from torch import nn
 
 from fastmt import EMATeacher, MeanTeacher, backend, backends, reference
 from fastmt.ema_bound import KAHAN, STOCHASTIC, Bound, Row, update_eagerly
@@ -198,6 +199,22 @@ def test_a_checkpoint_holds_the_compensation(tmp_path):
 def test_a_half_precision_student_may_have_a_teacher_like_itself():
     teacher = EMATeacher(Net(torch.bfloat16), rounding="kahan")
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_teacher_in_half_precision_runs_a_network_with_running_statistics(autocast, training):
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    teacher = EMATeacher(student, dtype=torch.bfloat16, rounding="stochastic").train(training)
+    images = torch.rand(2, 3, 32, 32)
+    student.train(training)(images)  # moves the statistics
+    teacher.update()
+    expected = student(images)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = teacher(images if autocast else images.bfloat16())
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_rounding_without_half_precision_is_refused(student):
