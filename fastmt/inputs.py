@@ -46,6 +46,16 @@ def check_options(amp: torch.dtype | None, clip_norm: float | None, **counts: in
             raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
 
 
+def check_scheduler(scheduler: object | None, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            "scheduler: got ReduceLROnPlateau, expected one that is stepped without a metric; step "
+            "this one in the training loop"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("scheduler: got one of another optimizer, expected one of `optimizer`")
+
+
 def check_batch(
     source: Tensor,
     labels: Tensor,

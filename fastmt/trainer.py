@@ -93,6 +93,7 @@ class MeanTeacher:
         capturable: bool = False,
     ) -> None:
         inputs.check_networks(student, teacher)
+        inputs.check_scheduler(scheduler, optimizer)
         inputs.check_options(amp, clip_norm, accumulate=accumulate, passes=passes)
         if capturable:
             skipping.check_capturable(optimizer, class_mixing)

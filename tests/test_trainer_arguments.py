@@ -89,6 +89,15 @@ def test_a_student_without_parameters_is_named():
         MeanTeacher(nn.Identity(), optimizer)
 
 
+def test_a_scheduler_that_a_step_cannot_step_is_named():
+    student = Net()
+    own, other = (torch.optim.SGD(student.parameters(), lr=0.1) for _ in range(2))
+    with pytest.raises(TypeError, match="^scheduler: got ReduceLROnPlateau"):
+        MeanTeacher(student, own, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(own))
+    with pytest.raises(ValueError, match="^scheduler: got one of another optimizer"):
+        MeanTeacher(student, own, scheduler=torch.optim.lr_scheduler.ExponentialLR(other, 0.9))
+
+
 @pytest.mark.parametrize(
     ("style", "error", "message"),
     [
