@@ -42,7 +42,7 @@ def test_auto_keeps_cpu_tensors_with_the_cpp_kernels():
 
 def test_an_old_gpu_is_named_with_what_is_expected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    reason = triton_backend.launch_obstacle.__wrapped__(torch.device("cuda", 0))
+    reason = triton_backend._launch_obstacle.__wrapped__(torch.device("cuda", 0))
     assert reason == "compute capability 6.1 is below the 7.0 that Triton serves"
 
 
@@ -50,7 +50,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    look = triton_backend.launch_obstacle.__wrapped__
+    look = triton_backend._launch_obstacle.__wrapped__
     assert "Triton needs a C compiler" in look(torch.device("cuda", 0))
     monkeypatch.setenv("CC", "/usr/bin/cc")
     assert look(torch.device("cuda", 0)) is None
