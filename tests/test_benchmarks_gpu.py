@@ -262,6 +262,24 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_check_of_replays_takes_no_gradient_that_a_gpu_sums_in_any_order():
+    trainer = gpu_checks.make_trainer(CPU, amp=torch.bfloat16)
+    with torch.profiler.profile() as profile:
+        trainer.step(*gpu_checks.batch(CPU, 0))
+    names = {event.name for event in profile.events()}
+    assert any("convolution_backward" in name for name in names)
+    assert not [name for name in names if "upsample" in name]
+
+
+def test_rounding_decides_about_no_pixel_of_the_large_up_sampled_case():
+    (case,) = [c for c in gpu_cases.cases() if c.group == "up-sampled" and "consist" in c.name]
+    _, teacher, options = case.build(CPU, False).expected.args
+    images = {image.numpy().tobytes(): image for image in teacher.split(1)}
+    for image in images.values():
+        score = fastmt.reference.softmax_confidence(image.double(), size=options["size"]).score
+        assert (score - options["threshold"]).abs().min() > 3e-6
+
+
 def test_the_check_of_replays_notices_a_schedule_that_stands_still(monkeypatch):
     monkeypatch.setattr(fastmt, "CapturedStep", Replayed)
     gpu_checks.a_replayed_step_is_the_step(CPU)
