@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,6 +73,32 @@ def test_a_failing_check_is_told_in_a_line_and_the_others_still_run(capsys):
     results = gpu.verify({"first": fails, "second": lambda device: None}, CPU)
     assert results == {"first": "RuntimeError: lost", "second": None}
     assert capsys.readouterr().err == "FAILED first: RuntimeError: lost\n"
+
+
+def test_a_check_that_never_ends_is_named_in_what_was_saved(no_gpu_needed, monkeypatch):
+    def hangs(device):
+        raise KeyboardInterrupt
+
+    checks = {"one": lambda device: None, "two": hangs}
+    monkeypatch.setattr(gpu_checks, "checks", lambda device: checks)
+    saved = []
+    with pytest.raises(KeyboardInterrupt):
+        run(save=lambda result: saved.append(json.dumps(result)))
+    assert json.loads(saved[-1])["checks"] == {"one": None, "two": "did not end"}
+
+
+def test_a_run_that_hangs_ends_and_tells_where(tmp_path):
+    program = f"""
+import time, torch
+from benchmarks import gpu, gpu_report
+gpu.no_gpu, torch.cuda.current_device = lambda: None, lambda: 0
+gpu._MINUTES_TO_END = 0.01
+gpu.run = lambda *_, **__: time.sleep(60)
+gpu.main(["--out", {str(tmp_path)!r}, "--minutes", "0"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "in main" in done.stderr
 
 
 def test_nothing_is_timed_on_red_checks(no_gpu_needed, monkeypatch):
