@@ -63,11 +63,13 @@ class CapturedStep:
         self._check_numbers(now)
         self._keep(batch)
         counted = teacher.calls, teacher.updates
-        if self._replay is None:
-            self._replay = self._record()
-            self._bound = _tables(trainer)
-        self._replay()
-        teacher.calls, teacher.updates = counted  # what a capture has counted it has not made
+        try:
+            if self._replay is None:
+                self._replay = self._record()
+                self._bound = _tables(trainer)
+            self._replay()
+        finally:
+            teacher.calls, teacher.updates = counted  # what a capture has counted it has not made
         teacher.count()
         return trainer.finish(self._means.clone())
 

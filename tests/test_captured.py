@@ -300,6 +300,20 @@ def test_other_threads_may_allocate_during_a_capture(monkeypatch):
     assert asked["capture_error_mode"] == "thread_local"
 
 
+def test_a_capture_that_fails_counts_no_step():
+    class OutOfMemory(Replayed):
+        def _record(self):
+            self._compute()
+            raise torch.OutOfMemoryError
+
+    trainer = make_trainer()
+    step = OutOfMemory(trainer, warmup=1)
+    step(*make_batch())
+    with pytest.raises(torch.OutOfMemoryError):
+        step(*make_batch())
+    assert (trainer.teacher.calls, trainer.teacher.updates, trainer.steps) == (1, 1, 1)
+
+
 def test_a_threshold_of_another_shape_is_refused():
     step = Replayed(make_trainer(threshold=lambda t: 0.1 if t < 2 else torch.ones(4)), warmup=1)
     for _ in range(2):
