@@ -51,6 +51,8 @@ def _import() -> str | None:
     try:
         kernels()
     except ImportError as error:
+        if error.name == "fastmt.kernels":  # in a folder of its own until fastmt is installed
+            return f"fastmt is imported from its source without being installed: {error}"
         return f"Triton is not installed: {error}"
     return None
 

@@ -70,10 +70,17 @@ def test_float64_subclasses_devices_and_ranks_are_stated_reasons():
         )
 
 
-def test_a_machine_without_triton_runs_and_says_what_is_missing():
-    program = """
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("triton", "Triton is not installed: "),
+        ("fastmt.kernels", "fastmt is imported from its source without being installed: "),
+    ],
+)
+def test_a_machine_without_triton_or_its_kernels_runs_and_says_what_is_missing(module, reason):
+    program = f"""
 import sys, warnings
-sys.modules["triton"] = None
+sys.modules[{module!r}] = None
 import fastmt, torch
 z = torch.zeros(2, 3)
 assert not fastmt.consistency_loss(z, z, threshold=0.0)
@@ -82,7 +89,7 @@ with fastmt.backend("triton"):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "backend='eager', reason='Triton is not installed: " in done.stdout
+    assert f"backend='eager', reason={reason!r}"[:-1] in done.stdout.replace('"', "'")
 
 
 @pytest.mark.parametrize("classes", [300, 4096])
