@@ -9,6 +9,7 @@ results.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import statistics
 import sys
@@ -24,6 +25,7 @@ from benchmarks.harness import COPY, Case
 
 ROUNDS = 15
 _SECONDS_TO_COMPILE = 90  # that a case with torch.compile may need
+_MINUTES_TO_END = 1  # that what has begun in time may take beyond it
 
 
 class Clock:
@@ -36,10 +38,14 @@ class Clock:
         return self._end - time.monotonic()
 
 
-def verify(checks: dict[str, Callable], device: torch.device) -> dict[str, str | None]:
-    """Run every check; None, or in one line what is wrong."""
+def verify(
+    checks: dict[str, Callable], device: torch.device, save: Callable = lambda results: None
+) -> dict[str, str | None]:
+    """Run every check; None, or in one line what is wrong. One that never ends is saved as such."""
     results: dict[str, str | None] = {}
     for name, check in checks.items():
+        results[name] = "did not end"
+        save(results)
         try:
             check(device)
             results[name] = None
@@ -103,7 +109,8 @@ def run(
     result: dict[str, object] = {**machine.record(device), "gpu": machine.gpu(device)}
     result |= {"rounds": ROUNDS, "minutes": clock.minutes, "cases": [], "left_out": {}}
     print("checks", file=sys.stderr, flush=True)
-    result["checks"] = verify(gpu_checks.checks(device), device)
+    checks = gpu_checks.checks(device)
+    result["checks"] = verify(checks, device, lambda done: save(result | {"checks": done}))
     save(result)
     if any(result["checks"].values()):
         return result
@@ -170,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
+    # A kernel that hangs cannot be left out: this tells where it does, and what was saved stays.
+    faulthandler.dump_traceback_later(60 * (options.minutes + _MINUTES_TO_END), exit=True)
 
     def save(result: dict[str, object]) -> None:
         (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -63,18 +63,20 @@ class CapturedStep:
         self._check_numbers(now)
         self._keep(batch)
         counted = teacher.calls, teacher.updates
-        if self._replay is None:
-            self._replay = self._record()
-            self._bound = _tables(trainer)
-        self._replay()
-        teacher.calls, teacher.updates = counted  # what a capture has counted it has not made
+        try:
+            if self._replay is None:
+                self._replay = self._record()
+                self._bound = _tables(trainer)
+            self._replay()
+        finally:
+            teacher.calls, teacher.updates = counted  # what a capture has counted it has not made
         teacher.count()
         return trainer.finish(self._means.clone())
 
     def _keep(self, batch: tuple[Tensor, ...]) -> None:
         """Copy a batch to where the graph reads it. The warm-up reads it there too, or the capture
         would meet another alignment, and compile for it."""
-        layouts = [[(t.shape, t.dtype) for t in tensors] for tensors in (self._batch, batch)]
+        layouts = [[(t.shape, t.dtype, t.device) for t in ts] for ts in (self._batch, batch)]
         if layouts[0] != layouts[1]:
             self._batch = tuple(tensor.clone() for tensor in batch)
             return
@@ -101,7 +103,12 @@ class CapturedStep:
     def _record(self) -> Callable[[], object]:
         device, graph = self.trainer.device, torch.cuda.CUDAGraph()
         graph.register_generator_state(self.trainer.views.generator)
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+        stream = torch.cuda.Stream(device)
+        with (
+            torch.cuda.device(device),
+            # Other threads may allocate meanwhile: a data loader that pins its batches does.
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._compute()
         return graph.replay
 

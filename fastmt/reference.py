@@ -151,7 +151,7 @@ def consistency_loss(
         q, log_q = ensemble_softmax(members, temperature, size, align_corners)
         score, label = confidence_score(q, confidence), log_q.argmax(1)
         keep = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
-        limit = torch.as_tensor(threshold, device=score.device).to(score.dtype)
+        limit = _beside(score, threshold, score.dtype)
         limit = limit[label] if limit.ndim else limit
         selected = keep & (score > limit if strict else score >= limit)
         valid_count, selected_count = keep.sum(), selected.sum()
@@ -262,9 +262,16 @@ def _mean(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
     if not average.is_floating_point():
         return value.to(average.device)
     wide = torch.promote_types(average.dtype, torch.float32)
-    share = torch.as_tensor(1 - decay, dtype=wide, device=average.device)
+    share = _beside(average, 1 - decay, wide)
     value = value.to(average.device, wide)
     return torch.where(share == 1, value, average.to(wide).lerp(value, share))  # even over a NaN
+
+
+def _beside(tensor: Tensor, value: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """On the device of a tensor: a number is made there, as a copy of it would wait for a GPU."""
+    if isinstance(value, Tensor):
+        return value.to(tensor.device, dtype)
+    return torch.full((), value, dtype=dtype, device=tensor.device)
 
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}

@@ -34,7 +34,10 @@ def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
 
 def operations() -> Any:
     """What holds the operations: the kernels' own module, or in a traced graph nodes of it."""
-    return _nodes() if torch.compiler.is_compiling() else kernels()
+    if not torch.compiler.is_compiling():
+        return kernels()
+    _define_nodes()
+    return torch.ops.fastmt_triton
 
 
 @library.constant_while_tracing
@@ -48,6 +51,8 @@ def _import() -> str | None:
     try:
         kernels()
     except ImportError as error:
+        if error.name == "fastmt.kernels":  # in a folder of its own until fastmt is installed
+            return f"fastmt is imported from its source without being installed: {error}"
         return f"Triton is not installed: {error}"
     return None
 
@@ -57,19 +62,23 @@ def kernels() -> ModuleType:
 
 
 @library.constant_while_tracing
-def _nodes() -> Any:
-    return _defined()
+def _define_nodes() -> None:
+    _nodes()
 
 
 @functools.cache
-def _defined() -> Any:
-    kernels().nodes = library.define("fastmt_triton", kernels())  # they end with what is returned
-    return torch.ops.fastmt_triton
+def _nodes() -> torch.library.Library:
+    return library.define("fastmt_triton", kernels())  # they end with what is returned
 
 
-@functools.cache
+@library.constant_while_tracing
 def launch_obstacle(device: torch.device) -> str | None:
     """Why Triton cannot launch on a device, if it cannot."""
+    return _launch_obstacle(device)
+
+
+@functools.cache
+def _launch_obstacle(device: torch.device) -> str | None:
     if kernels().INTERPRETED:
         return None
     if device.type == "cpu":

@@ -42,7 +42,7 @@ def test_auto_keeps_cpu_tensors_with_the_cpp_kernels():
 
 def test_an_old_gpu_is_named_with_what_is_expected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    reason = triton_backend.launch_obstacle.__wrapped__(torch.device("cuda", 0))
+    reason = triton_backend._launch_obstacle.__wrapped__(torch.device("cuda", 0))
     assert reason == "compute capability 6.1 is below the 7.0 that Triton serves"
 
 
@@ -50,7 +50,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    look = triton_backend.launch_obstacle.__wrapped__
+    look = triton_backend._launch_obstacle.__wrapped__
     assert "Triton needs a C compiler" in look(torch.device("cuda", 0))
     monkeypatch.setenv("CC", "/usr/bin/cc")
     assert look(torch.device("cuda", 0)) is None
@@ -70,10 +70,17 @@ def test_float64_subclasses_devices_and_ranks_are_stated_reasons():
         )
 
 
-def test_a_machine_without_triton_runs_and_says_what_is_missing():
-    program = """
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("triton", "Triton is not installed: "),
+        ("fastmt.kernels", "fastmt is imported from its source without being installed: "),
+    ],
+)
+def test_a_machine_without_triton_or_its_kernels_runs_and_says_what_is_missing(module, reason):
+    program = f"""
 import sys, warnings
-sys.modules["triton"] = None
+sys.modules[{module!r}] = None
 import fastmt, torch
 z = torch.zeros(2, 3)
 assert not fastmt.consistency_loss(z, z, threshold=0.0)
@@ -82,7 +89,7 @@ with fastmt.backend("triton"):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "backend='eager', reason='Triton is not installed: " in done.stdout
+    assert f"backend='eager', reason={reason!r}"[:-1] in done.stdout.replace('"', "'")
 
 
 @pytest.mark.parametrize("classes", [300, 4096])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,6 +73,32 @@ def test_a_failing_check_is_told_in_a_line_and_the_others_still_run(capsys):
     results = gpu.verify({"first": fails, "second": lambda device: None}, CPU)
     assert results == {"first": "RuntimeError: lost", "second": None}
     assert capsys.readouterr().err == "FAILED first: RuntimeError: lost\n"
+
+
+def test_a_check_that_never_ends_is_named_in_what_was_saved(no_gpu_needed, monkeypatch):
+    def hangs(device):
+        raise KeyboardInterrupt
+
+    checks = {"one": lambda device: None, "two": hangs}
+    monkeypatch.setattr(gpu_checks, "checks", lambda device: checks)
+    saved = []
+    with pytest.raises(KeyboardInterrupt):
+        run(save=lambda result: saved.append(json.dumps(result)))
+    assert json.loads(saved[-1])["checks"] == {"one": None, "two": "did not end"}
+
+
+def test_a_run_that_hangs_ends_and_tells_where(tmp_path):
+    program = f"""
+import time, torch
+from benchmarks import gpu, gpu_report
+gpu.no_gpu, torch.cuda.current_device = lambda: None, lambda: 0
+gpu._MINUTES_TO_END = 0.01
+gpu.run = lambda *_, **__: time.sleep(60)
+gpu.main(["--out", {str(tmp_path)!r}, "--minutes", "0"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "in main" in done.stderr
 
 
 def test_nothing_is_timed_on_red_checks(no_gpu_needed, monkeypatch):
@@ -260,6 +288,24 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path, capsys, monkeypatch):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("benchmarks.gpu: error: no GPU: ")
     assert not (tmp_path / "none").exists()
+
+
+def test_the_check_of_replays_takes_no_gradient_that_a_gpu_sums_in_any_order():
+    trainer = gpu_checks.make_trainer(CPU, amp=torch.bfloat16)
+    with torch.profiler.profile() as profile:
+        trainer.step(*gpu_checks.batch(CPU, 0))
+    names = {event.name for event in profile.events()}
+    assert any("convolution_backward" in name for name in names)
+    assert not [name for name in names if "upsample" in name]
+
+
+def test_rounding_decides_about_no_pixel_of_the_large_up_sampled_case():
+    (case,) = [c for c in gpu_cases.cases() if c.group == "up-sampled" and "consist" in c.name]
+    _, teacher, options = case.build(CPU, False).expected.args
+    images = {image.numpy().tobytes(): image for image in teacher.split(1)}
+    for image in images.values():
+        score = fastmt.reference.softmax_confidence(image.double(), size=options["size"]).score
+        assert (score - options["threshold"]).abs().min() > 3e-6
 
 
 def test_the_check_of_replays_notices_a_schedule_that_stands_still(monkeypatch):

@@ -202,6 +202,13 @@ def test_a_batch_that_does_not_fit_the_capture_is_named():
         step(source, labels.long(), target)
 
 
+def test_a_first_batch_on_another_device_is_refused_alone():
+    step = Replayed(make_trainer(), warmup=1)
+    with pytest.raises(ValueError, match="^source_images: got images on meta"):
+        step(*(tensor.to("meta") for tensor in make_batch()))
+    assert step(*make_batch()).item("loss") > 0
+
+
 def test_a_batch_that_is_refused_is_not_counted():
     trainer = make_trainer()
     step = Replayed(trainer, warmup=1)
@@ -266,6 +273,45 @@ def test_warm_up_and_capture_read_the_same_memory_so_that_a_capture_compiles_not
         step(*make_batch(seed))
         read.add(tuple(tensor.data_ptr() for tensor in step._batch))
     assert len(read) == 1
+
+
+def test_other_threads_may_allocate_during_a_capture(monkeypatch):
+    class Graph:
+        def register_generator_state(self, generator):
+            pass
+
+        def replay(self):
+            pass
+
+    asked = {}
+
+    def capturing(graph, **options):
+        asked.update(options)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    step = Replayed(make_trainer(), warmup=1)
+    step(*make_batch())
+    step._now = step.trainer.prepare()
+    captured.CapturedStep._record(step)
+    assert asked["capture_error_mode"] == "thread_local"
+
+
+def test_a_capture_that_fails_counts_no_step():
+    class OutOfMemory(Replayed):
+        def _record(self):
+            self._compute()
+            raise torch.OutOfMemoryError
+
+    trainer = make_trainer()
+    step = OutOfMemory(trainer, warmup=1)
+    step(*make_batch())
+    with pytest.raises(torch.OutOfMemoryError):
+        step(*make_batch())
+    assert (trainer.teacher.calls, trainer.teacher.updates, trainer.steps) == (1, 1, 1)
 
 
 def test_a_threshold_of_another_shape_is_refused():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operands import random_logits, threshold_near
+from torch.overrides import TorchFunctionMode
 
 from fastmt import reference
 from fastmt.confidence import KINDS
@@ -216,3 +217,16 @@ def test_a_threshold_by_class_is_indexed_by_the_teachers_label():
         teacher, teacher, threshold=limits, weight="mask", return_stats=True
     )
     assert stats.selected == 0.5
+
+
+def test_no_number_is_copied_to_a_device_which_would_wait_for_it():
+    class NoCopy(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.as_tensor, torch.tensor), function
+            return function(*args, **(kwargs or {}))
+
+    student, teacher = random_logits((2, 3, 4), 1), random_logits((2, 3, 4), 2)
+    with NoCopy():
+        reference.consistency_loss(student, teacher, threshold=0.5)
+        reference.cross_entropy(student, torch.zeros(2, 4, dtype=torch.int64))
+        reference.ema_update_([student], [teacher], 0.9)
