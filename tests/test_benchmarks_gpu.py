@@ -101,7 +101,23 @@ gpu.main(["--out", {str(tmp_path)!r}, "--minutes", "0"])
     assert "Timeout" in done.stderr and "in main" in done.stderr
 
 
-def test_nothing_is_timed_on_red_checks(no_gpu_needed, monkeypatch):
+def test_a_red_check_of_behaviour_is_told_and_leaves_the_times(no_gpu_needed, monkeypatch):
+    def fails(device):
+        raise AssertionError("waited")
+
+    name = gpu_checks.BEHAVIOUR[0].__name__
+    monkeypatch.setattr(gpu_checks, "checks", lambda device: {name: fails})
+    begun = []
+    monkeypatch.setattr(gpu_cases, "cases", lambda: begun.append(True) or [])
+    result = run()
+    assert begun
+    assert gpu.exit_status(result) == 1
+    text = gpu_report.markdown(result)
+    assert f"FAILED {name}: AssertionError: waited" in text
+    assert "Nothing was timed." not in text
+
+
+def test_nothing_is_timed_where_an_operation_is_wrong(no_gpu_needed, monkeypatch):
     def fails(device):
         raise AssertionError("wrong")
 
