@@ -27,6 +27,8 @@ JOINED = 1024  # low-resolution gradients of one program
 # Of a strip in one piece: the product that shares out gradients takes 96 KiB of shared memory for
 # 320 classes, of 99 KiB that the GPUs of compute capability 8.6 and 8.9 have.
 PRODUCT_CLASSES = 320
+# Triton before 3.7 takes some 30 registers more: at 21 classes it would spill (sm_90).
+ROOM = MAX_FLOATS if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 160
 
 
 class Strips(NamedTuple):
@@ -46,7 +48,7 @@ def strips_for(classes: int, columns: float, gradient: bool = True) -> Strips:
     there is room for. Pieces have half the room: the compiler keeps every class's address from one
     to the next.
     """
-    most = int(MAX_FLOATS / columns)
+    most = int(ROOM / columns)
     warps = 1
     while classes * 16 > most * 32 * warps and warps < MAX_WARPS:
         warps *= 2
