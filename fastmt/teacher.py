@@ -231,6 +231,11 @@ class EMATeacher(Counting):
         add_versions(state, kwargs.get("prefix", ""))
         return state
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint.state_dict: what state_dict() names without "module"."""
+        own = self.module
+        return dict.fromkeys((*own._modules, *own._parameters, *own._buffers), "module")
+
     def load_state_dict(
         self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False
     ) -> object:
