@@ -136,6 +136,7 @@ class EMATeacher(Counting):
 
         return optimizer.register_step_post_hook(after_step)
 
+    @torch.inference_mode(False)  # no update outside that mode could write what is made in it
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
         if len(set(teachers)) < len(teachers):
