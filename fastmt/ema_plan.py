@@ -102,7 +102,10 @@ class Plan:
     def flush(self) -> None:
         """Make the averages whose values are on their way to the host."""
         if self.staging is not None and self.staging.is_full:
-            self._average(*self.staging.empty())
+            decays, draws = self.staging.empty()
+            if not self._average(decays, draws):  # an average was given another layout meanwhile
+                for row in self.rows:
+                    update_eagerly(row, decays, draws)
 
     def _average(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> bool:
         backend = self._choice.backend()
