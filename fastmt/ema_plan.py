@@ -25,7 +25,7 @@ from fastmt.ema_bound import (
 )
 from fastmt.ema_staging import Staging
 from fastmt.ema_table import DeviceUpdate, are_on_host, decay_on, is_read_by
-from fastmt.matching import Pair, Shards, Structure, check_storage, matched
+from fastmt.matching import Pair, Shards, Structure, check_memory, matched
 
 _RULES = {"copy": COPY, "ema": AVERAGE, "keep": KEEP}
 _ROUNDINGS = {None: AVERAGE, "stochastic": STOCHASTIC, "kahan": KAHAN}
@@ -48,14 +48,15 @@ class Plan:
         networks = [*(track.teacher for track in tracks), network]
         shards, structure = Shards(networks), Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
-        buffers = _rows(tracks, network, nn.Module.named_buffers)
+        # Kept ones need not match: a student may make caches of its own.
+        is_kept = all(track.buffers == "keep" for track in tracks)
+        buffers = [] if is_kept else _rows(tracks, network, _named_buffers)
         # The shards first: to look at them puts them back into the structure.
         self._guards = [shards] * shards.any + [structure]
         self.rows = [
             *(_averaged(number, pairs, tracks) for number, pairs in enumerate(parameters)),
             *(_followed(number, pairs, tracks) for number, pairs in enumerate(buffers)),
         ]
-        self.rows = [row for row in self.rows if set(row.modes) != {KEEP}]
         self.staging = self._staged() if any(map(_is_offloaded, self.rows)) else None
         self._written = [
             average
@@ -102,7 +103,10 @@ class Plan:
     def flush(self) -> None:
         """Make the averages whose values are on their way to the host."""
         if self.staging is not None and self.staging.is_full:
-            self._average(*self.staging.empty())
+            decays, draws = self.staging.empty()
+            if not self._average(decays, draws):  # an average was given another layout meanwhile
+                for row in self.rows:
+                    update_eagerly(row, decays, draws)
 
     def _average(self, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]) -> bool:
         backend = self._choice.backend()
@@ -165,8 +169,14 @@ def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair
     """The pairs of each entry of `network`, one a teacher; empty tensors are left out."""
     followed = [matched(named(track.teacher.module), named(network)) for track in tracks]
     for pairs in followed:
-        check_storage(pairs)
+        check_memory(pairs)
     return [pairs for pairs in zip(*followed, strict=True) if pairs[0].average.numel()]
+
+
+def _named_buffers(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """Without those that are parameters as well, which the average of these already moves."""
+    parameters = set(network.parameters())
+    return [(name, buffer) for name, buffer in network.named_buffers() if buffer not in parameters]
 
 
 def _averaged(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> Row:

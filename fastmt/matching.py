@@ -85,8 +85,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "placements") else tensor
 
 
-def check_storage(pairs: Sequence[Pair]) -> None:
-    """ValueError naming an entry whose memory the teacher shares with the student."""
+def check_memory(pairs: Sequence[Pair]) -> None:
+    """An error naming an entry that has no memory yet, none in strides, or shares the teacher's."""
+    for name, average, value in pairs:
+        for side, tensor in (("student", value), ("teacher", average)):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"{side}: {name!r} is on the meta device and has no memory yet; give it some "
+                    "before the first update, as to_empty() does"
+                )
+            if tensor.layout != torch.strided or tensor.is_quantized:
+                kind = tensor.dtype if tensor.is_quantized else tensor.layout
+                raise TypeError(
+                    f"{side}: {name!r} is {kind}, expected a dense tensor; "
+                    "buffers='keep' leaves buffers alone"
+                )
     storages = {p.average.untyped_storage().data_ptr() for p in pairs if p.average.numel()}
     for name, _, value in pairs:
         if value.numel() and value.untyped_storage().data_ptr() in storages:

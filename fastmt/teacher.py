@@ -34,8 +34,8 @@ class EMATeacher(Counting):
             min(1 - (1 + t)^(-2/3), decay); None takes `decay` at once; a callable t -> a_t is used
             as it is.
         buffers: "copy" the student's (running statistics belong to the newest weights), "ema"
-            averages floating ones, "keep" leaves them. Integer and bool buffers are copied unless
-            kept.
+            averages floating ones, "keep" leaves them, and the student may have others. Integer and
+            bool buffers are copied unless kept.
         update_every: only every so many calls of update() average.
         start: until that many calls the teacher is a plain copy of the student.
         half_life: instead of `decay`: after that many steps (calls of update()) a weight counts
@@ -136,6 +136,7 @@ class EMATeacher(Counting):
 
         return optimizer.register_step_post_hook(after_step)
 
+    @torch.inference_mode(False)  # no update outside that mode could write what is made in it
     @torch.no_grad()
     def _plan_anew(self, teachers: list[EMATeacher], network: nn.Module) -> Plan:
         if len(set(teachers)) < len(teachers):
@@ -230,6 +231,11 @@ class EMATeacher(Counting):
         state = self.module.state_dict(*args, **kwargs)
         add_versions(state, kwargs.get("prefix", ""))
         return state
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint.state_dict: what state_dict() names without "module"."""
+        own = self.module
+        return dict.fromkeys((*own._modules, *own._parameters, *own._buffers), "module")
 
     def load_state_dict(
         self, state_dict: Mapping[str, object], strict: bool = True, assign: bool = False

@@ -21,6 +21,7 @@ class DeviceCount:
 
     LENGTH = 1 << 16  # the last counts; of so many skipped updates between two settle() it forgets
 
+    @torch.inference_mode(False)  # no step outside that mode could write tensors made in it
     def __init__(self, device: torch.device) -> None:
         self.decay = torch.zeros((), dtype=torch.float64, device=device)
         self.draw = torch.zeros((), dtype=torch.int64, device=device)
@@ -29,6 +30,7 @@ class DeviceCount:
         self._tables: dict[str, Tensor] = {}
         self._last = -2
 
+    @torch.inference_mode(False)
     def put(self, calls: int, decay: float, draw: int | None) -> None:
         """Decay, and draw if any, of the next update, where `calls` were made before."""
         at = None

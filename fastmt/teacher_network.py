@@ -34,6 +34,7 @@ def copied(network: nn.Module) -> nn.Module:
 
 
 def check_wide(network: nn.Module, rounding: str | None) -> None:
+    reshard((network,))  # what a forward has gathered may be in another dtype
     for name, parameter in network.named_parameters():
         if parameter.dtype in HALVES and rounding is None:
             raise TypeError(
@@ -58,15 +59,25 @@ def retype(network: nn.Module, dtype: torch.dtype | None, rounding: str | None) 
             widened = parameter.dtype in HALVES and rounding is None
             wanted = dtype or (torch.float32 if widened else parameter.dtype)
             given[parameter.dtype] = wanted
-            parameter.data = parameter.data.to(wanted)
+            _convert(parameter, wanted)
     for buffer in network.buffers():  # running statistics: a layer takes one dtype for all it has
         if buffer.dtype in given:
-            buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, given[buffer.dtype]))
+            _convert(buffer, torch.promote_types(buffer.dtype, given[buffer.dtype]))
     if rounding is not None and not any(p.dtype in HALVES for p in network.parameters()):
         raise ValueError(
             f"rounding: got {rounding!r} for a teacher without parameters in half precision; "
             "expected dtype=torch.bfloat16 or torch.float16 with it"
         )
+
+
+def _convert(tensor: Tensor, dtype: torch.dtype) -> None:
+    if not hasattr(tensor, "placements"):
+        tensor.data = tensor.data.to(dtype)
+    elif tensor.dtype != dtype:  # a DTensor would tell the new dtype, and keep the shard of the old
+        converted = tensor.detach().to(dtype)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        converted = nn.Parameter(converted, tensor.requires_grad) if is_parameter else converted
+        torch.utils.swap_tensors(tensor, converted)
 
 
 def _beside_statistics(network: nn.Module) -> set[nn.Parameter]:

@@ -243,3 +243,23 @@ def test_a_warm_up_is_over_after_its_length_and_not_after_half_of_it():
         schedule, length = decays.warmed_up(warmup, decay), decays.warmup_length(warmup, decay)
         assert schedule(length) == decay > schedule(length // 2)
     assert decays.warmup_length(None, 0.9) == 0
+
+
+def test_a_count_that_inference_mode_began_goes_on_outside_it(student):
+    captured, given = EMATeacher(student), EMATeacher(student)
+    options = {"finite": torch.tensor(False), "decay": torch.tensor(0.5, dtype=torch.float64)}
+    with torch.inference_mode():
+        captured.advance()
+        given.update(**options)
+    captured.advance()
+    given.update(**options)
+    assert (captured.progress()["updates"], given.progress()["updates"]) == (2, 0)
+
+
+def test_what_rounding_loses_is_kept_also_where_inference_mode_made_the_first_update(student):
+    with backend("eager"):
+        teacher = EMATeacher(student, 0.9, dtype=torch.bfloat16, rounding="kahan")
+        with torch.inference_mode():
+            teacher.update()
+        follow(teacher, student, 2)
+    assert teacher.updates == 3

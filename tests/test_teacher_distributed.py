@@ -12,8 +12,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from fastmt import EMATeacher
 
@@ -91,7 +93,28 @@ def two_ranks(rank: int, folder: str) -> None:
     plan = teacher._plan
     train(student, teacher, 3, 8)  # each forward gathers the parameters
     torch.save((teacher._plan is plan, gathered(teacher)), f"{folder}/frozen{rank}.pt")
+    narrow(rank, folder)
     dist.destroy_process_group()
+
+
+def narrow(rank: int, folder: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    student = nn.Linear(4, 4)
+    teacher = EMATeacher(student)
+    for sharded in (student, teacher.module):
+        fully_shard(sharded, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    teacher(torch.zeros(2, 4))  # leaves the parameters gathered, in bfloat16
+    teacher.update()
+    updates = teacher.updates
+    state = get_model_state_dict(teacher)
+    loaded = not any(set_model_state_dict(teacher, state))
+
+    student = parallelize_module(nn.Linear(4, 4).bfloat16(), mesh, ColwiseParallel())
+    dtypes = [
+        {p.to_local().dtype for p in teacher.parameters()}
+        for teacher in (EMATeacher(student), EMATeacher(student, dtype=torch.float64))
+    ]
+    torch.save((updates, list(state), loaded, dtypes), f"{folder}/narrow{rank}.pt")
 
 
 def four_ranks(rank: int, folder: str) -> None:
@@ -154,6 +177,23 @@ def test_networks_that_are_not_sharded_alike_are_refused_by_name(folder):
         message = torch.load(f"{folder}/placed{rank}.pt")
         assert message.startswith("student: '0.weight' is placed as (Shard(dim=0),) on DeviceMesh")
         assert "the teacher as None" in message and "shard both networks alike" in message
+
+
+@pytest.fixture(params=[0, 1])
+def narrowed(folder, request) -> tuple:
+    return torch.load(f"{folder}/narrow{request.param}.pt")
+
+
+def test_what_a_mixed_precision_forward_gathered_is_not_taken_for_a_narrow_teacher(narrowed):
+    assert narrowed[0] == 1
+
+
+def test_the_state_dict_functions_of_distributed_checkpoints_read_and_load_a_teacher(narrowed):
+    assert narrowed[1:3] == (["weight", "bias"], True)
+
+
+def test_the_shards_of_a_teacher_have_the_dtype_that_it_tells(narrowed):
+    assert narrowed[3] == [{torch.float32}, {torch.float64}]
 
 
 def test_what_was_matched_under_fully_shard_is_kept_while_the_shards_are_the_same(folder):

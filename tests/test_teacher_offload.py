@@ -13,6 +13,7 @@ import weakref
 import pytest
 import torch
 from followed import Net, advance, assert_same
+from torch import nn
 
 from fastmt import EMATeacher, ema_plan, ema_staging
 from fastmt.teacher import update_together
@@ -233,3 +234,20 @@ def test_copies_of_every_gpu_are_waited_for(monkeypatch):
     assert sorted(recorded) == ["cuda:0", "cuda:1"]
     assert staging.empty() == ([0.5], [0])
     assert sorted(waited) == ["cuda:0", "cuda:1"]
+
+
+def test_a_network_in_another_layout_still_gets_the_average_that_is_owed(offloaded):
+    student = nn.Conv2d(3, 4, 3)
+    teacher = EMATeacher(student, 0.9, device="cpu")
+    with torch.no_grad():
+        student.weight.fill_(2.0)
+    teacher.update()
+    teacher.module.to(memory_format=torch.channels_last)
+    teacher.flush()
+    assert torch.equal(teacher.module.weight, student.weight)
+    with torch.no_grad():
+        student.weight.fill_(4.0)
+    teacher.update()
+    teacher.module.double()
+    teacher.flush()
+    assert (teacher.module.weight == 3.0).all()
