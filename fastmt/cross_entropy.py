@@ -126,7 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
         _refuse(wrong, wrong_label, logits.shape[1], options[0])
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            gradients.keep(ctx, kernels, logits, gradient, scale)
+            gradients.keep(ctx, kernels, logits, [labels, *weights], gradient, scale)
             ctx.again = lambda z: kernels.cross_entropy(z, *call, True)[2]
         return value
 
