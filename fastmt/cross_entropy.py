@@ -61,7 +61,8 @@ def cross_entropy(
         upsampled=size != tuple(logits.shape[2:]),
     )
     if choice.backend == "eager":
-        if _checks_labels(labels.device) and not torch.compiler.is_compiling():
+        unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if _checks_labels(labels.device) and not unreadable:
             arguments.check_labels(labels, classes, ignore_index)
         return reference.cross_entropy(
             logits,
