@@ -113,7 +113,7 @@ def output_shape(
                     f"{tuple(first.shape[2:])}; give size= to up-sample both"
                 )
         return (first.shape[0], *first.shape[2:])
-    if not isinstance(size, Sequence) or not all(isinstance(n, int) for n in size):
+    if not isinstance(size, Sequence) or not all(isinstance(n, int | torch.SymInt) for n in size):
         raise TypeError(f"size: got {size!r}, expected a sequence of integers")
     if not 1 <= spatial <= 3 or len(size) != spatial:
         raise ValueError(
