@@ -52,7 +52,7 @@ def cross_entropy(
     _check_labels_shape(logits, labels)
     arguments.check_map("pixel_weight", pixel_weight, labels.shape, arguments.FLOATS, device)
     arguments.check_map("class_weight", class_weight, (classes,), arguments.FLOATS, device)
-    _check_options(normalize, label_smoothing)
+    _check_options(ignore_index, normalize, label_smoothing)
     size = tuple(labels.shape[1:])
     choice = backends.choose(
         "cross_entropy",
@@ -82,7 +82,9 @@ def cross_entropy(
     return _CrossEntropy.apply(kernels, logits, labels, weights, options, smoothing, wants_gradient)
 
 
-def _check_options(normalize: str, label_smoothing: float) -> None:
+def _check_options(ignore_index: int, normalize: str, label_smoothing: float) -> None:
+    if not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an integer")
     arguments.check_choice("normalize", normalize, NORMALIZATIONS)
     arguments.check_between("label_smoothing", label_smoothing, 0, 1)
 
@@ -154,7 +156,9 @@ class CrossEntropy(nn.Module):
                 raise TypeError(f"{name}: not an option; expected {', '.join(self._OPTIONS)}")
         defaults = cross_entropy.__kwdefaults__
         self.options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
-        _check_options(self.options["normalize"], self.options["label_smoothing"])
+        _check_options(
+            *(self.options[name] for name in ("ignore_index", "normalize", "label_smoothing"))
+        )
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, logits: Tensor, labels: Tensor, **call: object) -> Tensor:
