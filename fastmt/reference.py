@@ -151,7 +151,7 @@ def consistency_loss(
         q, log_q = ensemble_softmax(members, temperature, size, align_corners)
         score, label = confidence_score(q, confidence), log_q.argmax(1)
         keep = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
-        limit = torch.as_tensor(threshold, device=score.device).to(score.dtype)
+        limit = torch.as_tensor(threshold, dtype=score.dtype, device=score.device)
         limit = limit[label] if limit.ndim else limit
         selected = keep & (score > limit if strict else score >= limit)
         valid_count, selected_count = keep.sum(), selected.sum()

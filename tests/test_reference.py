@@ -216,3 +216,13 @@ def test_a_threshold_by_class_is_indexed_by_the_teachers_label():
         teacher, teacher, threshold=limits, weight="mask", return_stats=True
     )
     assert stats.selected == 0.5
+
+
+def test_a_threshold_is_compared_in_the_precision_of_the_scores():
+    student, _ = pair((1, 10, 3, 2))
+    uniform = torch.zeros_like(student)
+    assert reference.softmax_confidence(uniform).score.eq(0.1).all()
+    for strict, share in ((False, 1), (True, 0)):
+        options = {"threshold": 0.1, "strict": strict, "return_stats": True}
+        _, stats = reference.consistency_loss(student, uniform, **options)
+        assert stats.selected == share
