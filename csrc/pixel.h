@@ -232,6 +232,12 @@ FASTMT_INLINE floats ce_pixel(Column z, const Student& student, ints label, floa
   return log(student.sum) - student.chosen;
 }
 
+// The part of a class's weight that smoothing spreads: none by a smoothing of 0, also of the infinite
+// weight 1 / 0 of a class without labels.
+FASTMT_INLINE float spread(float weight, float smoothing) {
+  return smoothing == 0 ? 0.0f : weight * smoothing;
+}
+
 // -sum w[c] t[c] log p[c] for the target t = (1 - smoothing) onehot + smoothing / C; mean_weight is
 // that of w
 template <class Column, class Gradient>
@@ -244,20 +250,20 @@ FASTMT_INLINE floats weighted_ce_pixel(Column z, ints label, const float* class_
   for (int c = 0; c < classes; ++c) {
     const float w = class_weight ? class_weight[c] : 1.0f;
     const floats target = select(label == c, splat(w * (1 - smoothing)), splat(0)) +
-                          w * smoothing / float(classes);
+                          spread(w, smoothing) / float(classes);
     const floats x = z[c] - top.first;
     expected += times(target, x);
     if (class_weight) own = select(label == c, splat(w), own);
     z[c] = exp(x);
     sum += z[c];
   }
-  const floats mass = own * (1 - smoothing) + mean_weight * smoothing;
+  const floats mass = own * (1 - smoothing) + spread(mean_weight, smoothing);
   const floats p_scale = mass / sum;
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const float w = class_weight ? class_weight[c] : 1.0f;
     const floats target = select(label == c, splat(w * (1 - smoothing)), splat(0)) +
-                          w * smoothing / float(classes);
+                          spread(w, smoothing) / float(classes);
     gradient[c] = coefficient * (z[c] * p_scale - target);
   }
   return mass * log(sum) - expected;

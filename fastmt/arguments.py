@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -39,6 +39,8 @@ def check_at_least(name: str, value: float, least: float) -> None:
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value!r}, expected a number in [{low}, {high}]")
 
@@ -80,7 +82,8 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 def ensemble(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """The detached members of an ensemble: one tensor of logits, or a sequence of equal N and C."""
-    members = [logits] if isinstance(logits, Tensor) else list(logits)
+    is_one = isinstance(logits, Tensor) or not isinstance(logits, Iterable)
+    members = [logits] if is_one else list(logits)
     if not members:
         raise ValueError(f"{name}: got an empty sequence, expected at least one tensor of logits")
     for member in members:
@@ -113,7 +116,7 @@ def output_shape(
                     f"{tuple(first.shape[2:])}; give size= to up-sample both"
                 )
         return (first.shape[0], *first.shape[2:])
-    if not isinstance(size, Sequence) or not all(isinstance(n, int) for n in size):
+    if not isinstance(size, Sequence) or not all(isinstance(n, int | torch.SymInt) for n in size):
         raise TypeError(f"size: got {size!r}, expected a sequence of integers")
     if not 1 <= spatial <= 3 or len(size) != spatial:
         raise ValueError(

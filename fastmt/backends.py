@@ -157,6 +157,8 @@ def operations(backend: str) -> Any:
 
 
 def _tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func (grad, vmap, ...) transforms no kernel"
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"no kernel for tensor subclass {type(tensor).__name__}"

@@ -194,7 +194,7 @@ class _ConsistencyLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(selected, mean_score)
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            gradients.keep(ctx, kernels, student, gradient, scale)
+            gradients.keep(ctx, kernels, student, [*members, limits, *maps], gradient, scale)
             ctx.again = lambda z: kernels.consistency_loss(z, *call[1:], True)[-1]
         return value, selected, mean_score
 

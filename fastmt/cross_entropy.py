@@ -52,7 +52,7 @@ def cross_entropy(
     _check_labels_shape(logits, labels)
     arguments.check_map("pixel_weight", pixel_weight, labels.shape, arguments.FLOATS, device)
     arguments.check_map("class_weight", class_weight, (classes,), arguments.FLOATS, device)
-    _check_options(normalize, label_smoothing)
+    _check_options(ignore_index, normalize, label_smoothing)
     size = tuple(labels.shape[1:])
     choice = backends.choose(
         "cross_entropy",
@@ -61,7 +61,8 @@ def cross_entropy(
         upsampled=size != tuple(logits.shape[2:]),
     )
     if choice.backend == "eager":
-        if _checks_labels(labels.device) and not torch.compiler.is_compiling():
+        unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if _checks_labels(labels.device) and not unreadable:
             arguments.check_labels(labels, classes, ignore_index)
         return reference.cross_entropy(
             logits,
@@ -81,7 +82,9 @@ def cross_entropy(
     return _CrossEntropy.apply(kernels, logits, labels, weights, options, smoothing, wants_gradient)
 
 
-def _check_options(normalize: str, label_smoothing: float) -> None:
+def _check_options(ignore_index: int, normalize: str, label_smoothing: float) -> None:
+    if not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an integer")
     arguments.check_choice("normalize", normalize, NORMALIZATIONS)
     arguments.check_between("label_smoothing", label_smoothing, 0, 1)
 
@@ -126,7 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
         _refuse(wrong, wrong_label, logits.shape[1], options[0])
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            gradients.keep(ctx, kernels, logits, gradient, scale)
+            gradients.keep(ctx, kernels, logits, [labels, *weights], gradient, scale)
             ctx.again = lambda z: kernels.cross_entropy(z, *call, True)[2]
         return value
 
@@ -153,7 +156,9 @@ class CrossEntropy(nn.Module):
                 raise TypeError(f"{name}: not an option; expected {', '.join(self._OPTIONS)}")
         defaults = cross_entropy.__kwdefaults__
         self.options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
-        _check_options(self.options["normalize"], self.options["label_smoothing"])
+        _check_options(
+            *(self.options[name] for name in ("ignore_index", "normalize", "label_smoothing"))
+        )
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, logits: Tensor, labels: Tensor, **call: object) -> Tensor:

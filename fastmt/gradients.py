@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def keep(ctx: Any, kernels: Any, logits: Tensor, gradient: Tensor, scale: Tensor) -> None:
+def keep(
+    ctx: Any,
+    kernels: Any,
+    logits: Tensor,
+    others: Sequence[Tensor | None],
+    gradient: Tensor,
+    scale: Tensor,
+) -> None:
     """Leave on `ctx` what `hand_over` needs; the caller adds `again(logits)`.
 
-    That computes the gradient anew: the first backward pass gives the gradient away, so one that is
-    repeated (retain_graph) needs another.
+    That computes the gradient anew, from `others` too: the first backward pass gives the gradient
+    away, so one that is repeated (retain_graph) needs another.
     """
     ctx.traced = torch.compiler.is_compiling()
     if ctx.traced:  # what a graph saves is never written to, so it serves any number of times
@@ -21,6 +29,7 @@ def keep(ctx: Any, kernels: Any, logits: Tensor, gradient: Tensor, scale: Tensor
     # The teacher's logits may be inference tensors, which save_for_backward refuses.
     ctx.save_for_backward(logits)
     ctx.kernels, ctx.gradient, ctx.scale = kernels, gradient, scale
+    ctx.versions = [(x, x._version) for x in others if x is not None and not x.is_inference()]
 
 
 def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
@@ -34,11 +43,20 @@ def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
     with torch.no_grad():
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            gradient = ctx.again(logits)
+            gradient = _computed_again(ctx, logits)
         ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     if torch.is_grad_enabled():  # create_graph=True
         return _DifferentiableOnce.apply(gradient, logits, grad_value)
     return gradient
+
+
+def _computed_again(ctx: Any, logits: Tensor) -> Tensor:
+    if any(tensor._version != version for tensor, version in ctx.versions):
+        raise RuntimeError(
+            "fastmt: the backward pass of a loss is repeated, but its teacher, labels, threshold "
+            "or a map of its pixels was modified in place since; clone what you modify"
+        )
+    return ctx.again(logits)
 
 
 class _DifferentiableOnce(torch.autograd.Function):

@@ -51,6 +51,8 @@ def _wanted() -> bool:
 
 def _unused(size: int) -> UntypedStorage | None:
     """Takes out a stretch of `size` bytes that nobody but this list holds."""
+    # Another process may read what was sent to it, as a worker of a DataLoader sends its batches.
+    _kept[:] = [storage for storage in _kept if not storage.is_shared()]
     for storage in reversed(_kept):
         if storage.nbytes() == size and _use_count(storage._cdata) == 1:
             # By identity: storages compare element by element.

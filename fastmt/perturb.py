@@ -46,7 +46,7 @@ def gaussian_noise(
     wants_gradient = images.requires_grad and torch.is_grad_enabled()
     obstacle = "images require a gradient" if wants_gradient else None
     choice = backends.choose("gaussian_noise", [images], obstacle=obstacle)
-    seed = torch.empty((), dtype=torch.int64).random_(generator=generator)
+    seed = torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator)
     if choice.backend == "eager":
         return reference.gaussian_noise(images, seed, sigma, clip, clamp)
     return torch.ops.fastmt.gaussian_noise(images, seed, sigma, clip, clamp)

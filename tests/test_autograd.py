@@ -40,6 +40,31 @@ def test_backward_twice_gives_the_same_gradient_twice(operation, dtype):
     assert torch.equal(first, third)
 
 
+@pytest.mark.parametrize("modified", ["teacher", "threshold", "pixel_weight", "valid", "labels"])
+def test_a_repeated_backward_never_takes_what_was_modified_since(modified, either):
+    tensors = {
+        "teacher": random_logits(SHAPE, 2),
+        "threshold": torch.tensor(0.5),
+        "pixel_weight": torch.full((2, 9, 11), 0.5),
+        "valid": torch.ones(2, 9, 11, dtype=torch.bool),
+        "labels": LABELS.clone(),
+    }
+    labels, z = tensors["labels"], logits()
+    options = {name: tensors[name] for name in ("threshold", "pixel_weight", "valid")}
+    value = fastmt.consistency_loss(z, tensors["teacher"], **options)
+    value = value + fastmt.cross_entropy(z, labels, pixel_weight=tensors["pixel_weight"])
+    (first,) = torch.autograd.grad(value, z, retain_graph=True)
+    first = first.clone()
+    tensors[modified].zero_()
+    try:
+        (second,) = torch.autograd.grad(value, z)
+    except RuntimeError as error:
+        assert "modified" in str(error)
+    else:
+        assert either == "eager"
+        assert torch.equal(first, second)
+
+
 @each_operation
 def test_accumulation_into_grad_does_not_reach_the_next_backward(operation):
     z = logits()

@@ -93,6 +93,21 @@ def test_upsampling_is_served_in_2_d_and_otherwise_a_stated_reason():
 
 
 @built
+@built
+def test_transforms_of_torch_func_are_a_stated_reason_and_taken_by_the_reference():
+    def each_loss(student, teacher, labels):
+        student = student.unsqueeze(0)
+        agreement = fastmt.consistency_loss(student, teacher.unsqueeze(0), weight="none")
+        return agreement + fastmt.cross_entropy(student, labels.unsqueeze(0))
+
+    with pytest.warns(RuntimeWarning, match="falls back to eager PyTorch: torch.func"):
+        gradients = torch.func.vmap(torch.func.grad(each_loss))(STUDENT, TEACHER, LABELS)
+    student = STUDENT.clone().requires_grad_()
+    sum(map(each_loss, student, TEACHER, LABELS)).backward()
+    torch.testing.assert_close(gradients, student.grad)
+    assert fastmt.explain(fastmt.cross_entropy, STUDENT, LABELS).backend == "cpp"
+
+
 def test_too_many_classes_are_a_stated_reason():
     many, labels = torch.zeros(1, 4097), torch.zeros(1, dtype=torch.int64)
     reason = "4097 classes are more than the 4096 that the kernels hold"

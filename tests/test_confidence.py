@@ -125,3 +125,21 @@ def test_confidence_carries_no_gradient(either):
     score, label = fastmt.softmax_confidence(logits)
     assert not score.requires_grad
     assert not label.requires_grad
+
+
+def test_an_exported_network_takes_a_size_that_follows_its_input():
+    class Confident(torch.nn.Module):
+        def forward(self, logits):
+            size = (4 * logits.shape[2], 4 * logits.shape[3])
+            return fastmt.softmax_confidence(logits, size=size)
+
+    sides = {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    with fastmt.backend("auto"):
+        exported = torch.export.export(
+            Confident(), (random_logits((2, 5, 6, 7), 1),), dynamic_shapes={"logits": sides}
+        )
+    logits = random_logits((2, 5, 9, 8), 2)
+    score, label = exported.module()(logits)
+    expected = fastmt.softmax_confidence(logits, size=(36, 32))
+    torch.testing.assert_close(score, expected.score)
+    assert torch.equal(label, expected.label)

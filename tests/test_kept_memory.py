@@ -79,6 +79,25 @@ def test_two_threads_at_once_never_take_the_same_stretch(monkeypatch):
     assert outputs[0].data_ptr() != outputs[1].data_ptr()
 
 
+def test_memory_that_another_process_may_read_is_not_used_again():
+    address = gradient().share_memory_().data_ptr()
+    assert gradient().data_ptr() != address
+    assert all(not storage.is_shared() for storage in kept_memory._kept)
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return fastmt.perturb.gaussian_noise(torch.full(SHAPE, float(index)))
+
+
+def test_batches_of_a_loaders_worker_keep_their_values():
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=None, num_workers=1)
+    assert [round(batch.mean().item()) for batch in list(loader)] == list(range(6))
+
+
 def test_the_few_last_stretches_are_kept_and_given_back_on_request():
     for channels in range(5, 5 + 2 * kept_memory.MOST):
         torch.ops.fastmt.output_like(torch.empty(1, channels, 512, 512))

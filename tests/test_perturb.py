@@ -94,6 +94,16 @@ def test_noise_on_images_that_require_a_gradient_is_drawn_by_the_reference():
     assert answer == ("eager", "images require a gradient")
 
 
+def test_noise_of_images_on_the_cpu_takes_no_notice_of_the_default_device(either):
+    images = some_images()
+    torch.manual_seed(3)
+    expected = gaussian_noise(images)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        noisy = gaussian_noise(images)
+    assert torch.equal(noisy, expected)
+
+
 def test_noise_that_is_only_explained_is_not_drawn():
     generator = seeded()
     explain(gaussian_noise, some_images(), generator=generator)

@@ -230,3 +230,13 @@ def test_no_number_is_copied_to_a_device_which_would_wait_for_it():
         reference.consistency_loss(student, teacher, threshold=0.5)
         reference.cross_entropy(student, torch.zeros(2, 4, dtype=torch.int64))
         reference.ema_update_([student], [teacher], 0.9)
+
+
+def test_a_threshold_is_compared_in_the_precision_of_the_scores():
+    student, _ = pair((1, 10, 3, 2))
+    uniform = torch.zeros_like(student)
+    assert reference.softmax_confidence(uniform).score.eq(0.1).all()
+    for strict, share in ((False, 1), (True, 0)):
+        options = {"threshold": 0.1, "strict": strict, "return_stats": True}
+        _, stats = reference.consistency_loss(student, uniform, **options)
+        assert stats.selected == share

@@ -222,6 +222,20 @@ def test_negative_infinity_of_an_unlabelled_class_is_harmless():
     assert gradient_of(value, logits).isfinite().all()
 
 
+@pytest.mark.parametrize("size", [(9, 11), (18, 22)])
+def test_an_infinite_weight_of_a_class_without_labels_is_harmless(size):
+    logits, labels = student_logits(), torch.ones(2, *size, dtype=torch.uint8)
+    labels[:, 2:5] = 3
+    shares = torch.bincount(labels.flatten(), minlength=5) / labels.numel()
+    values = [
+        fastmt.cross_entropy(logits, labels, class_weight=weight, normalize="weight")
+        for weight in (1 / shares, (1 / shares).nan_to_num(posinf=1.0))
+    ]
+    assert (1 / shares).isinf().sum() == 3
+    assert torch.equal(*values)
+    assert torch.equal(*(gradient_of(value, logits) for value in values))
+
+
 @pytest.mark.parametrize("threshold", [0.5, torch.tensor(0.5), torch.tensor([0.5, 0.9])])
 @pytest.mark.parametrize("size", [None, (8, 8)])
 def test_only_strict_refuses_a_score_on_the_threshold(threshold, size):

@@ -75,3 +75,16 @@ def test_bce_of_one_class_is_nan_only_where_a_logit_is_not_finite():
     assert fastmt.consistency_loss(student, teacher, **options) == 0
     teacher[..., 1] = torch.nan
     assert fastmt.consistency_loss(student, teacher, **options).isnan()
+
+
+@pytest.mark.parametrize("size", [(2, 3), (4, 6)])
+def test_an_infinite_weight_of_a_class_without_labels_is_harmless(size):
+    logits, labels = random_logits((1, 3, 2, 3), 0), torch.ones(1, *size, dtype=torch.uint8)
+    values, gradients = [], []
+    for weight in (torch.inf, 1.0):
+        z = logits.clone().requires_grad_()
+        value = fastmt.cross_entropy(z, labels, class_weight=torch.tensor([weight, 2.0, weight]))
+        values.append(value)
+        gradients += torch.autograd.grad(value, z)
+    assert torch.equal(*values)
+    assert torch.equal(*gradients)
