@@ -266,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--classes", nargs="+", type=int, default=list(CLASSES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--calls", default="", metavar="TEXT", help="calls that contain TEXT")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of aot.md and aot.json")
     options = parser.parse_args(arguments)
     file = options.out / "aot.json"
@@ -273,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if results.get("triton") != triton.__version__:
         results = {"triton": triton.__version__, "rows": []}
     for target in options.targets:
-        new = measured(target, options.classes, options.dtypes)
+        new = measured(target, options.classes, options.dtypes, lambda call: options.calls in call)
         results["rows"] = merged(results["rows"], new)
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")
