@@ -56,7 +56,7 @@ def cells_cross_entropy_kernel(
     WIDE: tl.constexpr,
 ):
     classes = classes_of(TILES, WIDE)
-    w, mean_weight = class_weights(class_weight, classes, CLASSES)
+    w, mean_weight = class_weights(class_weight, classes, smoothing, CLASSES)
     image, band, begin = strip_of(strips, grid[0][0], STRIP, WIDE)
     data = logits + image * grid[2][0]
     first = first_beyond(band, grid[0], out_height)

@@ -38,7 +38,7 @@ def cross_entropy_kernel(
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
     classes = classes_of(TILES, WIDE)
-    w, mean_weight = class_weights(class_weight, classes, CLASSES)
+    w, mean_weight = class_weights(class_weight, classes, smoothing, CLASSES)
     place = place_of(tl.program_id(0), sizes, BLOCK)
     inside = place[3] + lanes < sizes[3]
     given = map_at(labels, strides[2], place, lanes, inside).to(tl.int64)

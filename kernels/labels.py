@@ -9,14 +9,17 @@ from fastmt.kernels import pixel
 
 
 @triton.jit
-def class_weights(class_weight, classes, CLASSES: tl.constexpr):
-    """Weights of the classes, one tile (rows, 1) each, 0 in the padding; and their mean."""
+def class_weights(class_weight, classes, smoothing, CLASSES: tl.constexpr):
+    """Weights that smoothing spreads, one tile (rows, 1) each, 0 in the padding; and their mean.
+
+    0 without smoothing, also for the infinite weight 1 / 0 of a class that has no labels.
+    """
     weights = ()
     mean = 0.0
     for i in tl.static_range(len(classes)):
         exists = classes[i] < CLASSES
         if class_weight is not None:
-            tile = tl.load(class_weight + classes[i], mask=exists, other=0.0)
+            tile = tl.load(class_weight + classes[i], mask=exists & (smoothing != 0), other=0.0)
         else:
             tile = tl.where(exists, 1.0, 0.0)
         mean += tl.sum(tl.sum(tile, 1), 0) / CLASSES

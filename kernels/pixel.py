@@ -228,7 +228,7 @@ def weighted_ce_pixel(
     """-sum w[c] t[c] log p[c] for the target t = (1 - smoothing) onehot + smoothing / C.
 
     class_weight holds w, one tile (rows, 1) a tile of z, 0 in the padding; own_weight is that of
-    the label, mean_weight the mean of w. A weight may be 1 / 0, of a class without labels.
+    the label, mean_weight the mean of w; w and its mean are 0 where smoothing is.
     """
     top = largest(z)
     chosen, spread = tl.zeros_like(top), tl.zeros_like(top)
@@ -238,12 +238,12 @@ def weighted_ce_pixel(
         spread += tl.sum(times(class_weight[i], x), 0)
     powers, total = exponentials(z, top)
     share = own_weight * (1.0 - smoothing)
-    mass = share + times(smoothing, mean_weight)
+    mass = share + mean_weight * smoothing
     p = scaled(powers, mass / total)
     gradient = ()
     for i in tl.static_range(len(z)):
         own = tl.where(classes[i] == label[None, :], share[None, :], 0.0)
-        gradient = gradient + (p[i] - (own + times(smoothing / CLASSES, class_weight[i])),)
+        gradient = gradient + (p[i] - (own + class_weight[i] * (smoothing / CLASSES)),)
     loss = mass * tl.log(total) - times(share, chosen) - times(smoothing / CLASSES, spread)
     return loss, gradient
 
