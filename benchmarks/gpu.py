@@ -183,13 +183,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def save(result: dict[str, object]) -> None:
         (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
 
-    result = run(
-        torch.device("cuda", torch.cuda.current_device()),
-        Clock(options.minutes),
-        only=options.only,
-        with_compile=not options.no_compile,
-        save=save,
-    )
+    try:
+        result = run(
+            torch.device("cuda", torch.cuda.current_device()),
+            Clock(options.minutes),
+            only=options.only,
+            with_compile=not options.no_compile,
+            save=save,
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     gpu_report.write(result, options.out)
     print(gpu_report.markdown(result))
     return exit_status(result)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmt.ema_bound import is_averaged
+
 
 class Snapshot(NamedTuple):
     """A track's state dict after `updates` averaging updates."""
@@ -59,7 +61,7 @@ def average(
     mixed = {}
     for name, entry in last.state.items():
         mixed[name] = entry.clone() if isinstance(entry, Tensor) else entry
-        if isinstance(entry, Tensor) and (entry.is_floating_point() or entry.is_complex()):
+        if isinstance(entry, Tensor) and is_averaged(entry):
             wide = torch.complex128 if entry.is_complex() else torch.float64
             terms = [w * s.state[name].to(wide) for w, s in zip(shares, snapshots, strict=True)]
             mixed[name].copy_(torch.stack(terms).sum(0))

@@ -17,7 +17,7 @@ carrying: set[nn.Module] = set()  # students that carry a teacher's weights for 
 
 def copied(network: nn.Module) -> nn.Module:
     try:
-        copied = copy.deepcopy(network)
+        twin = copy.deepcopy(network)
     except (AssertionError, RuntimeError, TypeError) as error:
         remedy = (
             "make the teacher first, then shard student and teacher.module alike"
@@ -28,9 +28,9 @@ def copied(network: nn.Module) -> nn.Module:
         raise TypeError(
             f"student: {type(network).__name__} cannot be copied ({error}); {remedy}"
         ) from error
-    for buffer in copied.buffers():  # parameters have memory of their own from deepcopy
+    for buffer in twin.buffers():  # parameters have memory of their own from deepcopy
         buffer.data = buffer.data.clone()
-    return copied
+    return twin
 
 
 def check_wide(network: nn.Module, rounding: str | None) -> None:

@@ -27,7 +27,7 @@ JOINED = 1024  # low-resolution gradients of one program
 # Of a strip in one piece: the product that shares out gradients takes 96 KiB of shared memory for
 # 320 classes, of 99 KiB that the GPUs of compute capability 8.6 and 8.9 have.
 PRODUCT_CLASSES = 320
-# Triton before 3.7 takes some 30 registers more: at 21 classes it would spill (sm_90).
+# Triton before 3.7 takes more registers: at 21 classes it would spill (sm_90).
 ROOM = MAX_FLOATS if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 160
 
 
