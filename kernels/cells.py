@@ -18,8 +18,9 @@ from torch import Tensor
 from triton.runtime import driver
 
 from fastmt.kernels.columns import MAX_FLOATS, MAX_WARPS, tiles_of
-from fastmt.kernels.grid import Axis, first_beyond, grid_of, neighbours
-from fastmt.kernels.views import NARROW, device_of
+from fastmt.kernels.grid import Grid, Layout, first_beyond, grid_of, neighbours
+from fastmt.kernels.launch import launch
+from fastmt.kernels.views import NARROW, REMEMBERED, device_of
 
 ROWS = 6  # columns of a band: two of the student, two of the teacher, two of the gradient
 WINDOW = 16  # low-resolution columns that a matrix product makes at once
@@ -63,8 +64,8 @@ def strips_for(classes: int, columns: float, gradient: bool = True) -> Strips:
 class Walk(NamedTuple):
     """Programs over (images, bands, strips) and the scratch that their gradients take."""
 
-    first: tuple[Axis, Axis, tuple[int, ...]]  # what the bands are made of, and gets the gradient
-    others: tuple[tuple[Axis, Axis, tuple[int, ...]], ...]
+    first: Grid  # what the bands are made of, and gets the gradient
+    others: tuple[Grid, ...]
     size: tuple[int, int]
     images: int
     bands: int
@@ -82,27 +83,44 @@ class Walk(NamedTuple):
 
     def wide(self, classes: int, *maps: Tensor | None) -> bool:
         """Whether offsets within an image's row, or positions on an axis, need 64 bits."""
-        grids = (self.first, *self.others)
-        offsets = [classes * abs(s[1]) + axis[0] * abs(s[3]) for _, axis, s in grids]
-        offsets += [self.size[1] * abs(m.stride(2)) for m in maps if m is not None]
-        offsets += [
-            (out + 1) * axis[1] + axis[0] * axis[3]
-            for grid in grids
-            for axis, out in zip(grid[:2], self.size, strict=True)
-        ]
-        return max(offsets) >= NARROW
+        return _is_wide(self, classes, tuple(0 if m is None else m.stride(2) for m in maps))
+
+
+@functools.lru_cache(REMEMBERED)
+def _is_wide(walk: Walk, classes: int, maps: tuple[int, ...]) -> bool:
+    grids = (walk.first, *walk.others)
+    offsets = [classes * abs(s[1]) + axis[0] * abs(s[3]) for _, axis, s in grids]
+    offsets += [walk.size[1] * abs(stride) for stride in maps]
+    offsets += [
+        (out + 1) * axis[1] + axis[0] * axis[3]
+        for grid in grids
+        for axis, out in zip(grid[:2], walk.size, strict=True)
+    ]
+    return max(offsets) >= NARROW
 
 
 def walk_of(
     first: Tensor, others: list[Tensor], size: tuple[int, int], align_corners: bool, pixels: int
 ) -> Walk:
-    height, width = first.shape[2:]
+    layouts = tuple((other.shape, other.stride()) for other in others)
+    return _walk((first.shape, first.stride()), layouts, size, align_corners, pixels)
+
+
+@functools.lru_cache(REMEMBERED)
+def _walk(
+    first: Layout,
+    others: tuple[Layout, ...],
+    size: tuple[int, int],
+    align_corners: bool,
+    pixels: int,
+) -> Walk:
+    images, _, height, width = first[0]
     strips = triton.cdiv(size[1], pixels)
     grid = grid_of(first, size, align_corners)
     _, step, _, unit = grid[1]
     span = min((pixels - 1) * step // unit + 3, width)
     grids = tuple(grid_of(other, size, align_corners) for other in others)
-    return Walk(grid, grids, size, first.shape[0], height, strips, span)
+    return Walk(grid, grids, size, images, height, strips, span)
 
 
 def precision(warps: int) -> str:
@@ -194,7 +212,9 @@ def join(walk: Walk, scratch: Tensor, gradient: Tensor, pixels: int, wide: bool)
     touching = walk.size[1] if width == 1 else 5 * unit // (2 * step) + 2  # columns that touch one
     spread = min((touching + pixels - 2) // pixels + 1, walk.strips)
     with device_of(gradient):
-        join_kernel[(images * height * triton.cdiv(classes * width, JOINED),)](
+        launch(
+            join_kernel,
+            images * height * triton.cdiv(classes * width, JOINED),
             scratch,
             gradient,
             gradient.stride(),

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastmt.kernels.cells import strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
 from fastmt.kernels.grid import band_of, corners, first_beyond, neighbours
+from fastmt.kernels.launch import launch
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
 
@@ -75,7 +76,9 @@ def confidence(
     _, block, warps, tiles = strips_for(classes, 6 if kind == "entropy" else 5, gradient=False)
     walk = walk_of(logits[0], logits, tuple(score.shape[1:]), align_corners, block)
     with device_of(score):
-        cells_confidence_kernel[(walk.programs,)](
+        launch(
+            cells_confidence_kernel,
+            walk.programs,
             tuple(logits),
             walk.first,
             walk.others,

@@ -29,6 +29,7 @@ from fastmt.kernels.grid import (
     neighbours,
     put_strip,
 )
+from fastmt.kernels.launch import launch
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
@@ -173,7 +174,9 @@ def consistency(
     partials = student.new_empty((5, walk.programs), dtype=torch.float32)
     scratch = partials if gradient is None else walk.scratch(student, strip)
     with device_of(student):
-        cells_consistency_kernel[(walk.programs,)](
+        launch(
+            cells_consistency_kernel,
+            walk.programs,
             student,
             walk.first,
             tuple(teacher),

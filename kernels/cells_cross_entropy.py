@@ -20,6 +20,7 @@ from fastmt.kernels.grid import (
     put_strip,
 )
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
+from fastmt.kernels.launch import launch
 from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
@@ -132,7 +133,9 @@ def cross_entropy(
     wrong_labels = logits.new_empty(walk.programs, dtype=torch.int64)
     scratch = partials if gradient is None else walk.scratch(logits, strip)
     with device_of(logits):
-        cells_cross_entropy_kernel[(walk.programs,)](
+        launch(
+            cells_cross_entropy_kernel,
+            walk.programs,
             logits,
             walk.first,
             call.labels,

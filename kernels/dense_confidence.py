@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of
+from fastmt.kernels.launch import launch
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, device_of, lie_apart, pixels_at, place_of
 
@@ -57,7 +58,9 @@ def confidence(
     block, warps, tiles, vector = blocks_for(classes, itemsize, columns, apart)
     pixels = describe(logits, [score, label], block)
     with device_of(score):
-        confidence_kernel[(pixels.blocks,)](
+        launch(
+            confidence_kernel,
+            pixels.blocks,
             tuple(logits),
             score,
             label,
@@ -69,7 +72,7 @@ def confidence(
             TILES=tiles,
             BLOCK=block,
             VECTOR=vector,
-            WIDE=pixels.wide(classes, block),
+            WIDE=pixels.wide,
             num_warps=warps,
             num_stages=1,
         )

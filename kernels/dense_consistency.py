@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmt.kernels import pixel
 from fastmt.kernels.calls import ConsistencyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
+from fastmt.kernels.launch import launch
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, device_of, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
@@ -94,7 +95,9 @@ def consistency(call: ConsistencyCall, student: Tensor, gradient: Tensor | None)
     pixels = describe(columns, [call.pixel_weight, call.valid], block)
     partials = student.new_empty((5, pixels.blocks), dtype=torch.float32)
     with device_of(student):
-        consistency_kernel[(pixels.blocks,)](
+        launch(
+            consistency_kernel,
+            pixels.blocks,
             student,
             written,
             tuple(call.teacher),
@@ -112,7 +115,7 @@ def consistency(call: ConsistencyCall, student: Tensor, gradient: Tensor | None)
             TILES=tiles,
             BLOCK=block,
             VECTOR=vector,
-            WIDE=pixels.wide(classes, block),
+            WIDE=pixels.wide,
             num_warps=warps,
             num_stages=1,
         )

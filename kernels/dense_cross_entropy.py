@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
+from fastmt.kernels.launch import launch
 from fastmt.kernels.views import describe, device_of, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
@@ -80,7 +81,9 @@ def cross_entropy(
     partials = logits.new_empty((4, pixels.blocks), dtype=torch.float32)
     wrong_labels = logits.new_empty(pixels.blocks, dtype=torch.int64)
     with device_of(logits):
-        cross_entropy_kernel[(pixels.blocks,)](
+        launch(
+            cross_entropy_kernel,
+            pixels.blocks,
             *columns,
             call.labels,
             call.pixel_weight,
@@ -98,7 +101,7 @@ def cross_entropy(
             TILES=tiles,
             BLOCK=block,
             VECTOR=vector,
-            WIDE=pixels.wide(classes, block),
+            WIDE=pixels.wide,
             num_warps=warps,
             num_stages=1,
         )

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmt.kernels.launch import launch
 from fastmt.kernels.views import device_of
 
 CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema_table.py
@@ -114,7 +115,9 @@ def ema_update_(table: Tensor, starts: Tensor, decay: Tensor) -> None:
     if len(table) == 0:
         return
     with device_of(table):
-        ema_kernel[(programs_on(table.device),)](
+        launch(
+            ema_kernel,
+            programs_on(table.device),
             table,
             starts,
             len(table),
@@ -152,6 +155,13 @@ def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
     elements = data.numel()
     if elements:
         with device_of(data):
-            scale_kernel[(triton.cdiv(elements, BLOCK),)](
-                data, elements, scale, factor, BLOCK=BLOCK, num_warps=4
+            launch(
+                scale_kernel,
+                triton.cdiv(elements, BLOCK),
+                data,
+                elements,
+                scale,
+                factor,
+                BLOCK=BLOCK,
+                num_warps=4,
             )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 Axis = tuple[int, int, int, int]
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides (N, C, H, W) of logits
+Grid = tuple[Axis, Axis, tuple[int, ...]]  # row axis, column axis and strides of logits
 
 
 def axis_of(size: int, out: int, align_corners: bool) -> Axis:
@@ -19,14 +20,11 @@ def axis_of(size: int, out: int, align_corners: bool) -> Axis:
     return size, 2 * size, size - out, 2 * out
 
 
-def grid_of(
-    logits: Tensor, size: tuple[int, int], align_corners: bool
-) -> tuple[Axis, Axis, tuple[int, ...]]:
-    """Row axis, column axis and strides (N, C, H, W) of logits that are up-sampled to `size`."""
+def grid_of(layout: Layout, size: tuple[int, int], align_corners: bool) -> Grid:
     rows, columns = (
-        axis_of(low, out, align_corners) for low, out in zip(logits.shape[2:], size, strict=True)
+        axis_of(low, out, align_corners) for low, out in zip(layout[0][2:], size, strict=True)
     )
-    return rows, columns, logits.stride()
+    return rows, columns, layout[1]
 
 
 @triton.jit

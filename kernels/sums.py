@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmt.kernels.launch import launch
 from fastmt.kernels.views import device_of
 
 ROWS = 8  # of partial sums that are added up at once
@@ -180,8 +181,18 @@ def folded(partials: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tens
     fewer = triton.cdiv(programs, BLOCK)
     sums = partials.new_empty((count, fewer), dtype=torch.float64)
     lowest = None if labels is None else labels.new_empty(fewer)
-    fold_kernel[(fewer,)](
-        partials, labels, programs, sums, lowest, COUNT=count, ROWS=ROWS, BLOCK=BLOCK, num_warps=8
+    launch(
+        fold_kernel,
+        fewer,
+        partials,
+        labels,
+        programs,
+        sums,
+        lowest,
+        COUNT=count,
+        ROWS=ROWS,
+        BLOCK=BLOCK,
+        num_warps=8,
     )
     return sums, lowest
 
@@ -193,7 +204,9 @@ def consistency_total(
     results = scalars(partials, 4)
     with device_of(partials):
         partials, _ = folded(partials)
-        consistency_total_kernel[(1,)](
+        launch(
+            consistency_total_kernel,
+            1,
             partials,
             partials.shape[1],
             *results,
@@ -216,7 +229,9 @@ def cross_entropy_total(
     results = [*scalars(partials, 2), *(wrong_labels.new_empty(()) for _ in range(2))]
     with device_of(partials):
         partials, wrong_labels = folded(partials, wrong_labels)
-        cross_entropy_total_kernel[(1,)](
+        launch(
+            cross_entropy_total_kernel,
+            1,
             partials,
             wrong_labels,
             partials.shape[1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 NARROW = 2**31  # offsets within a block below this are 32-bit
 OUTER = 3  # dimensions of pixels around the inner one
+REMEMBERED = 1024  # of layouts that were described: a small call takes as long as to describe one
 
 
 class Pixels(NamedTuple):
@@ -26,28 +28,38 @@ class Pixels(NamedTuple):
     sizes: tuple[int, ...]  # OUTER sizes and the inner one
     strides: tuple[tuple[int, ...], ...]  # of a tensor: its class stride, one for each size
     blocks: int
-
-    def wide(self, classes: int, block: int) -> bool:
-        """Whether offsets within a block need 64 bits."""
-        return any(
-            (classes - 1) * abs(class_stride) + block * abs(inner) >= NARROW
-            for class_stride, *_, inner in self.strides
-        )
+    wide: bool  # whether offsets within a block need 64 bits
 
 
 def describe(columns: Sequence[Tensor], maps: Sequence[Tensor | None], block: int) -> Pixels:
     """Pixels of tensors (N, C, *spatial) and maps (N, *spatial); None has strides of 0."""
-    shape = (columns[0].shape[0], *columns[0].shape[2:])
-    rows = [(t.stride(0), *t.stride()[2:]) for t in columns]
-    rows += [(0,) * len(shape) if m is None else m.stride() for m in maps]
-    sizes, merged = merge(shape, rows)
+    shape = columns[0].shape
+    none = (0,) * (len(shape) - 1)
+    return _pixels(
+        shape,
+        tuple(tensor.stride() for tensor in columns),
+        tuple(none if m is None else m.stride() for m in maps),
+        block,
+    )
+
+
+@functools.lru_cache(REMEMBERED)
+def _pixels(
+    shape: tuple[int, ...],
+    columns: tuple[tuple[int, ...], ...],
+    maps: tuple[tuple[int, ...], ...],
+    block: int,
+) -> Pixels:
+    rows = [(images, *spatial) for images, _, *spatial in columns]
+    sizes, merged = merge((shape[0], *shape[2:]), [*rows, *maps])
     lead = OUTER + 1 - len(sizes)
     if lead < 0:
         raise ValueError(f"more than {OUTER + 1} dimensions of pixels that cannot be merged")
-    class_strides = [t.stride(1) for t in columns] + [0] * len(maps)
+    class_strides = [stride for _, stride, *_ in columns] + [0] * len(maps)
     strides = tuple((c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True))
     blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
-    return Pixels((1,) * lead + tuple(sizes), strides, blocks)
+    reach = [(shape[1] - 1) * abs(c) + block * abs(inner) for c, *_, inner in strides]
+    return Pixels((1,) * lead + tuple(sizes), strides, blocks, max(reach) >= NARROW)
 
 
 def lie_apart(columns: Sequence[Tensor]) -> bool:
