@@ -17,7 +17,7 @@ from fastmt import adapt, adapt_report
 from fastmt.adapt_data import Domains, folder_domains, scene_domains
 from fastmt.adapt_out import FIGURES, PICTURE, TABLE, check_out, remove_earlier
 from fastmt.networks import UNet
-from fastmt.options import MIN_SIDE, device, even, integer, number
+from fastmt.options import MIN_SIDE, device, even, integer, number, side
 from fastmt.pictures import require_pillow
 
 _EVALUATION = "Of both runs the moving average of the student is evaluated, on images never seen."
@@ -62,7 +62,7 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
     add("--source", nargs="+", metavar="DIR", help=f"labelled source: {layout}")
     add("--target", nargs="+", metavar="DIR", help="target to train on: images/*, no labels read")
     add("--test", nargs="+", metavar="DIR", help="held-out labelled target images, for the table")
-    add("--num-classes", type=integer(1), metavar="C", help="classes [names or largest label id]")
+    add("--num-classes", type=integer(1), metavar="C", help="how many classes [by names or labels]")
     add("--classes", nargs="+", metavar="NAME", help="their names [classes.txt beside the source]")
     add("--out", default="runs/adapt", metavar="DIR", help="where results go [%(default)s]")
 
@@ -73,6 +73,8 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
 
     def add(name: str, kind: Callable, text: str, **more) -> None:
         values = [getattr(defaults, name) for defaults in (folders, scenes)]
+        if "nargs" in more:
+            values = [" ".join(map(str, several)) for several in values]
         group.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
@@ -82,7 +84,7 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
 
     add("steps", integer(1), "updates of each run", metavar="N")
     add("batch", integer(1), "images of each domain in a step", metavar="N")
-    add("crop", integer(MIN_SIDE), "size of the crops", nargs=2, metavar=("H", "W"))
+    add("crop", side, "size of the crops, multiples of 4", nargs=2, metavar=("H", "W"))
     add("lr", number(above=0), "peak learning rate of AdamW", metavar="LR")
     add("weight", number(), "weight of the consistency loss", metavar="W")
     add("ramp", number(most=1), "fraction of the run over which the weight rises", metavar="R")
@@ -101,7 +103,10 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads [PyTorch's]")
     group.add_argument("--device", type=device, help="cpu, cuda, cuda:1 [cuda where there is one]")
     group.add_argument(
-        "--checkpoint-every", type=integer(1), metavar="N", help="steps [a fifth of the run]"
+        "--checkpoint-every",
+        type=integer(1),
+        metavar="N",
+        help="steps from one checkpoint to the next [a fifth of the run]",
     )
     earlier = group.add_mutually_exclusive_group()
     add_flag = partial(earlier.add_argument, action="store_true")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def ema_update_(
             raise ValueError(f"decay: got shape {arguments.shape(decay)}, expected a 0-dim tensor")
     else:
         arguments.check_between("decay", decay, 0, 1)
-    teacher, student = list(teacher), list(student)
+    teacher, student = _listed("teacher", teacher), _listed("student", student)
     if torch.compiler.is_compiling():
         _update_traced(teacher, student, torch.as_tensor(decay, dtype=torch.float64))
         return
@@ -73,6 +73,14 @@ def ema_update_(
     bound = binding is not None and binding.has(teacher, student)
     if not (bound and binding.update(teacher, student, float(decay))):
         _bind(teacher, student).update(teacher, student, float(decay))
+
+
+def _listed(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    listed = list(tensors) if isinstance(tensors, Iterable) else [tensors]
+    if listed and not isinstance(listed[0], Tensor):  # a module, or the names of a state dict
+        kind = type(tensors).__name__
+        raise TypeError(f"{name}: got {kind}, expected a sequence of tensors, as list(parameters)")
+    return listed
 
 
 @torch.library.custom_op("fastmt::ema_update_traced_", mutates_args=("teacher",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,13 @@ _TOLERANCE = 0.01  # resizing and rounding may leave [0, 1] by a little
 
 
 def check_networks(student: nn.Module, teacher: EMATeacher | None) -> None:
-    """A student with parameters, and a teacher that follows one."""
+    """A student with parameters to train, and a teacher that follows one."""
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student: got {_kind(student)}, expected a torch.nn.Module")
     if next(student.parameters(), None) is None:
         raise ValueError("student: got a module without parameters, expected one to train")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("student: got a frozen module, expected a parameter that requires grad")
     if not isinstance(teacher, EMATeacher | None):
         raise TypeError(
             f"teacher: got {type(teacher).__name__}, expected an EMATeacher; wrap the network that "
@@ -35,10 +39,40 @@ def check_own_weights(call: str, student: nn.Module) -> None:
         raise RuntimeError(f"{call}: the student carries a teacher's weights; leave swapped()")
 
 
-def check_options(amp: torch.dtype | None, clip_norm: float | None, **counts: int) -> None:
-    """Options of the trainer that no other part of it checks before the first step."""
+def untrained(student: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The student's parameters that the optimiser does not train; it has to train some."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"optimizer: got {_kind(optimizer)}, expected an optimizer of the student's parameters"
+        )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = list(student.parameters())
+    others = [parameter for parameter in parameters if id(parameter) not in trained]
+    if len(others) == len(parameters):
+        raise ValueError(
+            "optimizer: got one of other parameters, expected one of student.parameters()"
+        )
+    return others
+
+
+def check_losses(**losses: object) -> None:
+    for name, loss in losses.items():
+        if not (loss is None or callable(loss)):
+            raise TypeError(f"{name}: got {loss!r}, expected a loss that can be called")
+
+
+def check_amp(amp: torch.dtype | None, student: nn.Module) -> None:
     if amp not in _AMP_DTYPES:
         raise ValueError(f"amp: got {amp!r}, expected None, torch.bfloat16 or torch.float16")
+    if amp == torch.float16 and amp in _dtypes(student):
+        raise ValueError(
+            "amp: got torch.float16 for a student with float16 weights, expected float32 weights, "
+            "as PyTorch scales no gradients of float16"
+        )
+
+
+def check_options(clip_norm: float | None, **counts: int) -> None:
+    """Options of the trainer that no other part of it checks before the first step."""
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm)
     for name, count in counts.items():
@@ -47,6 +81,11 @@ def check_options(amp: torch.dtype | None, clip_norm: float | None, **counts: in
 
 
 def check_scheduler(scheduler: object | None, optimizer: torch.optim.Optimizer) -> None:
+    if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
+        raise TypeError(
+            f"scheduler: got {_kind(scheduler)}, expected a scheduler of `optimizer`, as those of "
+            "torch.optim.lr_scheduler"
+        )
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise TypeError(
             "scheduler: got ReduceLROnPlateau, expected one that is stepped without a metric; step "
@@ -123,6 +162,27 @@ def check_labels(labels: Tensor, images: Tensor) -> None:
         )
 
 
+def logits_from(network: nn.Module, images: Tensor, name: str, amp: torch.dtype | None) -> Tensor:
+    """The logits of a network under autocast to `amp`, if any; as logits_of.
+
+    Raises TypeError where the network fails on images of another type than its weights: what
+    PyTorch says of it names a layer, and neither the network nor a remedy.
+    """
+    try:
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            output = network(images)
+    except RuntimeError as error:
+        weights = _dtypes(network)
+        if amp or images.dtype in weights or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise TypeError(
+            f"{name}: failed on images of {images.dtype} with weights of "
+            f"{' and '.join(map(str, weights))} ({_first_line(error)}); give images of the "
+            "weights' type, or for half precision keep both in float32 and set amp=torch.bfloat16"
+        ) from error
+    return logits_of(output, images, name)
+
+
 def logits_of(output: Any, images: Tensor, name: str) -> Tensor:
     """The logits (N, C, *spatial) that a network returned for images (N, C', *spatial').
 
@@ -143,3 +203,43 @@ def logits_of(output: Any, images: Tensor, name: str) -> Tensor:
             f"logits ({len(images)}, C, *spatial)"
         )
     return logits
+
+
+def loss_of(value: Any, name: str) -> Tensor:
+    """What a loss function returned, which has to be a 0-dim tensor."""
+    if not _is_figure(value):
+        got = f"shape {shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: returned {got}, expected a 0-dim tensor, the loss")
+    return value
+
+
+def loss_and_stats_of(value: Any) -> tuple[Tensor, Sequence[Tensor]]:
+    """What a consistency loss returned: the loss, and two figures of its pixels."""
+    if not (_is_pair(value) and _is_pair(value[1]) and all(map(_is_figure, value[1]))):
+        raise TypeError(
+            f"consistency: returned {type(value).__name__}, expected (loss, (selected, "
+            "mean_score)), 0-dim tensors, as it is called with return_stats=True"
+        )
+    return loss_of(value[0], "consistency"), value[1]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _dtypes(network: nn.Module) -> list[torch.dtype]:
+    """Of the weights, each once."""
+    dtypes = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return list(dict.fromkeys(dtypes))
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -23,8 +23,13 @@ class Pair(NamedTuple):
     value: Tensor
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+def unwrapped(network: nn.Module, name: str = "student") -> nn.Module:
+    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers.
+
+    Raises TypeError with the `name` of the argument where it is no module.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{name}: got {type(network).__name__}, expected a torch.nn.Module")
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     while True:
         if isinstance(network, parallel):

@@ -32,6 +32,7 @@ def even(text: str) -> int:
 
 
 def side(text: str) -> int:
+    """Of what the U-Net sees, in whole logits of 4 pixels: more logits than that get stretched."""
     value = integer(MIN_SIDE)(text)
     if value % 4:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a multiple of 4")

@@ -207,7 +207,7 @@ class EMATeacher(Counting):
     def copy_to(self, network: nn.Module) -> None:
         """Write the averaged parameters and buffers into `network`."""
         self.flush()
-        for average, target in all_pairs(self.module, unwrapped(network)):
+        for average, target in all_pairs(self.module, unwrapped(network, "network")):
             target.copy_(average)
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class Counting(nn.Module):
         super().__init__()
         arguments.check_at_least("update_every", update_every, 1)
         arguments.check_at_least("start", start, 0)
-        if not callable(decay) and not 0 <= decay < 1:
+        if not callable(decay) and not (isinstance(decay, Real) and 0 <= decay < 1):
             raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
         if not callable(warmup) and warmup is not None:
             arguments.check_choice("warmup", warmup, tuple(decays.WARMUPS))

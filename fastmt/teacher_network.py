@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastmt.matching import local, matched, plain_name, reshard, sharded_modules
+from fastmt.matching import local, matched, plain_name, reshard, sharded_modules, unwrapped
 
 HALVES = (torch.bfloat16, torch.float16)
 carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
@@ -133,3 +133,13 @@ def _put_back(student: nn.Module, own: Mapping[str, Tensor]) -> None:
             f"student: {lost[0]!r} was removed or resized in swapped(), expected it as before; all "
             "that fits is put back"
         )
+
+
+def follow_mode(network: nn.Module, student: nn.Module) -> None:
+    """Give each module of a teacher's network the mode of the student's: some may be frozen."""
+    named = unwrapped(student).named_modules()
+    modes = {plain_name(name): module.training for name, module in named}
+    for name, module in network.named_modules():
+        mode = modes.get(plain_name(name), student.training)
+        if module.training != mode:  # to set it takes longer
+            module.training = mode

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from fastmt import checkpoint, inputs, skipping, trainer_state
 from fastmt.consistency import ConsistencyLoss
 from fastmt.cross_entropy import CrossEntropy
-from fastmt.matching import plain_name, unwrapped
 from fastmt.schedules import OnDevice, Schedule, as_schedule
 from fastmt.skipping import Buffers
 from fastmt.steps import Scheduled, StepReport
 from fastmt.style import Style
 from fastmt.teacher import EMATeacher
+from fastmt.teacher_network import follow_mode
 from fastmt.views import Views, ignored_label
 
 __all__ = ["MeanTeacher", "StepReport"]
@@ -36,9 +36,10 @@ class MeanTeacher:
             average of fast-moving weights does not fit the newest running statistics, so in
             training it normalises by the batch. Its own passes leave its buffers alone. Call its
             eval() to evaluate.
-        consistency: `(student, teacher, valid=, size=, return_stats=True[, threshold=])`; by
-            default ConsistencyLoss(). With several passes `teacher` is a list of logits.
-        supervised: `(logits, labels)`; by default CrossEntropy().
+        consistency: `(student, teacher, valid=, size=, return_stats=True[, threshold=]) -> (loss,
+            (selected, mean_score))`, 0-dim tensors; by default ConsistencyLoss(). With several
+            passes `teacher` is a list of logits.
+        supervised: `(logits, labels) -> loss`, 0-dim; by default CrossEntropy().
         ignore_index: the label that `supervised` ignores, for class mixing; by default what it says
             itself: its `ignore_index`, or that of its options.
         weight: of the consistency loss, a number or a schedule.
@@ -93,8 +94,11 @@ class MeanTeacher:
         capturable: bool = False,
     ) -> None:
         inputs.check_networks(student, teacher)
+        self._untrained = inputs.untrained(student, optimizer)
         inputs.check_scheduler(scheduler, optimizer)
-        inputs.check_options(amp, clip_norm, accumulate=accumulate, passes=passes)
+        inputs.check_losses(consistency=consistency, supervised=supervised)
+        inputs.check_amp(amp, student)
+        inputs.check_options(clip_norm, accumulate=accumulate, passes=passes)
         if capturable:
             skipping.check_capturable(optimizer, class_mixing)
         self.student, self.optimizer, self.scheduler = student, optimizer, scheduler
@@ -104,8 +108,6 @@ class MeanTeacher:
         self.weight = as_schedule(weight, "weight")
         self.threshold = None if threshold is None else as_schedule(threshold, "threshold")
         self.clip_norm, self.amp, self.accumulate = clip_norm, amp, accumulate
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._untrained = [p for p in student.parameters() if id(p) not in trained]
         self.steps = 0
         self.device = next(student.parameters()).device
         if ignore_index is None:
@@ -165,7 +167,8 @@ class MeanTeacher:
     ) -> Tensor:
         """The views, both networks, the losses and the gradient."""
         views = self.views.of(source_images, source_labels, target_images, self.steps)
-        self._follow_mode()
+        follow_mode(self.teacher.module, self.student)
+        self.teacher.training = self.student.training
         self._zero_grad()
 
         terms = []
@@ -176,10 +179,10 @@ class MeanTeacher:
             logits = self._logits(self.student, torch.cat([source, first]), "student")
             source_logits, target_logits = logits.split([len(source), len(first)])
             teacher_logits = [self._logits(self.teacher, second, "teacher") for second in seconds]
-            supervised = self.supervised(source_logits, labels)
+            supervised = self._supervised(source_logits, labels)
             if paste is not None:
                 known = self.views.known(labels, paste)
-                supervised = supervised + self.supervised(target_logits, known)
+                supervised = supervised + self._supervised(target_logits, known)
             moving = {} if now.threshold is None else {"threshold": now.threshold}
             valid = None if paste is None else ~paste
             consistency, stats = self._consistency(
@@ -195,7 +198,7 @@ class MeanTeacher:
         self._zero_grad()
         losses = []
         for source, labels in self._parts(images, source_labels):
-            loss = self.supervised(self._logits(self.student, source, "student"), labels)
+            loss = self._supervised(self._logits(self.student, source, "student"), labels)
             self._backward(loss / self.accumulate)
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
@@ -233,16 +236,19 @@ class MeanTeacher:
         return zip(*([None] * n if b is None else b.chunk(n) for b in batches), strict=True)
 
     def _logits(self, network: nn.Module, images: Tensor, name: str) -> Tensor:
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            output = network(images)
-        return inputs.logits_of(output, images, name)
+        return inputs.logits_from(network, images, name, self.amp)
+
+    def _supervised(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return inputs.loss_of(self.supervised(logits, labels), "supervised")
 
     def _consistency(
         self, student: Tensor, passes: list[Tensor], images: Tensor, **call: Any
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Consistency loss at the images' resolution, up-sampled inside the loss."""
         teacher = passes if len(passes) > 1 else passes[0]
-        return self.consistency(student, teacher, size=images.shape[2:], return_stats=True, **call)
+        size = images.shape[2:]
+        returned = self.consistency(student, teacher, size=size, return_stats=True, **call)
+        return inputs.loss_and_stats_of(returned)
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -264,16 +270,6 @@ class MeanTeacher:
 
     def _copy_buffers(self) -> tuple[Buffers, Buffers]:
         return Buffers(self.student), Buffers(self.teacher)
-
-    def _follow_mode(self) -> None:
-        """Give each module of the teacher the mode of the student's: some may be frozen."""
-        named = unwrapped(self.student).named_modules()
-        modes = {plain_name(name): module.training for name, module in named}
-        for name, module in self.teacher.module.named_modules():
-            mode = modes.get(plain_name(name), self.student.training)
-            if module.training != mode:  # to set it takes longer
-                module.training = mode
-        self.teacher.training = self.student.training
 
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

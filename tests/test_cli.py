@@ -266,6 +266,7 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--decay", "1"], "--decay"),
         (["--ramp", "1.5"], "--ramp"),
         (["--crop", "16", "48"], "--crop"),
+        (["--crop", "33", "48"], "--crop: got '33', expected a multiple of 4"),
         (["--width", "3"], "--width"),
         (["--style", "cubist"], "--style"),
         (["--seeds", "-1"], "--seeds"),

@@ -122,3 +122,12 @@ def test_a_view_that_negates_when_it_is_read_is_read_anew_at_each_call():
         base.fill_(value)
         fastmt.ema_update_(teacher, student, 0.0)
         assert (teacher[1] == -value).all()
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), None])
+def test_what_holds_no_tensors_is_named(wrong):
+    kind = type(wrong).__name__
+    with pytest.raises(TypeError, match=f"^teacher: got {kind}, expected a sequence of tensors"):
+        fastmt.ema_update_(wrong, [torch.ones(1)], 0.5)
+    with pytest.raises(TypeError, match=f"^student: got {kind}, expected a sequence of tensors"):
+        fastmt.ema_update_([torch.ones(1)], wrong, 0.5)

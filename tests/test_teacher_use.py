@@ -194,6 +194,7 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
     [
         ({"decay": 1.0}, "^decay: got 1.0"),
         ({"decay": -0.1}, "^decay: got -0.1"),
+        ({"decay": "0.99"}, "^decay: got '0.99', expected a number"),
         ({"half_life": 0}, "^half_life: got 0"),
         ({"half_life": 5, "decay": 0.9}, "^decay: got 0.9 beside half_life"),
         ({"half_life": 5, "images_per_step": 0}, "^images_per_step: got 0"),
@@ -209,6 +210,15 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
 def test_options_out_of_range_are_named(student, options, message):
     with pytest.raises(ValueError, match=message):
         EMATeacher(student, **options)
+
+
+def test_what_is_no_module_is_named(student):
+    for wrong in (None, student.parameters()):
+        kind = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"^student: got {kind}, expected a torch.nn.Module"):
+            EMATeacher(wrong)
+        with pytest.raises(TypeError, match=f"^network: got {kind}, expected a torch.nn.Module"):
+            EMATeacher(student).copy_to(wrong)
 
 
 @pytest.mark.parametrize(

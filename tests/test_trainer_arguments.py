@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR
 from training import Net, make_batch, make_trainer
 
 from fastmt.trainer import MeanTeacher
@@ -61,6 +62,11 @@ def test_batches_that_do_not_fit_are_named(batch, error, message):
         ({"jitter": {"contrast": -1}}, ValueError, "^jitter: got contrast=-1"),
         ({"jitter": {"greyscale": 2}}, ValueError, "^jitter: got greyscale=2"),
         ({"jitter": 0.4}, TypeError, "^jitter: got float"),
+        ({"amp": torch.float32}, ValueError, "^amp: got torch.float32"),
+        ({"consistency": "mse"}, TypeError, "^consistency: got 'mse', expected a loss"),
+        ({"supervised": "ce"}, TypeError, "^supervised: got 'ce', expected a loss"),
+        ({"scheduler": lambda step: 1.0}, TypeError, "^scheduler: got function"),
+        ({"scheduler": ExponentialLR}, TypeError, "^scheduler: got the class ExponentialLR"),
         ({"clip_norm": -1}, ValueError, "^clip_norm: got -1"),
         ({"clip_norm": 0}, ValueError, "^clip_norm: got 0"),
         ({"teacher": Net()}, TypeError, "^teacher: got Net, expected an EMATeacher"),
@@ -89,13 +95,81 @@ def test_a_student_without_parameters_is_named():
         MeanTeacher(nn.Identity(), optimizer)
 
 
+def test_a_student_that_cannot_be_trained_is_named():
+    student = Net()
+    optimizer = torch.optim.SGD(student.parameters())
+    with pytest.raises(TypeError, match="^student: got the class Net, expected a torch.nn.Module"):
+        MeanTeacher(Net, optimizer)
+    with pytest.raises(ValueError, match="^student: got a frozen module"):
+        MeanTeacher(student.requires_grad_(False), optimizer)
+
+
+def test_an_optimizer_that_does_not_train_the_student_is_named():
+    student, other = Net(), Net()
+    with pytest.raises(ValueError, match="^optimizer: got one of other parameters"):
+        MeanTeacher(student, torch.optim.SGD(other.parameters()))
+    with pytest.raises(TypeError, match="^optimizer: got the class SGD, expected an optimizer"):
+        MeanTeacher(student, torch.optim.SGD)
+    with pytest.raises(TypeError, match="^optimizer: got NoneType"):
+        MeanTeacher(student, None)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("images", [torch.float32, torch.bfloat16, torch.float16])
+def test_images_of_another_type_than_the_weights_are_named_with_the_remedy(weights, images):
+    student = Net().to(weights)
+    trainer = MeanTeacher(student, torch.optim.SGD(student.parameters()))
+    source, labels, target = make_batch()
+    name = "teacher" if weights == images else "student"  # the teacher averages in float32
+    network = torch.float32 if weights == images else weights
+    if images == network:
+        trainer.step(source, labels, target)
+        return
+    message = f"^{name}: failed on images of {images} with weights of {network} .*set amp="
+    with pytest.raises(TypeError, match=message):
+        trainer.step(source.to(images), labels, target.to(images))
+
+
+class CastingNet(Net):
+    def forward(self, images):
+        return super().forward(images.to(self.body[0].weight.dtype))
+
+
+def test_a_network_that_casts_its_images_itself_may_have_other_weights():
+    student = CastingNet().bfloat16()
+    trainer = MeanTeacher(student, torch.optim.SGD(student.parameters()))
+    assert trainer.step(*make_batch()).item("loss") > 0
+
+
+def test_scaled_gradients_of_float16_weights_are_refused_before_the_first_step():
+    student = Net().half()
+    with pytest.raises(ValueError, match="^amp: got torch.float16 .* expected float32 weights"):
+        MeanTeacher(student, torch.optim.SGD(student.parameters()), amp=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ({"supervised": lambda z, y: z}, r"^supervised: returned shape \(2, 4, 6, 8\)"),
+        ({"supervised": lambda z, y: (z.sum(), 1)}, "^supervised: returned tuple"),
+        ({"consistency": lambda z, y, **call: z.sum()}, "^consistency: returned Tensor"),
+        ({"consistency": lambda z, y, **call: (z, [z.sum()] * 2)}, "^consistency: returned shape"),
+        ({"consistency": lambda z, y, **call: (z.sum(), None)}, "^consistency: returned tuple"),
+        ({"consistency": lambda z, y, **call: (z.sum(), (0, 1))}, "^consistency: returned tuple"),
+    ],
+)
+def test_losses_that_return_something_else_are_named(losses, message):
+    with pytest.raises(TypeError, match=message):
+        make_trainer(**losses).step(*make_batch())
+
+
 def test_a_scheduler_that_a_step_cannot_step_is_named():
     student = Net()
     own, other = (torch.optim.SGD(student.parameters(), lr=0.1) for _ in range(2))
     with pytest.raises(TypeError, match="^scheduler: got ReduceLROnPlateau"):
         MeanTeacher(student, own, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(own))
     with pytest.raises(ValueError, match="^scheduler: got one of another optimizer"):
-        MeanTeacher(student, own, scheduler=torch.optim.lr_scheduler.ExponentialLR(other, 0.9))
+        MeanTeacher(student, own, scheduler=ExponentialLR(other, 0.9))
 
 
 @pytest.mark.parametrize(
