@@ -152,7 +152,8 @@ class RowSource {
       const int32_t column = std::max(columns[i], 0);
       t[i] = grid_.column_t[column];
       left[i] = grid_.column_index[column] + (t[i] == 1 ? 1 : 0);
-      right[i] = t[i] == 0 || t[i] == 1 ? left[i] : left[i] + 1;
+      right[i] = left[i] + 1;
+      if (t[i] == 0 || t[i] == 1) right[i] = left[i], t[i] = 0.5f;  // 0 * inf would be NaN
     }
     for (int c = 0; c < classes_; ++c, row += pitch_) {
       float* values = to.base + c * to.row;
