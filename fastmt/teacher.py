@@ -13,7 +13,7 @@ from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
 from fastmt.matching import unwrapped
 from fastmt.teacher_count import Counting
-from fastmt.teacher_network import all_pairs, check_wide, copied, lent, retype
+from fastmt.teacher_network import all_pairs, check_wide, copied, lent, retype, write
 from fastmt.teacher_state import Loading, add_versions, versioned
 from fastmt.teacher_update import update_together
 
@@ -204,12 +204,10 @@ class EMATeacher(Counting):
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
-    @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
-        """Write the averaged parameters and buffers into `network`."""
+        """Write the averaged parameters and buffers into `network`; kept ones where they match."""
         self.flush()
-        for average, target in all_pairs(self.module, unwrapped(network)):
-            target.copy_(average)
+        write(all_pairs(self.module, unwrapped(network), self.buffer_rule))
 
     @contextlib.contextmanager
     def swapped(self, student: nn.Module | None = None) -> Iterator[None]:
@@ -217,9 +215,8 @@ class EMATeacher(Counting):
 
         No teacher averages it meanwhile: update() and another swapped() raise RuntimeError.
         """
-        network = self._resolve(student)
-        with lent(network):
-            self.copy_to(network)
+        self.flush()
+        with lent(self._resolve(student), self.module, self.buffer_rule):
             yield
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
