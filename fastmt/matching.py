@@ -47,18 +47,27 @@ def plain_name(name: str, *, module: bool = False) -> str:
 
 
 def matched(
-    teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
+    teacher: Iterable[tuple[str, Tensor]],
+    student: Iterable[tuple[str, Tensor]],
+    *,
+    partly: bool = False,
 ) -> list[Pair]:
-    """Pairs by name; a missing, extra, resized or otherwise sharded entry is named in an error."""
+    """Pairs by name; a missing, extra, resized or otherwise sharded entry is named in an error.
+
+    It is left out instead where they need match only `partly`.
+    """
     teacher, student = list(teacher), list(student)
     averages, values = _named(teacher, False), _named(student, False)
     if averages.keys() != values.keys():
         averages, values = _named(teacher, True), _named(student, True)
-    for name in (*averages, *values):
-        if name not in averages or name not in values:
-            where = "student" if name in averages else "teacher"
-            raise ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
-    return [_pair(name, average, values[name]) for name, average in averages.items()]
+    pairs = []
+    for name in dict.fromkeys((*averages, *values)):
+        misfit = _misfit(name, averages.get(name), values.get(name))
+        if misfit is None:
+            pairs.append(Pair(name, local(averages[name]), local(values[name])))
+        elif not partly:
+            raise misfit
+    return pairs
 
 
 def _named(tensors: list[tuple[str, Tensor]], module: bool) -> dict[str, Tensor]:
@@ -66,23 +75,27 @@ def _named(tensors: list[tuple[str, Tensor]], module: bool) -> dict[str, Tensor]
     return named if len(named) == len(tensors) else dict(tensors)
 
 
-def _pair(name: str, average: Tensor, value: Tensor) -> Pair:
+def _misfit(name: str, average: Tensor | None, value: Tensor | None) -> Exception | None:
+    """Why two entries of one name do not belong together."""
+    if average is None or value is None:
+        where = "teacher" if average is None else "student"
+        return ValueError(f"student: {name!r} is missing in the {where}; make a new EMATeacher")
     if average.shape != value.shape:
-        raise ValueError(
+        return ValueError(
             f"student: {name!r} has shape {arguments.shape(value)}, the teacher "
             f"{arguments.shape(average)}; make a new EMATeacher"
         )
     kinds = [(t.is_floating_point(), t.is_complex()) for t in (average, value)]
     if kinds[0] != kinds[1]:
-        raise TypeError(f"student: {name!r} is {value.dtype}, in the teacher {average.dtype}")
+        return TypeError(f"student: {name!r} is {value.dtype}, in the teacher {average.dtype}")
     shards = [getattr(t, "placements", None) for t in (average, value)]
     meshes = [getattr(t, "device_mesh", None) for t in (average, value)]
     if shards[0] != shards[1] or meshes[0] != meshes[1]:
-        raise ValueError(
+        return ValueError(
             f"student: {name!r} is placed as {shards[1]} on {meshes[1]}, the teacher as "
             f"{shards[0]} on {meshes[0]}; shard both networks alike"
         )
-    return Pair(name, local(average), local(value))
+    return None
 
 
 def local(tensor: Tensor) -> Tensor:

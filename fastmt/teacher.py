@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
-from fastmt.matching import plain_name, unwrapped
+from fastmt.matching import unwrapped
 from fastmt.teacher_count import Counting
-from fastmt.teacher_network import all_pairs, check_wide, copied, lent, retype
-from fastmt.teacher_state import add_versions, versioned
+from fastmt.teacher_network import all_pairs, check_wide, copied, lent, retype, write
+from fastmt.teacher_state import Loading, add_versions, versioned
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
@@ -101,6 +101,7 @@ class EMATeacher(Counting):
         self._plan: Plan | None = None
         self._others: list[EMATeacher] = []  # of the plan
         self._offloaded: Plan | None = None  # which owes the last average
+        self.register_load_state_dict_post_hook(EMATeacher._end_loading)
         self.eval()
 
     def update(
@@ -203,12 +204,10 @@ class EMATeacher(Counting):
         with torch.no_grad():
             return self.module(*args, **kwargs)
 
-    @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
-        """Write the averaged parameters and buffers into `network`."""
+        """Write the averaged parameters and buffers into `network`; kept ones where they match."""
         self.flush()
-        for average, target in all_pairs(self.module, unwrapped(network, "network")):
-            target.copy_(average)
+        write(all_pairs(self.module, unwrapped(network, "network"), self.buffer_rule))
 
     @contextlib.contextmanager
     def swapped(self, student: nn.Module | None = None) -> Iterator[None]:
@@ -216,9 +215,8 @@ class EMATeacher(Counting):
 
         No teacher averages it meanwhile: update() and another swapped() raise RuntimeError.
         """
-        network = self._resolve(student)
-        with lent(network):
-            self.copy_to(network)
+        self.flush()
+        with lent(self._resolve(student), self.module, self.buffer_rule):
             yield
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -257,16 +255,13 @@ class EMATeacher(Counting):
         """Entries of the plain network, wherever this module stands in a larger one."""
         self._forget()
         self.compensation = {}
-        own = {plain_name(name, module=True): name for name in self.module.state_dict()}
-        updates, found = state_dict.pop(f"{prefix}n_averaged", None), False
-        for full in [name for name in state_dict if name.startswith(prefix)]:
-            name = full.removeprefix(prefix)
-            plain = plain_name(name, module=True)
-            state_dict[f"{prefix}module.{own.get(plain, name)}"] = state_dict.pop(full)
-            found = found or plain in own
-        if found:
-            self._go_on(None if updates is None else int(updates))
+        self._loading = Loading.start(self.module, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _end_loading(self, failed: tuple[list[str], list[str]]) -> None:
+        loading = self.__dict__.pop("_loading")
+        if loading.end(self.module, *failed):
+            self._go_on(loading.updates)
 
     def progress(self) -> dict[str, object]:
         """What a checkpoint needs beside state_dict(), for load_progress().

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fastmt.matching import local, matched, plain_name, reshard, sharded_modules, unwrapped
+from fastmt.matching import Pair, local, matched, plain_name, reshard, sharded_modules, unwrapped
 
 HALVES = (torch.bfloat16, torch.float16)
 carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
@@ -88,28 +88,52 @@ def _beside_statistics(network: nn.Module) -> set[nn.Parameter]:
     return {parameter for layer in tracking for parameter in layer.parameters()}
 
 
-def all_pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter and buffer of the teacher, and the student's of the same name."""
+@torch.no_grad()
+def all_pairs(teacher: nn.Module, student: nn.Module, buffers: str) -> list[Pair]:
+    """Each parameter and buffer of the teacher, and the student's of the same name.
+
+    Of kept buffers those that match; a student may have others.
+    """
     reshard((teacher, student))
-    pairs = [
+    kept = buffers == "keep"
+    return [
         *matched(teacher.named_parameters(), student.named_parameters()),
-        *matched(teacher.named_buffers(), student.named_buffers()),
+        *matched(teacher.named_buffers(), student.named_buffers(), partly=kept),
     ]
-    return [(pair.average, pair.value) for pair in pairs]
+
+
+@torch.no_grad()
+def write(pairs: Iterable[Pair]) -> None:
+    """The averages into the student."""
+    for name, average, value in pairs:
+        if value.is_meta:
+            raise ValueError(f"network: {name!r} is on the meta device and has no memory")
+        _copy(value, average)
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    """Also where several elements of the target are one place in memory."""
+    if target.layout == torch.strided:
+        for dim, step in enumerate(target.stride()):
+            if step == 0 and target.shape[dim] > 1:
+                target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+    target.copy_(value)
 
 
 @contextlib.contextmanager
-def lent(student: nn.Module) -> Iterator[None]:
-    """The student is to carry a teacher's weights in this context, and its own again after it."""
+def lent(student: nn.Module, teacher: nn.Module, buffers: str) -> Iterator[None]:
+    """The student carries a teacher's weights in this context, and its own again after it."""
     if student in carrying:
         raise RuntimeError("swapped: the student carries a teacher's weights already")
+    pairs = all_pairs(teacher, student, buffers)
     own = {name: tensor.detach().clone() for name, tensor in _entries(student).items()}
     carrying.add(student)
     try:
+        write(pairs)
         yield
     finally:
         carrying.discard(student)
-        _put_back(student, own)
+        _put_back(student, own, {plain_name(pair.name, module=True) for pair in pairs})
 
 
 def _entries(network: nn.Module) -> dict[str, Tensor]:
@@ -120,13 +144,16 @@ def _entries(network: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _put_back(student: nn.Module, own: Mapping[str, Tensor]) -> None:
-    """Write the values of `own`, all that have a place yet before one that has none is named."""
+def _put_back(student: nn.Module, own: Mapping[str, Tensor], written: Container[str]) -> None:
+    """Write the values of `own`, all that have a place yet.
+
+    One of those that were `written` which has none is then named.
+    """
     now, lost = _entries(student), []
     for name, value in own.items():
         if name in now and now[name].shape == value.shape:
-            now[name].copy_(value)
-        else:
+            _copy(now[name], value)
+        elif plain_name(name, module=True) in written:
             lost.append(name)
     if lost:
         raise ValueError(

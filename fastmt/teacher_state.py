@@ -1,12 +1,10 @@
-"""The versions that a state dict tells of its modules, by the names that they have in a teacher.
-
-Some modules load the entries of older versions in another way, and take those of none for old.
-"""
+"""State dicts of a teacher: those of the plain network, in and out."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
@@ -14,7 +12,10 @@ from fastmt.matching import plain_name
 
 
 def add_versions(state: Mapping[str, object], prefix: str) -> None:
-    """Add them to what the averaged network has written of itself under `prefix`."""
+    """Tell the versions of the modules by the names that these have in a teacher under `prefix`.
+
+    Some modules load the entries of older versions in another way, and take those of none for old.
+    """
     told = getattr(state, "_metadata", {})
     inside = {name[len(prefix) :]: told[name] for name in told if f"{name}.".startswith(prefix)}
     for name, version in inside.items():
@@ -22,7 +23,7 @@ def add_versions(state: Mapping[str, object], prefix: str) -> None:
 
 
 def versioned(state: Mapping[str, object], network: nn.Module) -> Mapping[str, object]:
-    """A copy with them of the state dict of a plain or wrapped network like `network`."""
+    """A copy with these versions of the state dict of a plain or wrapped network like `network`."""
     told = getattr(state, "_metadata", None)
     if told is None:
         return state
@@ -36,3 +37,47 @@ def versioned(state: Mapping[str, object], network: nn.Module) -> Mapping[str, o
 
 def _in_teacher(name: str) -> str:
     return f"module.{name}" if name else "module"
+
+
+class Loading(NamedTuple):
+    """What a teacher has to know from before its network loads until it has loaded."""
+
+    prefix: str  # of the teacher's entries
+    updates: int | None  # that AveragedModel has counted
+    tied: dict[nn.Parameter, list[str]]  # with the names that each has
+
+    @classmethod
+    def start(cls, network: nn.Module, state: dict[str, object], prefix: str) -> Loading:
+        """Give the entries of a plain or wrapped network, in place, the names of the teacher's."""
+        own = {plain_name(name, module=True): name for name in network.state_dict()}
+        updates = state.pop(f"{prefix}n_averaged", None)
+        for full in [name for name in state if name.startswith(prefix)]:
+            name = full.removeprefix(prefix)
+            plain = plain_name(name, module=True)
+            state[f"{prefix}module.{own.get(plain, name)}"] = state.pop(full)
+        tied: dict[nn.Parameter, list[str]] = defaultdict(list)
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            tied[parameter].append(name)
+        tied = {parameter: names for parameter, names in tied.items() if len(names) > 1}
+        return cls(prefix, None if updates is None else int(updates), tied)
+
+    def end(self, network: nn.Module, missing: list[str], unexpected: list[str]) -> bool:
+        """Whether a parameter was loaded.
+
+        Names that failed become those of the plain network. What was tied and had a tensor assigned
+        is tied again.
+        """
+        for parameter, names in self.tied.items():
+            assigned = [p for p in map(network.get_parameter, names) if p is not parameter]
+            for name in names if assigned else ():
+                path, _, last = name.rpartition(".")
+                network.get_submodule(path)._parameters[last] = assigned[-1]
+        inside = f"{self.prefix}module."
+        parameters = network.named_parameters(remove_duplicate=False)
+        found = any(inside + name not in missing for name, _ in parameters)
+        for names in (missing, unexpected):
+            names[:] = [
+                self.prefix + name.removeprefix(inside) if name.startswith(inside) else name
+                for name in names
+            ]
+        return found

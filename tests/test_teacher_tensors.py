@@ -60,11 +60,65 @@ def test_a_buffer_that_is_not_dense_is_named_and_left_alone_where_buffers_are_ke
     assert_follows(EMATeacher(student, buffers="keep"), student)
 
 
-def test_a_student_may_make_buffers_of_its_own_where_buffers_are_kept():
+def add_cache(student: nn.Module) -> None:
+    student.register_buffer("cache", torch.ones(4))
+
+
+def drop(student: nn.Module) -> None:
+    del student.extra
+
+
+def resize(student: nn.Module) -> None:
+    student.extra = torch.ones(5)
+
+
+def retype(student: nn.Module) -> None:
+    student.extra = torch.ones(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("change", [add_cache, drop, resize, retype])
+def test_a_student_may_make_buffers_of_its_own_where_buffers_are_kept(change):
+    student = with_buffer(torch.zeros(3))
+    student.register_buffer("both", torch.zeros(1))
+    teacher = EMATeacher(student, buffers="keep")
+    change(student)
+    student.both.fill_(1.0)
+    own = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    assert_follows(teacher, student)
+    with teacher.swapped():
+        assert student.both == 0
+        assert torch.equal(student.weight, teacher.module.weight)
+        others = [name for name in own if name != "both"]
+        assert all(torch.equal(student.get_buffer(name), own[name]) for name in others)
+    assert all(torch.equal(student.get_buffer(name), own[name]) for name in own)
+    teacher.copy_to(student)
+    assert student.both == 0
+
+
+def test_a_buffer_that_is_left_alone_may_grow_in_swapped():
     student = nn.Linear(3, 2)
     teacher = EMATeacher(student, buffers="keep")
-    student.register_buffer("cache", torch.ones(4))
-    assert_follows(teacher, student)
+    add_cache(student)
+    with teacher.swapped():
+        student.cache = torch.ones(8)
+    assert len(student.cache) == 8
+
+
+def test_swapped_and_copy_to_write_buffers_whose_elements_are_one_place_in_memory():
+    student = with_buffer(torch.zeros(2, 1).expand(2, 3))
+    teacher = EMATeacher(student, 0.5, warmup=None)
+    student.extra = torch.tensor([[2.0], [4.0]]).expand(2, 3)
+    with teacher.swapped():
+        assert (student.extra == 0).all()
+    assert torch.equal(student.extra, torch.tensor([[2.0], [4.0]]).expand(2, 3))
+    teacher.copy_to(student)
+    assert (student.extra == 0).all()
+
+
+def test_an_average_is_not_lost_to_a_network_without_memory():
+    teacher = EMATeacher(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="^network: 'weight' is on the meta device"):
+        teacher.copy_to(nn.Linear(3, 2, device="meta"))
 
 
 @pytest.mark.parametrize("rule", ["copy", "ema", "keep"])

@@ -1,0 +1,118 @@
+"""What a state dict that comes from elsewhere does to a teacher: names, ties, counts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from followed import Net, assert_same, follow
+from torch import nn
+
+from fastmt import EMATeacher
+
+
+class Tied(nn.Module):
+    """A language model's head: one parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(5, 4), nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.fixture(params=[Net, Tied])
+def network(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+def averaged(network: nn.Module) -> EMATeacher:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_()
+    return EMATeacher(network)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("saved", ["teacher", "network"])
+def test_safetensors_saves_and_loads_a_model_with_tied_parameters(network, tmp_path, held, saved):
+    safetensors = pytest.importorskip("safetensors.torch")
+    first, second = averaged(network()), averaged(network())
+    source = first if saved == "teacher" else first.module
+    if held:
+        source, target = nn.ModuleDict({"t": source}), nn.ModuleDict({"t": second})
+    else:
+        target = second
+    safetensors.save_model(source, tmp_path / "model.safetensors")
+    missing, unexpected = safetensors.load_model(target, tmp_path / "model.safetensors")
+    assert not missing and not unexpected
+    assert_same(second.module, first.module)
+
+
+@pytest.mark.parametrize("prefix", ["", "t."])
+def test_entries_that_fail_are_named_as_the_plain_network_names_them(prefix):
+    teacher = EMATeacher(Net())
+    target = nn.ModuleDict({"t": teacher}) if prefix else teacher
+    state = {prefix + name: entry for name, entry in Net().state_dict().items()}
+    state[f"{prefix}other"] = state.pop(f"{prefix}first.bias")
+    failed = target.load_state_dict(state, strict=False)
+    assert failed.missing_keys == [f"{prefix}first.bias"]
+    assert failed.unexpected_keys == [f"{prefix}other"]
+    with pytest.raises(RuntimeError, match=f'Missing key.* "{prefix}first.bias"'):
+        target.load_state_dict(state)
+
+
+def test_what_is_assigned_is_tied_as_before(network):
+    student = network()
+    first, second = EMATeacher(student, 0.9), EMATeacher(network(), 0.9)
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state, assign=True)
+    assert len(list(second.parameters())) == len(list(first.parameters()))
+    second.load_progress(first.progress())
+    for teacher in (first, second):
+        teacher.update(student=student)
+    assert_same(second.module, first.module)
+    assert_same(pickle.loads(pickle.dumps(second)).module, first.module)
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "head.weight"])
+def test_of_tied_names_the_one_that_was_assigned_counts(name):
+    teacher = EMATeacher(Tied())
+    teacher.load_state_dict({name: torch.ones(5, 4)}, strict=False, assign=True)
+    assert teacher.module.head.weight is teacher.module.embedding.weight
+    assert (teacher.module.head.weight == 1).all()
+
+
+class Renamed(nn.Module):
+    """Takes checkpoints of a former version, in which its layer had another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_load_state_dict_pre_hook(self._rename)
+
+    @staticmethod
+    def _rename(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}old.")]:
+            state[name.replace("old.", "layer.")] = state.pop(name)
+
+
+def test_an_average_that_a_hook_of_the_network_renames_stays():
+    student = Renamed()
+    teacher = EMATeacher(student)
+    ones = torch.ones(2, 2)
+    teacher.load_state_dict({"old.weight": ones, "old.bias": torch.ones(2)})
+    teacher.update()
+    torch.testing.assert_close(teacher.module.layer.weight, ones, atol=0.01, rtol=0)
+
+
+def test_a_load_that_brings_no_parameter_begins_no_average():
+    student = Net()
+    teacher = EMATeacher(student)
+    teacher.load_state_dict({"other": torch.ones(1)}, strict=False)
+    assert teacher.updates == 0
+    follow(teacher, student, 1)
+    assert_same(teacher.module, student)
