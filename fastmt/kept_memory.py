@@ -9,6 +9,7 @@ allocator does for GPUs. FASTMT_KEEP_MEMORY=0 turns that off; `release` gives ba
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import torch
@@ -53,12 +54,26 @@ def _unused(size: int) -> UntypedStorage | None:
     """Takes out a stretch of `size` bytes that nobody but this list holds."""
     # Another process may read what was sent to it, as a worker of a DataLoader sends its batches.
     _kept[:] = [storage for storage in _kept if not storage.is_shared()]
-    for storage in reversed(_kept):
-        if storage.nbytes() == size and _use_count(storage._cdata) == 1:
-            # By identity: storages compare element by element.
-            del _kept[[id(other) for other in _kept].index(id(storage))]
-            return storage
+    for place in reversed(range(len(_kept))):
+        if _kept[place].nbytes() == size and _is_free(place):
+            return _kept.pop(place)
     return None
+
+
+def _is_free(place: int) -> bool:
+    """Whether no tensor has a kept storage, nor anybody its Python object, which is one only."""
+    references = sys.getrefcount(_kept[place])  # the list's and the argument's among them
+    return references == 2 and _use_count(_kept[place]._cdata) == 1
+
+
+def _renew_lock() -> None:
+    """A process that was forked has no thread to release what one held at that moment."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 _library = torch.library.Library("fastmt", "FRAGMENT")

@@ -1,8 +1,11 @@
 """Memory of large results is used again, and never while anything still has it."""
 
 import contextlib
+import multiprocessing
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -56,6 +59,15 @@ def test_a_view_keeps_the_memory_of_its_gradient(keep):
     assert (torch.as_tensor(view) == torch.as_tensor(copy)).all()
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("keep", [lambda g: g.untyped_storage(), lambda g: g.storage()])
+def test_a_storage_that_is_held_without_its_tensor_keeps_its_values(keep):
+    storage = keep(gradient(1))
+    gradient(2)
+    gradient(3)
+    assert torch.equal(torch.empty(0).set_(storage.untyped()).view(SHAPE), gradient(1))
+
+
 def test_threads_get_memory_of_their_own():
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(gradient, range(8)))
@@ -77,6 +89,19 @@ def test_two_threads_at_once_never_take_the_same_stretch(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda _: torch.ops.fastmt.output_like(like), range(2)))
     assert outputs[0].data_ptr() != outputs[1].data_ptr()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, as the workers of a loader do")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_process_forked_while_a_thread_takes_memory_takes_its_own():
+    take = partial(kept_memory.output_like, torch.empty(SHAPE))
+    child = multiprocessing.get_context("fork").Process(target=take)
+    with kept_memory._lock:
+        child.start()
+    child.join(20)
+    waits = child.is_alive()
+    child.kill()
+    assert not waits
 
 
 def test_memory_that_another_process_may_read_is_not_used_again():
