@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tolerances import assert_average_close
 from torch import nn
 
 import fastmt
-from fastmt import kernels
+from fastmt import ema_table, kernels
 from fastmt.kernels import ema
 
 
@@ -42,6 +43,21 @@ def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatc
     assert table.shape == (len(pairs), 5)
     assert starts[-1] == sum(-(-len(t) // (16 * 1024)) for t in teacher)
     assert decay.ndim == 0
+
+
+def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypatch):
+    def update(elements):
+        fastmt.ema_update_([torch.zeros(elements)], [torch.ones(elements)], 0.9)
+        return weakref.ref(next(reversed(ema_table._tables.values())).table.rows)
+
+    forgotten = update(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ema_table, "is_capturing", lambda: True)
+        captured = update(4)
+    for elements in range(5, 6 + ema_table._MAX_TABLES):
+        update(elements)
+    assert forgotten() is None
+    assert captured() is not None
 
 
 @pytest.mark.parametrize("decay", [torch.tensor(1.0), None])
