@@ -37,12 +37,6 @@ def checks(device: torch.device) -> dict[str, Check]:
     return found | {function.__name__: function for function in BEHAVIOUR}
 
 
-def wrong_operations(results: dict[str, str | None]) -> list[str]:
-    """The failed checks whose operation gives another result than the reference."""
-    behaviour = {function.__name__ for function in BEHAVIOUR}
-    return [name for name, told in results.items() if told and name not in behaviour]
-
-
 def trials() -> dict[str, tuple[selftest.Build, tuple[torch.dtype, ...]]]:
     """Builders of trials by name: the plain ones in every dtype, each option in one."""
     every, one = tuple(selftest.TOLERANCE), (torch.float32,)

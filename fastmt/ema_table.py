@@ -21,6 +21,7 @@ TYPES = {dtype: index for index, dtype in enumerate(KERNEL_DTYPES)}  # as in csr
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of torch._foreach
 _MAX_TABLES = 8
 _tables: OrderedDict[tuple[int, ...], Lists] = OrderedDict()
+_captured: set[Lists] = set()  # whose tables a CUDA graph reads, nobody can tell until when
 
 
 def is_read_by(backend: str, on_host: bool) -> bool:
@@ -155,10 +156,17 @@ def lists(
     table = _tables.get(key)
     if table is None or not table.layout.is_that_of([*teacher, *student]):
         table = _tables[key] = Lists(teacher, student, positions(teacher, student))
+    if is_capturing():
+        _captured.add(table)
     _tables.move_to_end(key)
     if len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
     return table
+
+
+def is_capturing() -> bool:
+    """Whether what the current stream is given becomes part of a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def decay_on(device: torch.device, decay: float | Tensor) -> Tensor:

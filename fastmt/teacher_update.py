@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt import arguments
-from fastmt.ema_table import decay_on
+from fastmt.ema_table import decay_on, is_capturing
 from fastmt.teacher_network import carrying
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def update_together(
         if not finite:
             return
         finite = None
-    capturing = _is_capturing()
+    capturing = is_capturing()
     recorded = capturing and decays is None  # advance() counts, at each replay
     on_device = recorded or finite is not None or decays is not None
     on_device = on_device or True in [teacher._may_skip() for teacher in teachers]
@@ -122,7 +122,3 @@ def _check_same(teachers: Sequence[EMATeacher], network: nn.Module) -> None:
 
 def _is_on_host(finite: Tensor) -> bool:
     return finite.is_cpu
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

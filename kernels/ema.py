@@ -133,7 +133,7 @@ def ema_update_(table: Tensor, starts: Tensor, decay: Tensor) -> None:
 
 @functools.cache
 def programs_on(device: torch.device) -> int:
-    """Enough programs of eight warps to fill every multiprocessor."""
+    """Enough programs of four or eight warps to fill every multiprocessor."""
     if device.type != "cuda":
         return 1
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -143,25 +143,21 @@ def programs_on(device: torch.device) -> int:
 def scale_kernel(data, elements, scale, factor, BLOCK: tl.constexpr):
     product = tl.load(scale) * tl.load(factor)
     if product != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < elements
-        value = tl.load(data + at, mask=mask).to(tl.float32)
-        scaled = tl.where(product == 0, 0.0, value * product)  # nothing to learn, even from a NaN
-        tl.store(data + at, scaled.to(data.dtype.element_ty), mask=mask)
+        for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
+            at = block * tl.full((), BLOCK, tl.int64) + tl.arange(0, BLOCK)
+            mask = at < elements
+            value = tl.load(data + at, mask=mask).to(tl.float32)
+            scaled = tl.where(product == 0, 0.0, value * product)  # nothing to learn, even of NaN
+            tl.store(data + at, scaled.to(data.dtype.element_ty), mask=mask)
 
 
 def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
-    """data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32."""
+    """data *= scale * factor in place, for a dense tensor; both factors are 0-dim float32.
+
+    Mostly they are 1, and what would take its time is to start a program for every block.
+    """
     elements = data.numel()
     if elements:
+        programs = min(triton.cdiv(elements, BLOCK), programs_on(data.device))
         with device_of(data):
-            launch(
-                scale_kernel,
-                triton.cdiv(elements, BLOCK),
-                data,
-                elements,
-                scale,
-                factor,
-                BLOCK=BLOCK,
-                num_warps=4,
-            )
+            launch(scale_kernel, programs, data, elements, scale, factor, BLOCK=BLOCK, num_warps=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from benchmarks import gpu, gpu_cases, gpu_checks, gpu_report, harness, machine
 from fastmt import backends, selftest
 
 CPU = torch.device("cpu")
+SOME_CASE = gpu_cases.cases("tiny")[0]
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(
     backends.extension_missing() is not None, reason="compares the kernels"
@@ -101,38 +103,19 @@ gpu.main(["--out", {str(tmp_path)!r}, "--minutes", "0"])
     assert "Timeout" in done.stderr and "in main" in done.stderr
 
 
-def test_a_red_check_of_behaviour_is_told_and_leaves_the_times(no_gpu_needed, monkeypatch):
+def test_a_red_check_is_told_and_leaves_the_times(no_gpu_needed, monkeypatch):
     def fails(device):
-        raise AssertionError("waited")
+        raise AssertionError("wrong")
 
-    name = gpu_checks.BEHAVIOUR[0].__name__
-    monkeypatch.setattr(gpu_checks, "checks", lambda device: {name: fails})
+    monkeypatch.setattr(gpu_checks, "checks", lambda device: {"an option": fails})
     begun = []
     monkeypatch.setattr(gpu_cases, "cases", lambda: begun.append(True) or [])
     result = run()
     assert begun
     assert gpu.exit_status(result) == 1
     text = gpu_report.markdown(result)
-    assert f"FAILED {name}: AssertionError: waited" in text
-    assert "Nothing was timed." not in text
-
-
-def test_nothing_is_timed_where_an_operation_is_wrong(no_gpu_needed, monkeypatch):
-    def fails(device):
-        raise AssertionError("wrong")
-
-    def never(*_, **__):
-        raise KeyError("timed on red checks")
-
-    monkeypatch.setattr(gpu_checks, "checks", lambda device: {"one": fails})
-    monkeypatch.setattr(gpu_cases, "cases", never)
-    result = run()
-    assert result["checks"] == {"one": "AssertionError: wrong"}
-    assert gpu.exit_status(result) == 1
-    text = gpu_report.markdown(result)
     assert "0 of 1 checks passed" in text
-    assert "FAILED one: AssertionError: wrong" in text
-    assert "Nothing was timed." in text
+    assert "FAILED an option: AssertionError: wrong" in text
 
 
 @needs_kernels
@@ -150,6 +133,42 @@ def test_every_case_measures_each_backend_that_serves_it(case):
         assert variant["of_copy"] == pytest.approx(share)
         assert variant["error"] <= 1.6e-2
     json.dumps(measured)
+
+
+@needs_kernels
+def test_a_variant_that_is_wrong_or_fails_is_not_timed_and_the_others_are(capsys):
+    case = SOME_CASE
+
+    def fails():
+        raise RuntimeError("out of resource\nin detail")
+
+    def build(device, compiled):
+        work = case.build(device, compiled)
+        other = {"triton": lambda: [2 * t for t in work.variants["cpp"]()], "third": fails}
+        return dataclasses.replace(work, variants=work.variants | other)
+
+    broken = dataclasses.replace(case, build=build)
+    options = {"rounds": 1, "sample_seconds": 0, "copy_bytes": 1 << 16}
+    measured = gpu.measure(broken, CPU, with_compile=False, **options)
+    assert measured["variants"].keys() == {"eager", "cpp"}
+    assert measured["left_out"]["triton"].startswith("WrongResult: triton: error 1")
+    assert measured["left_out"]["third"] == "RuntimeError: out of resource"
+    assert "FAILED third: RuntimeError: out of resource" in capsys.readouterr().err
+    assert gpu.exit_status({"checks": {}, "left_out": {}, "cases": [measured]}) == 1
+
+
+@needs_kernels
+def test_a_case_in_which_no_variant_is_right_is_left_out(no_gpu_needed, monkeypatch):
+    case = SOME_CASE
+
+    def build(device, compiled):
+        work = case.build(device, compiled)
+        return dataclasses.replace(work, tolerance=-1.0)
+
+    monkeypatch.setattr(gpu_cases, "cases", lambda: [dataclasses.replace(case, build=build)])
+    result = run()
+    assert result["cases"] == []
+    assert result["left_out"][case.name].startswith("WrongResult: cpp: error")
 
 
 def test_the_bytes_of_each_case_are_those_that_have_to_move():

@@ -52,7 +52,7 @@ def by_the_device(teacher, finite, patch):
 
 def by_a_graph(teacher, finite, patch):
     teacher.advance()
-    patch.setattr("fastmt.teacher_update._is_capturing", lambda: True)
+    patch.setattr("fastmt.teacher_update.is_capturing", lambda: True)
     by_the_device(teacher, finite, patch)  # what the graph would hold, and do again
 
 

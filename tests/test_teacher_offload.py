@@ -171,7 +171,7 @@ def test_a_resized_parameter_is_named(student, offloaded):
 def test_a_capture_is_refused(student, offloaded, monkeypatch):
     teacher = EMATeacher(student, device="cpu")
     teacher.advance()
-    monkeypatch.setattr("fastmt.teacher_update._is_capturing", lambda: True)
+    monkeypatch.setattr("fastmt.teacher_update.is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="^update: an update of a teacher on the CPU"):
         teacher.update()
 

@@ -261,7 +261,7 @@ def test_the_devices_half_of_an_update_replayed_after_advance_keeps_the_schedule
             expected.update()
             teacher.advance()
             with monkeypatch.context() as patch, NoHostReads():
-                patch.setattr("fastmt.teacher_update._is_capturing", lambda: True)
+                patch.setattr("fastmt.teacher_update.is_capturing", lambda: True)
                 teacher.update()  # what a graph would hold, and do again
     assert_same(teacher.module, expected.module)
     assert (teacher.calls, teacher.updates) == (expected.calls, expected.updates)
@@ -269,6 +269,6 @@ def test_the_devices_half_of_an_update_replayed_after_advance_keeps_the_schedule
 
 def test_capture_without_a_decay_on_the_device_is_refused(student, monkeypatch):
     teacher = EMATeacher(student)
-    monkeypatch.setattr("fastmt.teacher_update._is_capturing", lambda: True)
+    monkeypatch.setattr("fastmt.teacher_update.is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="^update: the first one cannot be captured; call adv"):
         teacher.update()

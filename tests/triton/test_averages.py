@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from tolerances import assert_average_close
 from torch import nn
 
 import fastmt
-from fastmt import kernels
+from fastmt import ema_table, kernels
+from fastmt.kernels import ema
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,21 @@ def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatc
     assert decay.ndim == 0
 
 
+def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypatch):
+    def update(elements):
+        fastmt.ema_update_([torch.zeros(elements)], [torch.ones(elements)], 0.9)
+        return weakref.ref(next(reversed(ema_table._tables.values())).table.rows)
+
+    forgotten = update(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ema_table, "is_capturing", lambda: True)
+        captured = update(4)
+    for elements in range(5, 6 + ema_table._MAX_TABLES):
+        update(elements)
+    assert forgotten() is None
+    assert captured() is not None
+
+
 @pytest.mark.parametrize("decay", [torch.tensor(1.0), None])
 def test_a_student_that_is_not_finite_leaves_no_trace_where_nothing_is_to_change(decay):
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
@@ -67,6 +84,19 @@ def test_a_gradient_is_scaled_by_both_factors(dtype, elements):
     expected = (data.float() * 0.5 * 3).to(dtype)
     kernels.scale_(data, torch.tensor(0.5), torch.tensor(3.0))
     assert torch.equal(data, expected)
+
+
+def test_scaling_starts_no_more_programs_than_fill_the_device(monkeypatch):
+    grids = []
+
+    class Launch:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(ema, "scale_kernel", Launch())
+    kernels.scale_(torch.zeros(10 * ema.BLOCK), torch.tensor(1.0), torch.tensor(1.0))
+    assert grids == [(ema.programs_on(torch.device("cpu")),)]
 
 
 def test_a_scale_of_1_leaves_the_gradient_and_one_of_0_clears_it_even_of_nan():
