@@ -14,11 +14,11 @@ import torch
 
 from fastmt.adapt import VARIANTS, predict
 from fastmt.adapt_out import SOFTWARE
-from fastmt.data import SegmentationDataset
+from fastmt.data import VOID, SegmentationDataset
 from fastmt.files import replacing
 from fastmt.metrics import ConfusionMatrix
 from fastmt.networks import UNet
-from fastmt.pictures import colour, panel
+from fastmt.pictures import VOID_COLOUR, colour, panel
 
 _TITLES = {"source_only": "source only", "adapted": "adapted"}
 _PICTURE_ROWS = 4
@@ -80,15 +80,16 @@ def picture(
 ) -> None:
     """A few test images: image, truth, and what each network makes of it."""
     count = min(_PICTURE_ROWS, len(dataset))
-    rows = []
+    rows, names, colours = [], list(dataset.classes), dataset.palette
     for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
         image, label = dataset[index]
         maps = [label, *(predict(networks[v], image, device) for v in VARIANTS)]
         coloured = [colour(ids, dataset.palette) for ids in maps]
         rows.append([image.permute(1, 2, 0).contiguous(), *coloured])
+        if "void" not in names and bool((label == VOID).any()):
+            names, colours = [*names, "void"], np.vstack([colours, [VOID_COLOUR]])
     titles = ["image", "truth", *(_TITLES[variant] for variant in VARIANTS)]
-    legend = (dataset.classes, dataset.palette)
-    panel(rows, titles, path, legend=legend, software=SOFTWARE)
+    panel(rows, titles, path, legend=(names, colours), software=SOFTWARE)
 
 
 def _percent(matrices: Sequence[ConfusionMatrix]) -> np.ndarray:

@@ -1,10 +1,14 @@
-"""What the networks of an adaptation are scored by."""
+"""What the networks of an adaptation are scored by, and the picture of it."""
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmt import adapt_report
 from fastmt.adapt import predict
+from fastmt.data import VOID
 
 
 class Coarse(nn.Module):
@@ -25,3 +29,21 @@ def test_predictions_stand_over_their_pixels_at_any_size_of_the_image():
     for height, width in ((71, 95), (69, 93)):
         part = predict(Coarse(), image[:, :height, :width], torch.device("cpu"))
         assert torch.equal(part, whole[:height, :width])
+
+
+class Pairs(list):
+    classes, palette = ("dark", "bright"), np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+
+
+@pytest.mark.parametrize("void", [False, True])
+def test_the_legend_of_the_picture_names_void_where_the_truth_has_some(void, tmp_path, monkeypatch):
+    label = torch.zeros(8, 8, dtype=torch.uint8)
+    label[0] = VOID if void else 1
+    drawn = {}
+    monkeypatch.setattr(adapt_report, "panel", lambda *_, **options: drawn.update(options))
+    networks = dict.fromkeys(("source_only", "adapted"), Coarse())
+    pairs = Pairs([(torch.zeros(3, 8, 8, dtype=torch.uint8), label)] * 2)
+    adapt_report.picture(tmp_path / "p.png", networks, pairs, torch.device("cpu"))
+    names, colours = drawn["legend"]
+    assert list(names) == ["dark", "bright", "void"][: len(colours)]
+    assert len(colours) == (3 if void else 2)

@@ -39,7 +39,8 @@ class SegmentationFolder:
         num_classes: C; by default the number of names, else the largest label id + 1 (reads all).
         classes: C names; by default `classes.txt` in the root or its parent, one name a line, else
             "class 0", "class 1", ...
-        labelled: False never opens `labels/` and gives None for every label.
+        labelled: False never opens `labels/` and gives None for every label, which a DataLoader
+            batches with a collate_fn of its own only; `Batches` takes it.
         cache: keep decoded images and labels in memory.
 
     Raises:
