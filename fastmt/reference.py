@@ -199,21 +199,22 @@ def cross_entropy(
     labels = labels.long()  # a uint8 tensor would compare with 300 as with 44
     keep = labels != ignore_index
     target = torch.where(keep, labels, 0)
+    weights = logits.new_ones(classes) if class_weight is None else class_weight.to(logits.dtype)
+    pixels = keep.to(logits.dtype) if pixel_weight is None else keep * pixel_weight.to(logits.dtype)
     active = keep if pixel_weight is None else keep & (pixel_weight != 0)
+    denominator = {
+        "all": lambda: logits.new_full((), labels.numel()),
+        "valid": lambda: keep.sum().to(logits.dtype),
+        "weight": lambda: torch.where(active, pixels * weights[target], 0).sum(),
+    }[normalize]()
+    active = active & (denominator != 0)
     log_p = torch.where(active.unsqueeze(1), logits, 0).log_softmax(1)
-    weights = log_p.new_ones(classes) if class_weight is None else class_weight.to(log_p.dtype)
     losses = -weights[target] * log_p.gather(1, target.unsqueeze(1)).squeeze(1)
     if label_smoothing:
         by_class = weights.view(-1, *[1] * (log_p.ndim - 2))
         uniform = -(by_class * log_p).sum(1)
         losses = (1 - label_smoothing) * losses + label_smoothing / classes * uniform
-    pixels = keep.to(log_p.dtype) if pixel_weight is None else keep * pixel_weight.to(log_p.dtype)
     total = torch.where(active, pixels * losses, 0).sum()
-    denominator = {
-        "all": lambda: torch.full_like(total, labels.numel()),
-        "valid": lambda: keep.sum().to(total.dtype),
-        "weight": lambda: torch.where(active, pixels * weights[target], 0).sum(),
-    }[normalize]()
     return _ratio(total, denominator)
 
 

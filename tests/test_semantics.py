@@ -74,6 +74,15 @@ def test_no_labelled_pixel_gives_zero_cross_entropy(normalize):
     assert_nothing_is_taught(fastmt.cross_entropy(logits, labels, normalize=normalize), logits)
 
 
+def test_labels_of_classes_without_weight_give_zero_cross_entropy_beside_a_nan():
+    logits = student_logits()
+    with torch.no_grad():
+        logits[0, 0, 0] = torch.nan
+    labels, weight = torch.zeros(2, 9, 11, dtype=torch.uint8), torch.tensor([0.0, 1, 1, 1, 1])
+    loss = fastmt.cross_entropy(logits, labels, class_weight=weight, normalize="weight")
+    assert_nothing_is_taught(loss, logits)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 4, 4), (2, 5, 0, 4)])
 def test_an_empty_batch_gives_zero_loss_and_an_empty_gradient(shape):
     out = (shape[0], *shape[2:])
