@@ -133,6 +133,12 @@ def sharded_modules(networks: Iterable[nn.Module]) -> list[nn.Module]:
     return [m for m in modules if hasattr(m, "reshard") and hasattr(m, "unshard")]
 
 
+def is_sharded(network: nn.Module) -> bool:
+    """Whether FSDP2 or its forerunner shards any part of it."""
+    wrapped = (module._modules.get("_fsdp_wrapped_module") for module in network.modules())
+    return bool(sharded_modules([network])) or any(wrapped)
+
+
 class Shards:
     """The local shards of networks under FSDP2, and whether they lie in the same memory yet.
 

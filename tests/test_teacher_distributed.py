@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -94,6 +95,7 @@ def two_ranks(rank: int, folder: str) -> None:
     train(student, teacher, 3, 8)  # each forward gathers the parameters
     torch.save((teacher._plan is plan, gathered(teacher)), f"{folder}/frozen{rank}.pt")
     narrow(rank, folder)
+    forerunner(rank, folder)
     dist.destroy_process_group()
 
 
@@ -115,6 +117,22 @@ def narrow(rank: int, folder: str) -> None:
         for teacher in (EMATeacher(student), EMATeacher(student, dtype=torch.float64))
     ]
     torch.save((updates, list(state), loaded, dtypes), f"{folder}/narrow{rank}.pt")
+
+
+def forerunner(rank: int, folder: str) -> None:
+    """By FullyShardedDataParallel, which has no DTensors."""
+    options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    try:
+        message = EMATeacher(FSDP(network(), **options)) and ""
+    except TypeError as error:
+        message = str(error)
+    student = network()
+    teacher = EMATeacher(student, 0.9)
+    student, teacher.module = (FSDP(part, **options) for part in (student, teacher.module))
+    train(student, teacher, STEPS, 7)
+    teacher.update()
+    with FSDP.summon_full_params(teacher.module):
+        torch.save((message, list(teacher.module.parameters())), f"{folder}/forerunner{rank}.pt")
 
 
 def four_ranks(rank: int, folder: str) -> None:
@@ -170,6 +188,20 @@ def test_sharded_averages_gather_to_those_of_one_process(folder):
     sharded = torch.load(f"{folder}/sharded.pt")
     for name, expected in teacher.state_dict().items():
         torch.testing.assert_close(sharded[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_networks_under_the_forerunner_of_fully_shard_are_followed_where_wrapped_alike(
+    folder, rank
+):
+    message, gathered = torch.load(f"{folder}/forerunner{rank}.pt")
+    assert "make the teacher first, then shard student and teacher.module alike" in message
+    student = network()
+    teacher = EMATeacher(student, 0.9)
+    train(student, teacher, STEPS, 7)
+    teacher.update()
+    for average, expected in zip(gathered, teacher.parameters(), strict=True):
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_networks_that_are_not_sharded_alike_are_refused_by_name(folder):
