@@ -96,6 +96,7 @@ def two_ranks(rank: int, folder: str) -> None:
     torch.save((teacher._plan is plan, gathered(teacher)), f"{folder}/frozen{rank}.pt")
     narrow(rank, folder)
     forerunner(rank, folder)
+    compensated(rank, folder)
     dist.destroy_process_group()
 
 
@@ -117,6 +118,24 @@ def narrow(rank: int, folder: str) -> None:
         for teacher in (EMATeacher(student), EMATeacher(student, dtype=torch.float64))
     ]
     torch.save((updates, list(state), loaded, dtypes), f"{folder}/narrow{rank}.pt")
+
+
+def compensated(rank: int, folder: str) -> None:
+    torch.manual_seed(0)
+    student = nn.Linear(5, 6)  # in equal shards, which could be taken for one another
+    options = {"dtype": torch.bfloat16, "rounding": "kahan", "warmup": None}
+    teachers = [EMATeacher(student, 0.9, **options) for _ in range(2)]
+    for network in (student, *(teacher.module for teacher in teachers)):
+        fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+    train(student, teachers[0], 3, 7)
+    saved, loaded = ({"now": t.state_dict(), "progress": t.progress()} for t in teachers)
+    dcp.save(saved, checkpoint_id=f"{folder}/compensated")
+    dcp.load(loaded, checkpoint_id=f"{folder}/compensated")
+    teachers[1].load_state_dict(loaded["now"])
+    teachers[1].load_progress(loaded["progress"])
+    first, second = (teacher.compensation for teacher in teachers)
+    same = first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    torch.save((any(t.any() for t in first.values()), same), f"{folder}/compensated{rank}.pt")
 
 
 def forerunner(rank: int, folder: str) -> None:
@@ -226,6 +245,11 @@ def test_the_state_dict_functions_of_distributed_checkpoints_read_and_load_a_tea
 
 def test_the_shards_of_a_teacher_have_the_dtype_that_it_tells(narrowed):
     assert narrowed[3] == [{torch.float32}, {torch.float64}]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_rounding_lost_of_each_shard_is_saved_and_loaded(folder, rank):
+    assert torch.load(f"{folder}/compensated{rank}.pt") == (True, True)
 
 
 def test_what_was_matched_under_fully_shard_is_kept_while_the_shards_are_the_same(folder):
