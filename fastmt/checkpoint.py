@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,10 +40,10 @@ class CheckpointError(RuntimeError):
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write `state` to `path`, which at any moment holds the old checkpoint or the new one, whole.
 
-    state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None. The bytes
-    go to a temporary file in the same folder, reach the disk, and take the place of `path` in one
-    rename; missing folders are made. A process killed half way leaves `path` as it was, and a
-    `.<name>.*.tmp` beside it.
+    state: nested dicts, lists and tuples of tensors, numbers (NumPy's come back as Python's),
+    strings, booleans and None. The bytes go to a temporary file in the same folder, reach the disk,
+    and take the place of `path` in one rename; missing folders are made. A process killed half way
+    leaves `path` as it was, and a `.<name>.*.tmp` beside it.
 
     Raises TypeError naming the entry that `load` would refuse, CheckpointError when the file cannot
     be written (disk full, no permission): the former checkpoint is then intact and the temporary
@@ -49,8 +51,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """
     if not isinstance(state, dict):
         raise TypeError(f"state: got {type(state).__name__}, expected a dict")
-    _check_plain(state, "state")
-    payload = {"format": _FORMAT, "version": _VERSION, "state": state}
+    payload = {"format": _FORMAT, "version": _VERSION, "state": _plain(state, "state")}
     _write_atomically(path, lambda file: _torch_save(payload, file))
 
 
@@ -72,9 +73,7 @@ def load(
             f"{path}: holds objects other than tensors and plain values, which are never loaded; "
             "use a checkpoint written by fastmt"
         ) from error
-    except (
-        Exception
-    ) as error:  # the archive is sound, so this is a foreign layout or a missing device
+    except Exception as error:  # of a sound archive: a foreign layout or a missing device
         raise CheckpointError(
             f"{path}: cannot be loaded onto {map_location} ({_first_line(error)}); "
             "check map_location, or use a checkpoint written by fastmt"
@@ -150,21 +149,25 @@ def _describe(value: Any) -> str:
     return f"type {type(value).__name__}"
 
 
-def _check_plain(value: Any, where: str) -> None:
-    """Refuse at save time, by the exact type, what a load without code would refuse later."""
+def _plain(value: Any, where: str) -> Any:
+    """A copy in plain numbers; refuses by the exact type what a load without code would refuse."""
+    if isinstance(value, np.generic):
+        value = value.item()
     kind = type(value)
+    if kind in (list, tuple):
+        return kind(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
     if kind in (dict, OrderedDict, Counter):  # MultiStepLR keeps its milestones in a Counter
+        copied = copy.copy(value)  # with the versions that a state dict tells beside its entries
         for key, item in value.items():
             if type(key) not in _PLAIN:
                 raise TypeError(f"{where}: got a {type(key).__name__} as key, expected a string")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif kind in (list, tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    elif kind not in _PLAIN and kind not in _TENSORS:
+            copied[key] = _plain(item, f"{where}[{key!r}]")
+        return copied
+    if kind not in _PLAIN and kind not in _TENSORS:
         raise TypeError(
             f"{where}: got {kind.__name__}, expected a dict, list, tuple, tensor, number or string"
         )
+    return value
 
 
 class _Sink:

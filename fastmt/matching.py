@@ -103,6 +103,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "placements") else tensor
 
 
+def sharded_as(shard: Tensor, tensor: Tensor) -> Tensor:
+    """This process's shard as a tensor that is sharded as another is, if that is sharded at all."""
+    if not hasattr(tensor, "placements"):
+        return shard
+    mesh, placements = tensor.device_mesh, tensor.placements
+    whole = {"shape": tensor.shape, "stride": tensor.stride()}
+    return type(tensor).from_local(shard, mesh, placements, run_check=False, **whole)
+
+
 def check_memory(pairs: Sequence[Pair]) -> None:
     """An error naming an entry that has no memory yet, none in strides, or shares the teacher's."""
     for name, average, value in pairs:
@@ -136,6 +145,12 @@ def sharded_modules(networks: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules that FSDP2 shards."""
     modules = [module for network in networks for module in network.modules()]
     return [m for m in modules if hasattr(m, "reshard") and hasattr(m, "unshard")]
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether FSDP2 or its forerunner shards any part of it."""
+    wrapped = (module._modules.get("_fsdp_wrapped_module") for module in network.modules())
+    return bool(sharded_modules([network])) or any(wrapped)
 
 
 class Shards:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastmt import arguments, decays
 from fastmt.ema_plan import Plan, Track
-from fastmt.matching import unwrapped
+from fastmt.matching import local, unwrapped
 from fastmt.teacher_count import Counting
 from fastmt.teacher_network import all_pairs, check_wide, copied, lent, retype, write
-from fastmt.teacher_state import Loading, add_versions, versioned
+from fastmt.teacher_state import Loading, add_versions, versioned, whole_compensation
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
@@ -271,11 +271,10 @@ class EMATeacher(Counting):
         """
         self.flush()
         self.settle()
-        return {
-            "calls": self.calls,
-            "updates": self.updates,
-            "compensation": dict(self.compensation),
-        }
+        lost = self.compensation
+        if self.rounding == "kahan":
+            lost = whole_compensation(self.module, lost)
+        return {"calls": self.calls, "updates": self.updates, "compensation": dict(lost)}
 
     def load_progress(self, progress: Mapping[str, object]) -> None:
         """Go on from a progress(), after load_state_dict() with the numbers of the teacher saved.
@@ -285,7 +284,8 @@ class EMATeacher(Counting):
         self._forget()
         self.settle()
         self.calls, self.updates = int(progress["calls"]), int(progress["updates"])
-        self.compensation = dict(progress.get("compensation", {}))
+        lost = progress.get("compensation", {})
+        self.compensation = {name: local(tensor) for name, tensor in lost.items()}
 
     def __getstate__(self) -> dict[str, object]:
         self.flush()

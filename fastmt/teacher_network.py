@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastmt.matching import Pair, local, matched, plain_name, reshard, sharded_modules, unwrapped
+from fastmt.matching import Pair, is_sharded, local, matched, plain_name, reshard, unwrapped
 
 HALVES = (torch.bfloat16, torch.float16)
 carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
@@ -19,18 +19,29 @@ def copied(network: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(network)
     except (AssertionError, RuntimeError, TypeError) as error:
-        remedy = (
-            "make the teacher first, then shard student and teacher.module alike"
-            if sharded_modules([network])
-            else "keep no results of a computation as attributes, as the old weight_norm does: "
-            "torch.nn.utils.parametrizations.weight_norm can be copied"
-        )
+        kind = type(network).__name__
         raise TypeError(
-            f"student: {type(network).__name__} cannot be copied ({error}); {remedy}"
+            f"student: {kind} cannot be copied ({error}); {_remedy(network)}"
         ) from error
     for buffer in twin.buffers():  # parameters have memory of their own from deepcopy
         buffer.data = buffer.data.clone()
     return twin
+
+
+def _remedy(network: nn.Module) -> str:
+    """What lets a network be copied that cannot be."""
+    if is_sharded(network):
+        return "make the teacher first, then shard student and teacher.module alike"
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.layout != torch.strided:
+            return (
+                f"{name!r} is {tensor.layout}, expected dense parameters; a sparse buffer can be "
+                "torch.sparse_coo with buffers='keep'"
+            )
+    return (
+        "it keeps results of a computation as attributes, as torch.nn.utils.prune and the old "
+        "weight_norm do; after a forward under torch.no_grad() they can be copied"
+    )
 
 
 def check_wide(network: nn.Module, rounding: str | None) -> None:

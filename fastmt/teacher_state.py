@@ -1,4 +1,4 @@
-"""State dicts of a teacher: those of the plain network, in and out."""
+"""What a teacher saves and loads: the state dict of the plain network, and what rounding lost."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fastmt.matching import plain_name
+from fastmt.matching import local, plain_name, reshard, sharded_as
+from fastmt.teacher_network import HALVES
 
 
 def add_versions(state: Mapping[str, object], prefix: str) -> None:
@@ -81,3 +83,16 @@ class Loading(NamedTuple):
                 for name in names
             ]
         return found
+
+
+@torch.no_grad()
+def whole_compensation(network: nn.Module, lost: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What "kahan" has lost of each parameter, none as yet of most; sharded as the parameters are.
+
+    What loads in place, as distributed checkpoints do, needs a place for all of it.
+    """
+    reshard((network,))
+    named = {plain_name(name): parameter for name, parameter in network.named_parameters()}
+    halves = {name: local(p) for name, p in named.items() if p.dtype in HALVES}
+    found = {name: torch.zeros_like(shard) for name, shard in halves.items() if name not in lost}
+    return {n: sharded_as(t, named.get(n, t)) for n, t in (found | dict(lost)).items()}

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,23 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     state = some_state()
     save(tmp_path / "a.pt", state)
     assert same(load(tmp_path / "a.pt"), state)
+
+
+def test_numbers_of_numpy_come_back_as_those_of_python(tmp_path):
+    rates = [np.float64(0.5), np.float32(0.25)]
+    state = {"rates": rates, "at": Counter({np.int64(3): 1}), "best": (np.int64(7), np.True_)}
+    with pytest.raises(TypeError, match=r"^state\['at'\]: got a int64 as key"):
+        save(tmp_path / "a.pt", state)
+    state["at"] = Counter({3: np.int64(1)})
+    save(tmp_path / "a.pt", state)
+    assert same(load(tmp_path / "a.pt"), {"rates": [0.5, 0.25], "at": {3: 1}, "best": (7, True)})
+    assert state["rates"] is rates and type(rates[0]) is np.float64
+
+
+def test_a_state_dict_tells_the_versions_of_its_modules(tmp_path):
+    state = nn.BatchNorm2d(8).state_dict()
+    save(tmp_path / "a.pt", {"model": state})
+    assert load(tmp_path / "a.pt")["model"]._metadata == state._metadata
 
 
 def test_saving_replaces_the_former_checkpoint_and_leaves_nothing_beside_it(tmp_path):

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -94,6 +95,8 @@ def two_ranks(rank: int, folder: str) -> None:
     train(student, teacher, 3, 8)  # each forward gathers the parameters
     torch.save((teacher._plan is plan, gathered(teacher)), f"{folder}/frozen{rank}.pt")
     narrow(rank, folder)
+    forerunner(rank, folder)
+    compensated(rank, folder)
     dist.destroy_process_group()
 
 
@@ -115,6 +118,40 @@ def narrow(rank: int, folder: str) -> None:
         for teacher in (EMATeacher(student), EMATeacher(student, dtype=torch.float64))
     ]
     torch.save((updates, list(state), loaded, dtypes), f"{folder}/narrow{rank}.pt")
+
+
+def compensated(rank: int, folder: str) -> None:
+    torch.manual_seed(0)
+    student = nn.Linear(5, 6)  # in equal shards, which could be taken for one another
+    options = {"dtype": torch.bfloat16, "rounding": "kahan", "warmup": None}
+    teachers = [EMATeacher(student, 0.9, **options) for _ in range(2)]
+    for network in (student, *(teacher.module for teacher in teachers)):
+        fully_shard(network, mesh=init_device_mesh("cpu", (2,)))
+    train(student, teachers[0], 3, 7)
+    saved, loaded = ({"now": t.state_dict(), "progress": t.progress()} for t in teachers)
+    dcp.save(saved, checkpoint_id=f"{folder}/compensated")
+    dcp.load(loaded, checkpoint_id=f"{folder}/compensated")
+    teachers[1].load_state_dict(loaded["now"])
+    teachers[1].load_progress(loaded["progress"])
+    first, second = (teacher.compensation for teacher in teachers)
+    same = first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    torch.save((any(t.any() for t in first.values()), same), f"{folder}/compensated{rank}.pt")
+
+
+def forerunner(rank: int, folder: str) -> None:
+    """By FullyShardedDataParallel, which has no DTensors."""
+    options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    try:
+        message = EMATeacher(FSDP(network(), **options)) and ""
+    except TypeError as error:
+        message = str(error)
+    student = network()
+    teacher = EMATeacher(student, 0.9)
+    student, teacher.module = (FSDP(part, **options) for part in (student, teacher.module))
+    train(student, teacher, STEPS, 7)
+    teacher.update()
+    with FSDP.summon_full_params(teacher.module):
+        torch.save((message, list(teacher.module.parameters())), f"{folder}/forerunner{rank}.pt")
 
 
 def four_ranks(rank: int, folder: str) -> None:
@@ -172,6 +209,20 @@ def test_sharded_averages_gather_to_those_of_one_process(folder):
         torch.testing.assert_close(sharded[name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_networks_under_the_forerunner_of_fully_shard_are_followed_where_wrapped_alike(
+    folder, rank
+):
+    message, gathered = torch.load(f"{folder}/forerunner{rank}.pt")
+    assert "make the teacher first, then shard student and teacher.module alike" in message
+    student = network()
+    teacher = EMATeacher(student, 0.9)
+    train(student, teacher, STEPS, 7)
+    teacher.update()
+    for average, expected in zip(gathered, teacher.parameters(), strict=True):
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_networks_that_are_not_sharded_alike_are_refused_by_name(folder):
     for rank in range(2):
         message = torch.load(f"{folder}/placed{rank}.pt")
@@ -194,6 +245,11 @@ def test_the_state_dict_functions_of_distributed_checkpoints_read_and_load_a_tea
 
 def test_the_shards_of_a_teacher_have_the_dtype_that_it_tells(narrowed):
     assert narrowed[3] == [{torch.float32}, {torch.float64}]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_rounding_lost_of_each_shard_is_saved_and_loaded(folder, rank):
+    assert torch.load(f"{folder}/compensated{rank}.pt") == (True, True)
 
 
 def test_what_was_matched_under_fully_shard_is_kept_while_the_shards_are_the_same(folder):

@@ -60,6 +60,16 @@ def test_a_buffer_that_is_not_dense_is_named_and_left_alone_where_buffers_are_ke
     assert_follows(EMATeacher(student, buffers="keep"), student)
 
 
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse_coo, torch.Tensor.to_sparse_csr])
+def test_a_sparse_parameter_is_named(sparse):
+    student = nn.Linear(3, 2)
+    student.extra = nn.Parameter(sparse(torch.eye(3)))
+    with pytest.raises(
+        TypeError, match="cannot be copied .*; 'extra' is torch.sparse_.*, expected"
+    ):
+        EMATeacher(student)
+
+
 def add_cache(student: nn.Module) -> None:
     student.register_buffer("cache", torch.ones(4))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from followed import Net, NoHostReads, advance, assert_same, follow
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from fastmt import EMATeacher, backend
@@ -180,13 +181,28 @@ def test_copies_name_the_network_that_lacks_an_entry(student):
             copies()
 
 
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits():
-    student = nn.utils.weight_norm(nn.Linear(2, 2))
+@pytest.mark.parametrize("remake", [nn.utils.weight_norm, nn.utils.spectral_norm, pruned])
+def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits(remake):
+    student = remake(nn.Linear(2, 2))
     student(torch.zeros(1, 2))
-    with pytest.raises(TypeError, match="cannot be copied .* old weight_norm") as refusal:
+    remedy = "cannot be copied .* old weight_norm do; after a forward under torch.no_grad"
+    with pytest.raises(TypeError, match=remedy) as refusal:
         EMATeacher(student)
     assert "shard" not in str(refusal.value)
+    with torch.no_grad():
+        student(torch.zeros(1, 2))
+    teacher = EMATeacher(student, 0.5, warmup=None)
+    with torch.no_grad():
+        student.bias.add_(2)
+    teacher.update()
+    torch.testing.assert_close(teacher.module.bias, student.bias - 1)
+    with teacher.swapped():
+        assert torch.equal(student.eval()(torch.ones(1, 2)), teacher(torch.ones(1, 2)))
 
 
 @pytest.mark.parametrize(

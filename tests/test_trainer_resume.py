@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -195,3 +196,16 @@ def test_a_run_goes_on_with_or_without_the_wrapper_of_its_student(tmp_path, comp
     second.resume(tmp_path / "run.pt")
     reports = [trainer.step(*make_batch(1)).as_dict() for trainer in (first, second)]
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_run_whose_rates_come_from_numpy_goes_on(tmp_path, kind):
+    first, second = trainers = [make_trainer(lr=kind(1e-2)) for _ in range(2)]
+    for trainer in trainers:
+        trainer.scheduler = lr_scheduler.LambdaLR(trainer.optimizer, lambda step: kind(0.9**step))
+    first.step(*make_batch(0))
+    first.save(tmp_path / "run.pt")
+    second.resume(tmp_path / "run.pt")
+    for trainer in trainers:
+        trainer.step(*make_batch(1))
+    assert_same(everything(first), everything(second))
