@@ -27,6 +27,7 @@ __all__ = [
 
 _FORMAT = "fastmt-checkpoint"
 _VERSION = 1
+_FOLDER = 0x10  # attribute of a record of which torch.load reads nothing, and says nothing
 _PLAIN = (bool, int, float, str, type(None))
 _TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -72,9 +73,7 @@ def load(
             f"{path}: holds objects other than tensors and plain values, which are never loaded; "
             "use a checkpoint written by fastmt"
         ) from error
-    except (
-        Exception
-    ) as error:  # the archive is sound, so this is a foreign layout or a missing device
+    except Exception as error:  # of a sound archive: a foreign layout or a missing device
         raise CheckpointError(
             f"{path}: cannot be loaded onto {map_location} ({_first_line(error)}); "
             "check map_location, or use a checkpoint written by fastmt"
@@ -168,11 +167,11 @@ def _check_plain(value: Any, where: str) -> None:
 
 
 class _Sink:
-    """A file that keeps its first OSError: torch.save would bury it under an error of its own."""
+    """A file that keeps its first error: torch.save would bury it, also Ctrl-C, under its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         self._attempt(lambda: self.file.write(data))
@@ -185,7 +184,7 @@ class _Sink:
         if self.error is None:
             try:
                 action()
-            except OSError as error:
+            except BaseException as error:
                 self.error = error
 
 
@@ -254,7 +253,8 @@ def _check_archive(path: Path) -> None:
     _check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            folders = (r.filename for r in archive.infolist() if r.external_attr & _FOLDER)
+            damaged = archive.testzip() or next(folders, None)
     except PermissionError as error:
         raise CheckpointError(f"{path}: cannot be read; change its permissions") from error
     except Exception as error:  # zipfile raises many kinds on damaged archives
@@ -262,7 +262,7 @@ def _check_archive(path: Path) -> None:
             f"{path}: is truncated or no checkpoint of fastmt; restore a complete copy"
         ) from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: is damaged (checksum of {damaged}); restore an intact copy")
+        raise CheckpointError(f"{path}: is damaged (record {damaged}); restore an intact copy")
 
 
 def _unwrap(payload: Any, path: Path) -> dict[str, Any]:
