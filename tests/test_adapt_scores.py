@@ -1,10 +1,14 @@
 """What the networks of an adaptation are scored by."""
 
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmt.adapt import predict
+from fastmt import adapt_report
+from fastmt.adapt import VARIANTS, predict
+from fastmt.metrics import ConfusionMatrix
 
 
 class Coarse(nn.Module):
@@ -25,3 +29,14 @@ def test_predictions_stand_over_their_pixels_at_any_size_of_the_image():
     for height, width in ((71, 95), (69, 93)):
         part = predict(Coarse(), image[:, :height, :width], torch.device("cpu"))
         assert torch.equal(part, whole[:height, :width])
+
+
+def test_figures_of_no_pixel_are_null_in_json(tmp_path):
+    void = ConfusionMatrix(2)
+    void.update(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), 255))
+    figures = adapt_report.results({name: [void] for name in VARIANTS}, ["sky", "road"], [0])
+    adapt_report.write_results(tmp_path / "results.json", figures)
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    adapted = json.loads((tmp_path / "results.json").read_text())["adapted"]
+    assert adapted["miou"] == adapted["pixel_accuracy"] == [None]
+    assert adapted["iou"] == [{"sky": None, "road": None}]
