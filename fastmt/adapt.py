@@ -163,15 +163,22 @@ def evaluate(network: UNet, dataset: SegmentationDataset, device: torch.device) 
     return matrix
 
 
-def _check_facts(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+def _check_facts(found: object, expected: dict[str, Any], path: Path) -> None:
     """CheckpointError naming the first option that differs from the checkpoint's."""
-    flat = [{**facts, **facts.get("settings", {})} for facts in (found, expected)]
+    flat = [_flat(facts) for facts in (found, expected)]
     for name, value in flat[1].items():
         if name != "settings" and flat[0].get(name) != value:
             raise CheckpointError(
                 f"{path}: was written with {name} {flat[0].get(name)}, this run has {value}; resume"
                 " with the same options, or choose another --out"
             )
+
+
+def _flat(facts: object) -> dict[str, Any]:
+    """Facts and settings in one; none where a checkpoint of another origin has something else."""
+    known = facts if isinstance(facts, dict) else {}
+    settings = known.get("settings")
+    return known | (settings if isinstance(settings, dict) else {})
 
 
 def _loader(

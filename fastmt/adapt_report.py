@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,14 @@ def table(scores: Scores, classes: Sequence[str]) -> str:
 
 
 def results(scores: Scores, classes: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """The same figures for JSON: fractions, None for a class in neither truth nor prediction."""
+    """The same figures for JSON: fractions, None for those of no pixel or of an absent class."""
     return {
         variant: {
-            "miou": [matrix.miou() for matrix in scores[variant]],
-            "pixel_accuracy": [matrix.pixel_accuracy() for matrix in scores[variant]],
+            "miou": _or_none(matrix.miou() for matrix in scores[variant]),
+            "pixel_accuracy": _or_none(matrix.pixel_accuracy() for matrix in scores[variant]),
             "iou": [
-                {n: None if math.isnan(v) else v for n, v in zip(classes, iou, strict=True)}
-                for iou in (matrix.iou().tolist() for matrix in scores[variant])
+                dict(zip(classes, _or_none(matrix.iou().tolist()), strict=True))
+                for matrix in scores[variant]
             ],
         }
         for variant in VARIANTS
@@ -95,6 +95,10 @@ def picture(
 def _percent(matrices: Sequence[ConfusionMatrix]) -> np.ndarray:
     """(seeds, 1 + C): the mean IoU, then that of each class."""
     return 100 * np.array([[matrix.miou(), *matrix.iou().tolist()] for matrix in matrices])
+
+
+def _or_none(values: Iterable[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]  # JSON has no NaN
 
 
 def _mean(values: np.ndarray) -> float:

@@ -29,6 +29,7 @@ __all__ = [
 
 _FORMAT = "fastmt-checkpoint"
 _VERSION = 1
+_FOLDER = 0x10  # attribute of a record of which torch.load reads nothing, and says nothing
 _PLAIN = (bool, int, float, str, type(None))
 _TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -171,11 +172,11 @@ def _plain(value: Any, where: str) -> Any:
 
 
 class _Sink:
-    """A file that keeps its first OSError: torch.save would bury it under an error of its own."""
+    """A file that keeps its first error: torch.save would bury it, also Ctrl-C, under its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         self._attempt(lambda: self.file.write(data))
@@ -188,7 +189,7 @@ class _Sink:
         if self.error is None:
             try:
                 action()
-            except OSError as error:
+            except BaseException as error:
                 self.error = error
 
 
@@ -257,7 +258,8 @@ def _check_archive(path: Path) -> None:
     _check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            folders = (r.filename for r in archive.infolist() if r.external_attr & _FOLDER)
+            damaged = archive.testzip() or next(folders, None)
     except PermissionError as error:
         raise CheckpointError(f"{path}: cannot be read; change its permissions") from error
     except Exception as error:  # zipfile raises many kinds on damaged archives
@@ -265,7 +267,7 @@ def _check_archive(path: Path) -> None:
             f"{path}: is truncated or no checkpoint of fastmt; restore a complete copy"
         ) from error
     if damaged is not None:
-        raise CheckpointError(f"{path}: is damaged (checksum of {damaged}); restore an intact copy")
+        raise CheckpointError(f"{path}: is damaged (record {damaged}); restore an intact copy")
 
 
 def _unwrap(payload: Any, path: Path) -> dict[str, Any]:

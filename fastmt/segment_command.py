@@ -109,13 +109,12 @@ def load_teacher(path: str | Path) -> UNet:
     facts: dict[str, Any] = state.get("extra") or {}
     try:
         width, classes = facts["settings"]["width"], facts["classes"]
-        teacher = state["teacher"]
-    except (KeyError, TypeError) as error:
+        teacher, network = state["teacher"], UNet(len(classes), width=width)
+        checkpoint.check_architecture(network.state_dict(), teacher, path)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: does not say which network it holds; use a checkpoint of `fastmt adapt`"
         ) from error
-    network = UNet(len(classes), width=width)
-    checkpoint.check_architecture(network.state_dict(), teacher, path)
     network.load_state_dict(teacher)
     return network
 

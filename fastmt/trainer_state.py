@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastmt.checkpoint import CheckpointError, check_architecture
 from fastmt.inputs import check_own_weights
-from fastmt.matching import unwrapped
+from fastmt.matching import plain_name, unwrapped
 
 if TYPE_CHECKING:
     from fastmt.trainer import MeanTeacher
@@ -26,6 +27,7 @@ def collect(trainer: MeanTeacher) -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else []
     return {name: part.state_dict() for name, part in _parts(trainer).items()} | {
         "kinds": _kinds(trainer),
+        "parameters": _parameters(trainer),
         "steps": trainer.steps,
         "skipped": trainer.skipped,
         "teacher_counts": [trainer.teacher.calls, trainer.teacher.updates],
@@ -95,8 +97,22 @@ def _check(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike[
                 f"{path}: its {name} is {saved or 'none'}, the trainer has {own or 'none'}; use "
                 "the parts it was trained with"
             )
+    # A checkpoint of an earlier fastmt does not name them.
+    for own, saved in zip_longest(_parameters(trainer), state.get("parameters", ())):
+        if own != saved and "parameters" in state:
+            raise CheckpointError(
+                f"{path}: the optimiser's state has {saved} where the trainer's optimiser has {own}"
+                "; give it the parameters in the order it was trained with"
+            )
     for name in ("student", "teacher"):
         check_architecture(_parts(trainer)[name].state_dict(), state[name], path)
+
+
+def _parameters(trainer: MeanTeacher) -> list[str | None]:
+    """Names of the optimiser's parameters: its own state tells them by their place alone."""
+    named = unwrapped(trainer.student).named_parameters()
+    names = {id(parameter): plain_name(name) for name, parameter in named}
+    return [names.get(id(p)) for group in trainer.optimizer.param_groups for p in group["params"]]
 
 
 def _parts(trainer: MeanTeacher) -> dict[str, Any]:

@@ -109,6 +109,15 @@ def test_a_foreign_checkpoint_is_never_replaced(tmp_path, capfd):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "facts", [None, [1], {"settings": [1]}, {"variant": "source_only", "settings": None}]
+)
+def test_a_checkpoint_with_other_facts_is_named_and_not_resumed(tmp_path, capfd, facts):
+    path = write_domains(tmp_path) / "out" / "seed0" / "source_only.pt"
+    checkpoint.save(path, {"steps": 1, "extra": facts})
+    assert f"{path}: was written with" in fail(capfd, command(tmp_path, "--resume"))
+
+
 def test_results_behind_a_link_are_replaced_where_it_points(finished):
     figures, moved = finished / "out" / "results.json", finished / "moved.json"
     shutil.move(figures, moved)

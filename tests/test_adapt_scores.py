@@ -1,5 +1,7 @@
 """What the networks of an adaptation are scored by, and the picture of it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastmt import adapt_report
-from fastmt.adapt import predict
+from fastmt.adapt import VARIANTS, predict
 from fastmt.data import VOID
+from fastmt.metrics import ConfusionMatrix
 
 
 class Coarse(nn.Module):
@@ -47,3 +50,14 @@ def test_the_legend_of_the_picture_names_void_where_the_truth_has_some(void, tmp
     names, colours = drawn["legend"]
     assert list(names) == ["dark", "bright", "void"][: len(colours)]
     assert len(colours) == (3 if void else 2)
+
+
+def test_figures_of_no_pixel_are_null_in_json(tmp_path):
+    void = ConfusionMatrix(2)
+    void.update(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), 255))
+    figures = adapt_report.results({name: [void] for name in VARIANTS}, ["sky", "road"], [0])
+    adapt_report.write_results(tmp_path / "results.json", figures)
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    adapted = json.loads((tmp_path / "results.json").read_text())["adapted"]
+    assert adapted["miou"] == adapted["pixel_accuracy"] == [None]
+    assert adapted["iou"] == [{"sky": None, "road": None}]

@@ -118,15 +118,16 @@ def test_what_could_not_be_loaded_is_refused_at_saving(tmp_path, state, where):
 
 
 class FullDisk:
-    """A file on a disk with room for `room` more bytes."""
+    """A file on a disk with room for `room` more bytes, or where another error comes then."""
 
-    def __init__(self, file, room):
+    def __init__(self, file, room, error=None):
         self.file, self.room = file, room
+        self.error = error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write(self, data):
         self.room -= len(data)
         if self.room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self.error
         return self.file.write(data)
 
     def __getattr__(self, name):
@@ -215,6 +216,20 @@ def test_an_interrupt_while_saving_removes_the_temporary_file(tmp_path, monkeypa
     assert os.listdir(tmp_path) == []
 
 
+def test_an_interrupt_amid_the_bytes_stays_an_interrupt(tmp_path, monkeypatch):
+    write_a(tmp_path / "a.pt", 1)
+    real_open = builtins.open
+
+    def interrupted(*args):
+        return FullDisk(real_open(*args), 100_000, KeyboardInterrupt())
+
+    monkeypatch.setattr(checkpoint, "open", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_a(tmp_path / "a.pt", 2)
+    assert load(tmp_path / "a.pt")["step"] == 1
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_checkpoint_is_named(tmp_path, share):
     path = tmp_path / "a.pt"
@@ -233,6 +248,17 @@ def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged .*; restore an intact copy"):
+        load(path)
+
+
+def test_weights_whose_record_is_marked_as_a_folder_are_not_read_as_nothing(tmp_path):
+    path = tmp_path / "a.pt"
+    write_a(path, 1)
+    content = bytearray(path.read_bytes())
+    attributes = content.rindex(b"archive/data/0") - 8  # in the directory at the end of an archive
+    content[attributes] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged .*data/0.*; restore an intact copy"):
         load(path)
 
 

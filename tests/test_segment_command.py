@@ -187,6 +187,16 @@ def test_damaged_images_and_checkpoints_are_named(trained, photos, tmp_path, cap
     assert "foreign.pt: does not say which network it holds; use a checkpoint of" in line
 
 
+@pytest.mark.parametrize(
+    ("width", "classes"), [(2, 3), (2, None), (3, ["a"]), ("wide", ["a"]), (2, [])]
+)
+def test_a_checkpoint_that_says_it_in_another_way_is_named(photos, tmp_path, capfd, width, classes):
+    facts = {"settings": {"width": width}, "classes": classes}
+    checkpoint.save(tmp_path / "own.pt", {"teacher": {}, "extra": facts})
+    line = fail(capfd, [tmp_path / "own.pt", photos, "--out", tmp_path / "out"])
+    assert "own.pt: does not say which network it holds" in line
+
+
 def test_a_checkpoint_of_another_architecture_is_named(trained, photos, tmp_path, capfd):
     state = checkpoint.load(trained)
     state["extra"]["settings"]["width"] = 4

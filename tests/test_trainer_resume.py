@@ -58,6 +58,27 @@ def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
         other.resume(tmp_path / "run.pt")
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_checkpoint_of_an_optimizer_of_other_parameters_is_refused(tmp_path, fused):
+    trainer, other = make_trainer(), make_trainer()
+    trainer.step(*make_batch())
+    trainer.save(tmp_path / "run.pt")
+    parameters = list(other.student.parameters())
+    parameters[1], parameters[2] = parameters[2], parameters[1]  # of one shape
+    other.optimizer = torch.optim.Adam(parameters, fused=fused)
+    refuses(other, tmp_path / "run.pt", r"optimiser's state has body\.0\.bias where .*1\.weight")
+
+
+def test_a_checkpoint_without_the_names_of_parameters_is_resumed(tmp_path):
+    trainer, resumed = make_trainer(), make_trainer()
+    trainer.step(*make_batch())
+    state = trainer_state.collect(trainer)
+    del state["parameters"]
+    checkpoint.save(tmp_path / "run.pt", state)
+    resumed.resume(tmp_path / "run.pt")
+    assert_same(everything(trainer), everything(resumed))
+
+
 SCHEDULERS = {
     "none": lambda optimizer: None,
     "steps": lambda optimizer: lr_scheduler.StepLR(optimizer, 1),
