@@ -59,7 +59,7 @@ def softmax_confidence(
     kernels = backends.operations(choice.backend)
     return Confidence(
         *kernels.softmax_confidence(
-            members, KINDS.index(kind), 1 / temperature, inside, align_corners
+            members, KINDS.index(kind), 1 / float(temperature), inside, align_corners
         )
     )
 

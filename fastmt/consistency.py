@@ -119,7 +119,7 @@ def consistency_loss(
         _limits(threshold, student.device),
         maps,
         options,
-        (1 / temperature, inside, align_corners),
+        (1 / float(temperature), inside, align_corners),
         wants_gradient,
     )
     return (value, ConsistencyStats(selected, mean_score)) if return_stats else value

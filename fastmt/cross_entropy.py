@@ -75,9 +75,10 @@ def cross_entropy(
             align_corners=align_corners,
         )
     weights = [None if w is None else w.float().contiguous() for w in (pixel_weight, class_weight)]
-    options = [ignore_index, NORMALIZATIONS.index(normalize)]
+    # Python's own numbers: Triton compiles for none of NumPy's.
+    options = [int(ignore_index), NORMALIZATIONS.index(normalize)]
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    smoothing = (label_smoothing, align_corners)
+    smoothing = (float(label_smoothing), align_corners)
     kernels = backends.operations(choice.backend)
     return _CrossEntropy.apply(kernels, logits, labels, weights, options, smoothing, wants_gradient)
 

@@ -44,6 +44,8 @@ def kernel_serves(average: Tensor, value: Tensor) -> bool:
         and average.device == value.device
         and same_memory_order
         and is_dense(average)
+        and is_plain(average)
+        and is_plain(value)
     )
 
 

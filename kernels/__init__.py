@@ -32,17 +32,23 @@ INTERPRETED = not isinstance(scale_kernel, triton.JITFunction)
 Size = Sequence[int] | None
 
 
+def as_it_lies(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as kernels read it: a view that negates what is in memory becomes a copy."""
+    return None if tensor is None else tensor.resolve_neg()
+
+
 def softmax_confidence(
     logits: Sequence[Tensor], kind: int, inverse_temperature: float, size: Size, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
     """(score, label) of each output pixel, (N, *out)."""
+    logits = [as_it_lies(member) for member in logits]
     first = logits[0]
     out = (first.shape[0], *(size or first.shape[2:]))
     score = first.new_empty(out, dtype=torch.float32)
     label = first.new_empty(out, dtype=torch.int64)
     if score.numel() == 0:
         return score, label
-    call = (list(logits), KINDS[kind], inverse_temperature)
+    call = (logits, KINDS[kind], inverse_temperature)
     if size is None:
         dense_confidence.confidence(*call, score, label)
     else:
@@ -63,6 +69,8 @@ def consistency_loss(
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, selected, mean_score, scale, gradient): d loss / d student is scale * gradient."""
+    student, threshold, pixel_weight = map(as_it_lies, (student, threshold, pixel_weight))
+    teacher = [as_it_lies(member) for member in teacher]
     pixels = student.shape[0] * math.prod(size or student.shape[2:])
     gradient = torch.empty_like(student) if wants_gradient else student.new_empty(0)
     if pixels == 0:
@@ -93,6 +101,7 @@ def cross_entropy(
 
     d loss / d logits is scale * gradient; a label out of range makes both NaN.
     """
+    logits, pixel_weight, class_weight = map(as_it_lies, (logits, pixel_weight, class_weight))
     pixels, (ignore_index, normalize) = labels.numel(), options
     gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
     if pixels == 0:

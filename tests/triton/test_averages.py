@@ -60,6 +60,13 @@ def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypat
     assert captured() is not None
 
 
+def test_a_view_that_negates_its_memory_is_averaged_with_its_sign():
+    teacher = [torch.zeros(4), torch._neg_view(torch.zeros(4))]
+    student = [torch._neg_view(torch.ones(4)), torch.ones(4)]
+    fastmt.ema_update_(teacher, student, 0.5)
+    assert [average.tolist() for average in teacher] == [[-0.5] * 4, [0.5] * 4]
+
+
 @pytest.mark.parametrize("decay", [torch.tensor(1.0), None])
 def test_a_student_that_is_not_finite_leaves_no_trace_where_nothing_is_to_change(decay):
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))

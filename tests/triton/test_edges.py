@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from numbers import Number
+
+import numpy as np
 import pytest
 import torch
 from operands import random_logits
@@ -12,6 +16,7 @@ from test_upsampling_borders import (  # noqa: F401, every fifth of the cases
 )
 
 import fastmt
+from fastmt import kernels
 from fastmt.confidence import KINDS
 from fastmt.consistency import LOSSES
 
@@ -27,6 +32,45 @@ def test_a_certain_teacher_scores_exactly_one(kind, classes, members, size):
     score, label = fastmt.softmax_confidence([teacher] * members, kind=kind, size=size)
     assert (score == 1).all()
     assert not label.any()
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_reach_the_kernels_as_those_of_python(number, monkeypatch):
+    numbers = []  # the interpreter takes any, Triton that compiles does not
+
+    def seen(kernel, *call):
+        flat = [part for given in call for part in (given if isinstance(given, list) else [given])]
+        numbers.extend(type(part) for part in flat if isinstance(part, Number))
+        return kernel(*call)
+
+    for name in ("softmax_confidence", "consistency_loss", "cross_entropy"):
+        monkeypatch.setattr(kernels, name, partial(seen, getattr(kernels, name)))
+    logits, labels = random_logits((1, 4, 2, 3), 0), torch.zeros(1, 2, 3, dtype=torch.int64)
+    fastmt.softmax_confidence(logits, temperature=number(2))
+    fastmt.consistency_loss(logits, logits, temperature=number(2))
+    fastmt.cross_entropy(logits, labels, label_smoothing=number(1), ignore_index=np.int64(3))
+    assert {int, float} <= set(numbers) <= {bool, int, float}
+
+
+@pytest.mark.parametrize("size", [None, (4, 6)])
+def test_a_view_that_negates_its_memory_is_read_with_its_sign(size):
+    def negated(tensor):  # as is the imaginary part of a conjugate
+        return torch._neg_view(-tensor)
+
+    logits, teacher = random_logits((1, 4, 2, 3), 0), random_logits((1, 4, 2, 3), 1)
+    out = (1, *(size or (2, 3)))
+    weight, labels = torch.rand(out), torch.zeros(out, dtype=torch.int64)
+    classes = torch.rand(4)
+
+    def results(sign):
+        maps = {"pixel_weight": sign(weight)}
+        options = {"size": size, "threshold": sign(torch.tensor(0.4)), **maps}
+        yield from fastmt.softmax_confidence([sign(teacher)] * 2, size=size)
+        yield fastmt.consistency_loss(sign(logits), sign(teacher), **options)
+        yield fastmt.cross_entropy(sign(logits), labels, class_weight=sign(classes), **maps)
+
+    for given, expected in zip(results(negated), results(torch.clone), strict=True):
+        assert torch.equal(given, expected)
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce", "kl"])
