@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from numbers import Real
 
 import torch
@@ -46,11 +46,15 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
 
 
 def check_height_width(name: str, size: Sequence[int], least: int) -> None:
+    if not isinstance(size, Sized):
+        raise TypeError(f"{name}: got {size!r}, expected (height, width)")
     if len(size) != 2 or min(size) < least:
         raise ValueError(f"{name}: got {tuple(size)}, expected (height, width) of at least {least}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: got {tensor.dtype}, expected floating point")
 

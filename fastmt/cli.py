@@ -19,7 +19,10 @@ from fastmt.data import DataError
 from fastmt.doctor import add_doctor
 from fastmt.segment_command import add_segment
 
-_SMALLER = {"adapt": "--batch, --crop or --width", "segment": "--tile"}  # to fit into memory
+# To fit into memory.
+_SMALLER = {"adapt": "--batch, --crop or --width", "segment": "--tile or --scales"}
+# PyTorch has no class for these: memory that is not there, and more than can be counted.
+_TOO_LARGE = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +67,7 @@ def _told(error: Exception, args: argparse.Namespace) -> str | None:
         remedy = "choose a writable --out with free space" if written else "make it readable"
         return f"{error.filename or args.out}: {error.strerror or error}; {remedy}"
     exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    exhausted |= "DefaultCPUAllocator" in str(error)  # PyTorch has no class for this one
+    exhausted |= any(sign in str(error) for sign in _TOO_LARGE)
     if exhausted and args.command in _SMALLER:
         return f"out of memory; choose a smaller {_SMALLER[args.command]}"
     return None

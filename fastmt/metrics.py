@@ -115,6 +115,8 @@ class ConfusionMatrix:
 
 def _check_integers(predicted: Tensor, labels: Tensor) -> None:
     for name, tensor in (("predicted", predicted), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
         if tensor.is_floating_point() or tensor.is_complex():
             raise TypeError(f"{name}: got {tensor.dtype}, expected integers")
     if predicted.shape != labels.shape:

@@ -38,9 +38,9 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         "segment",
         help="segment images with an adapted network",
         description="Write labels/*.png (class ids: small grey values, so nearly black to the eye),"
-        " overlays/*.png (the classes' colours over the image) and confidence/*.png (from dark"
-        " violet, 0, over red to pale yellow, 1) of images, by the moving average in a checkpoint"
-        " of `fastmt adapt`.",
+        " overlays/*.png (the classes' colours over the image; the legend is that of the run's"
+        " adapted.png) and confidence/*.png (from dark violet, 0, over red to pale yellow, 1) of"
+        " images, by the moving average in a checkpoint of `fastmt adapt`.",
     )
     command.set_defaults(run=run_segment, check=_check)
     add = command.add_argument

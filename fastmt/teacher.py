@@ -42,8 +42,8 @@ class EMATeacher(Counting):
             half; after that many images where `images_per_step` is given.
         dtype: floating dtype of the teacher's parameters. Default: the student's, and float32 where
             the student's is half precision, in which an average with decay 0.999 would not move.
-            bfloat16 and float16 need a `rounding`, and inputs of that dtype or autocast; layers
-            with running statistics, as BatchNorm, stay as the student's.
+            bfloat16 and float16 need a `rounding`; layers with running statistics, as BatchNorm,
+            stay as the student's. Inputs have the teacher's dtype, or autocast is on.
         rounding: of parameters in half precision: "stochastic" stores each up or down at random,
             right on average; "kahan" keeps what rounding has lost in a tensor beside each
             (`compensation`), as many bytes again.

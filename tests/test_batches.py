@@ -140,3 +140,10 @@ def test_an_empty_dataset_is_refused():
 def test_a_negative_step_is_refused():
     with pytest.raises(ValueError, match="^step: got -1, expected at least 0"):
         Batches(Numbered(2), 1).batch(-1)
+
+
+def test_a_side_in_place_of_a_size_is_named():
+    with pytest.raises(TypeError, match=r"^crop: got 32, expected \(height, width\)"):
+        Batches(Scenes("day", 1), 2, crop=32)
+    with pytest.raises(TypeError, match=r"^size: got 64, expected \(height, width\)"):
+        Scenes("day", 1, size=64)

@@ -129,3 +129,8 @@ def test_gpu_updates_match_the_cpu_without_waiting_and_report_bad_labels_when_re
     on_gpu.update(moved[0], moved[1] + 100)
     with pytest.raises(ValueError, match="^predicted, labels: got 4096 pixels out of range"):
         on_gpu.iou()
+
+
+def test_arrays_are_named():
+    with pytest.raises(TypeError, match="^predicted: got ndarray, expected a tensor"):
+        ConfusionMatrix(2).update(torch.zeros(2, dtype=torch.int64).numpy(), torch.zeros(2).long())

@@ -261,6 +261,8 @@ def test_mix_refuses_what_does_not_fit():
 
 def test_arguments_out_of_range_are_named():
     images = some_images()
+    with pytest.raises(TypeError, match="^images: got list, expected a tensor"):
+        gaussian_noise([0.5])
     with pytest.raises(TypeError, match="^images: got torch.uint8, expected floating point"):
         gaussian_noise(images.byte())
     with pytest.raises(ValueError, match="^sigma: got -0.1, expected at least 0"):

@@ -235,6 +235,7 @@ def test_a_full_disk_leaves_no_half_picture(trained, tmp_path, capfd):
         (["--tile", "64", "--overlap", "32", "--scales", "2"], "--overlap 32 is not less than"),
         (["--overlap", "16"], "--overlap is that of tiles; give --tile too"),
         (["--scales", "0"], "--scales: got '0'"),
+        (["--scales", "1e9"], "out of memory; choose a smaller --tile or --scales"),
         (["--void-below", "2"], "--void-below: got '2'"),
     ],
 )
