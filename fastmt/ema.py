@@ -33,8 +33,9 @@ def ema_update_(
     """teacher <- decay * teacher + (1 - decay) * student, in place, all tensors in one launch.
 
     Args:
-        teacher: tensors of any shape and floating or complex dtype; integer and bool tensors become
-            copies of the student's. A tensor that occurs twice (tied parameters) is averaged once.
+        teacher: tensors of any shape and floating or complex dtype; integer, bool and float8 ones
+            become copies of the student's. A tensor that occurs twice (tied parameters) is averaged
+            once.
         student: tensors of the same shapes, in the same order; never written.
         decay: in [0, 1], a float or a 0-dim tensor; one on a GPU is read there alone, unchecked.
 

@@ -94,8 +94,8 @@ def _follows(average: Tensor, value: Tensor, mode: int) -> bool:
 
 
 def is_averaged(tensor: Tensor) -> bool:
-    """Whether it holds numbers that have an average: no integers or truth values."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Whether it holds numbers that have an average: no integers, truth values, float8."""
+    return (tensor.is_floating_point() and tensor.itemsize > 1) or tensor.is_complex()
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -60,6 +60,26 @@ def test_a_buffer_that_is_not_dense_is_named_and_left_alone_where_buffers_are_ke
     assert_follows(EMATeacher(student, buffers="keep"), student)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64])
+@pytest.mark.parametrize("finite", [None, True, False])
+def test_what_has_no_average_is_copied_also_where_it_is_a_parameter(dtype, finite, monkeypatch):
+    monkeypatch.setattr("fastmt.teacher_update._is_on_host", lambda finite: False)
+    student = with_buffer(torch.ones(3).to(dtype))
+    student.frozen = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+    teacher = EMATeacher(student, 0.5, warmup=None, buffers="ema")
+    expected = teacher.module.weight.detach() + (0 if finite is False else 1)
+    with torch.no_grad():
+        student.weight.add_(2)
+    student.extra = student.frozen.data = torch.full((3,), 3.0).to(dtype)
+    teacher.update(finite=None if finite is None else torch.tensor(finite))
+    torch.testing.assert_close(teacher.module.weight, expected, check_dtype=False)
+    for average in (teacher.module.extra, teacher.module.frozen):
+        assert average.dtype == dtype
+        assert (average.float() == (1.0 if finite is False else 3.0)).all()
+    with teacher.swapped():
+        assert torch.equal(student.frozen.float(), teacher.module.frozen.float())
+
+
 @pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse_coo, torch.Tensor.to_sparse_csr])
 def test_a_sparse_parameter_is_named(sparse):
     student = nn.Linear(3, 2)
