@@ -20,6 +20,7 @@ from fastmt.ema_bound import (
     Row,
     is_averaged,
     is_served,
+    storage_of,
     update_eagerly,
 )
 
@@ -33,8 +34,9 @@ def ema_update_(
     """teacher <- decay * teacher + (1 - decay) * student, in place, all tensors in one launch.
 
     Args:
-        teacher: tensors of any shape and floating or complex dtype; integer and bool tensors become
-            copies of the student's. A tensor that occurs twice (tied parameters) is averaged once.
+        teacher: tensors of any shape and floating or complex dtype; integer, bool and float8 ones
+            become copies of the student's. A tensor that occurs twice (tied parameters) is averaged
+            once.
         student: tensors of the same shapes, in the same order; never written.
         decay: in [0, 1], a float or a 0-dim tensor; one on a GPU is read there alone, unchecked.
 
@@ -117,7 +119,7 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
     """The positions to average: of pairs that fit each other, tied ones once."""
     if len(teacher) != len(student):
         raise ValueError(f"student: got {len(student)} tensors, expected {len(teacher)} as teacher")
-    storages = {t.untyped_storage().data_ptr() for t in teacher if t.numel()}
+    storages = {storage_of(t) for t in teacher if t.numel()}
     positions: dict[tuple[int, int], int] = {}
     for i, (average, value) in enumerate(zip(teacher, student, strict=True)):
         if average.shape != value.shape:
@@ -128,10 +130,11 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
         kinds = [(t.is_floating_point(), t.is_complex()) for t in (average, value)]
         if kinds[0] != kinds[1]:
             raise TypeError(f"student[{i}]: got {value.dtype}, teacher[{i}] is {average.dtype}")
-        if value.numel() and value.untyped_storage().data_ptr() in storages:
+        if value.numel() and storage_of(value) in storages:
             raise ValueError(f"student[{i}]: shares storage with the teacher; clone one of them")
         if average.numel():
-            positions.setdefault((average.data_ptr(), average.numel()), i)
+            place = storage_of(average) + average.storage_offset() * average.itemsize
+            positions.setdefault((place, average.numel()), i)
     return list(positions.values())
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmt import native, reference
 
@@ -94,8 +95,15 @@ def _follows(average: Tensor, value: Tensor, mode: int) -> bool:
 
 
 def is_averaged(tensor: Tensor) -> bool:
-    """Whether it holds numbers that have an average: no integers or truth values."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Whether it holds numbers that have an average: no integers, truth values, float8."""
+    return (tensor.is_floating_point() and tensor.itemsize > 1) or tensor.is_complex()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Where its memory begins; of a subclass that is made of other tensors, the object itself."""
+    if is_traceable_wrapper_subclass(tensor):
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr()
 
 
 def is_plain(tensor: Tensor) -> bool:

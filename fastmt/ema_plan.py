@@ -181,7 +181,7 @@ def _named_buffers(network: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _averaged(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> Row:
     modes = [
-        _ROUNDINGS[track.rounding] if _is_half(pair.average) else AVERAGE
+        _parameter_mode(pair.average, track.rounding)
         for pair, track in zip(pairs, tracks, strict=True)
     ]
     lost = [
@@ -202,7 +202,7 @@ def _compensation(track: Track, pair: Pair) -> Tensor:
 
 
 def _followed(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> Row:
-    """A buffer; integer and bool ones are copied unless kept."""
+    """A buffer; integer, bool and float8 ones are copied unless kept."""
     rules = [_RULES[track.buffers] for track in tracks]
     modes = [
         rule if rule == KEEP or is_averaged(pair.average) else COPY
@@ -212,5 +212,7 @@ def _followed(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> 
     return Row(number, averages, pairs[0].value, tuple(modes), (None,) * len(pairs))
 
 
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)
+def _parameter_mode(average: Tensor, rounding: str | None) -> int:
+    if average.dtype in (torch.bfloat16, torch.float16):
+        return _ROUNDINGS[rounding]
+    return AVERAGE if is_averaged(average) else COPY

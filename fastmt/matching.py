@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt import arguments, backends, native
+from fastmt.ema_bound import storage_of
 
 # Components that wrappers put into the names of what they wrap.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -127,9 +128,9 @@ def check_memory(pairs: Sequence[Pair]) -> None:
                     f"{side}: {name!r} is {kind}, expected a dense tensor; "
                     "buffers='keep' leaves buffers alone"
                 )
-    storages = {p.average.untyped_storage().data_ptr() for p in pairs if p.average.numel()}
+    storages = {storage_of(p.average) for p in pairs if p.average.numel()}
     for name, _, value in pairs:
-        if value.numel() and value.untyped_storage().data_ptr() in storages:
+        if value.numel() and storage_of(value) in storages:
             raise ValueError(
                 f"student: {name!r} shares storage with the teacher; clone one of them"
             )

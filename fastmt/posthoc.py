@@ -49,9 +49,9 @@ def average(
         gamma: of the wanted average, see `gamma_of`.
         updates: the moment in training; by default that of the last snapshot.
 
-    Floating and complex tensors are summed in double precision and keep their dtype; all else is
-    that of the last snapshot. Raises ValueError without snapshots, for a time before the first
-    update, or for a gamma of at most -1/2.
+    Floating and complex tensors are summed in double precision and keep their dtype; all else, as
+    float8, is that of the last snapshot. Raises ValueError without snapshots, for a time before the
+    first update, or for a gamma of at most -1/2.
     """
     if not snapshots:
         raise ValueError("snapshots: got none, expected at least one")

@@ -229,7 +229,7 @@ def ema_update_(
     numbers: Sequence[int] | None = None,
     compensation: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student; integer and bool tensors are copied.
+    """teacher <- decay * teacher + (1 - decay) * student; integer, bool and float8 are copied.
 
     A negative decay changes nothing. How a half-precision teacher is stored: "nearest";
     "stochastic", up or down at random with the mean where the average is, by random numbers of
@@ -260,7 +260,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _mean(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
     """decay * average + (1 - decay) * value in float32 or float64; `value` where not floating."""
-    if not average.is_floating_point():
+    if not average.is_floating_point() or average.itemsize == 1:  # float8 is no more than codes
         return value.to(average.device)
     wide = torch.promote_types(average.dtype, torch.float32)
     share = _beside(average, 1 - decay, wide)

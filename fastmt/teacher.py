@@ -34,8 +34,8 @@ class EMATeacher(Counting):
             min(1 - (1 + t)^(-2/3), decay); None takes `decay` at once; a callable t -> a_t is used
             as it is.
         buffers: "copy" the student's (running statistics belong to the newest weights), "ema"
-            averages floating ones, "keep" leaves them, and the student may have others. Integer and
-            bool buffers are copied unless kept.
+            averages floating ones, "keep" leaves them, and the student may have others. Integer,
+            bool and float8 buffers are copied unless kept, as are parameters of these types.
         update_every: only every so many calls of update() average.
         start: until that many calls the teacher is a plain copy of the student.
         half_life: instead of `decay`: after that many steps (calls of update()) a weight counts

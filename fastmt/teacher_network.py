@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
@@ -13,6 +14,7 @@ from fastmt.matching import Pair, is_sharded, local, matched, plain_name, reshar
 
 HALVES = (torch.bfloat16, torch.float16)
 carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
+_lending = threading.Lock()
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -134,17 +136,20 @@ def _copy(target: Tensor, value: Tensor) -> None:
 @contextlib.contextmanager
 def lent(student: nn.Module, teacher: nn.Module, buffers: str) -> Iterator[None]:
     """The student carries a teacher's weights in this context, and its own again after it."""
-    if student in carrying:
-        raise RuntimeError("swapped: the student carries a teacher's weights already")
-    pairs = all_pairs(teacher, student, buffers)
-    own = {name: tensor.detach().clone() for name, tensor in _entries(student).items()}
-    carrying.add(student)
+    with _lending:
+        if student in carrying:
+            raise RuntimeError("swapped: the student carries a teacher's weights already")
+        carrying.add(student)
     try:
-        write(pairs)
-        yield
+        pairs = all_pairs(teacher, student, buffers)
+        own = {name: tensor.detach().clone() for name, tensor in _entries(student).items()}
+        try:
+            write(pairs)
+            yield
+        finally:
+            _put_back(student, own, {plain_name(pair.name, module=True) for pair in pairs})
     finally:
-        carrying.discard(student)
-        _put_back(student, own, {plain_name(pair.name, module=True) for pair in pairs})
+        carrying.discard(student)  # last: another thread would take the teacher's for its own
 
 
 def _entries(network: nn.Module) -> dict[str, Tensor]:

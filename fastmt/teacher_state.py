@@ -69,14 +69,15 @@ class Loading(NamedTuple):
         Names that failed become those of the plain network. What was tied and had a tensor assigned
         is tied again.
         """
+        now = dict(network.named_parameters(remove_duplicate=False))
         for parameter, names in self.tied.items():
-            assigned = [p for p in map(network.get_parameter, names) if p is not parameter]
+            names = [name for name in names if name in now]
+            assigned = [now[name] for name in names if now[name] is not parameter]
             for name in names if assigned else ():
                 path, _, last = name.rpartition(".")
                 network.get_submodule(path)._parameters[last] = assigned[-1]
         inside = f"{self.prefix}module."
-        parameters = network.named_parameters(remove_duplicate=False)
-        found = any(inside + name not in missing for name, _ in parameters)
+        found = any(inside + name not in missing for name in now)
         for names in (missing, unexpected):
             names[:] = [
                 self.prefix + name.removeprefix(inside) if name.startswith(inside) else name

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastmt import EMATeacher, backend
+from fastmt import EMATeacher, backend, ema_update_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(quantize|Sparse).*")
 UNUSUAL = {
@@ -58,6 +58,54 @@ def test_a_buffer_that_is_not_dense_is_named_and_left_alone_where_buffers_are_ke
     with pytest.raises(TypeError, match=f"student: 'extra' is {kind}.*buffers='keep'"):
         teacher.update()
     assert_follows(EMATeacher(student, buffers="keep"), student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64])
+@pytest.mark.parametrize("finite", [None, True, False])
+def test_what_has_no_average_is_copied_also_where_it_is_a_parameter(dtype, finite, monkeypatch):
+    monkeypatch.setattr("fastmt.teacher_update._is_on_host", lambda finite: False)
+    student = with_buffer(torch.ones(3).to(dtype))
+    student.frozen = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+    teacher = EMATeacher(student, 0.5, warmup=None, buffers="ema")
+    expected = teacher.module.weight.detach() + (0 if finite is False else 1)
+    with torch.no_grad():
+        student.weight.add_(2)
+    student.extra = student.frozen.data = torch.full((3,), 3.0).to(dtype)
+    teacher.update(finite=None if finite is None else torch.tensor(finite))
+    torch.testing.assert_close(teacher.module.weight, expected, check_dtype=False)
+    for average in (teacher.module.extra, teacher.module.frozen):
+        assert average.dtype == dtype
+        assert (average.float() == (1.0 if finite is False else 3.0)).all()
+    with teacher.swapped():
+        assert torch.equal(student.frozen.float(), teacher.module.frozen.float())
+
+
+def made_of_two() -> nn.Module:
+    """With a parameter of a subclass that has no memory of its own, as torchao's."""
+    two = pytest.importorskip("torch.testing._internal.two_tensor")
+    student = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    student[0].weight = nn.Parameter(two.TwoTensor(torch.ones(4, 3), torch.full((4, 3), 5.0)))
+    return student
+
+
+def test_a_parameter_that_is_made_of_other_tensors_is_averaged():
+    student, other = made_of_two(), made_of_two()
+    teacher = EMATeacher(student, 0.5, warmup=None)
+    with torch.no_grad():
+        student[0].weight.add_(4)
+    teacher.update()
+    average = teacher.module[0].weight
+    assert (average.a == 3).all() and (average.b == 7).all()
+    with teacher.swapped():
+        assert (student[0].weight.b == 7).all()
+    assert (student[0].weight.b == 9).all()
+    other.load_state_dict(teacher.state_dict())
+    assert (other[0].weight.a == 3).all()
+    ema_update_([average], [student[0].weight], 0.5)
+    assert (average.a == 4).all() and (average.b == 8).all()
+    teacher.module[0].weight = student[0].weight
+    with pytest.raises(ValueError, match="^student: '0.weight' shares storage"):
+        teacher.update()
 
 
 @pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse_coo, torch.Tensor.to_sparse_csr])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
-from fastmt import EMATeacher, backend
+from fastmt import EMATeacher, backend, teacher_network
 
 
 @pytest.fixture
@@ -54,6 +57,21 @@ def test_swapped_puts_back_what_it_can_where_entries_came_went_or_changed_size_i
     with named, teacher.swapped():
         student.first.bias = nn.Parameter(torch.zeros(5))
     student.first.bias = own.first.bias
+    assert_same(student, own)
+
+
+def test_threads_that_swap_one_student_take_turns_or_are_refused(student, monkeypatch):
+    teacher, own = EMATeacher(student), copy.deepcopy(student)
+    teacher.module.first.weight.zero_()
+    look = teacher_network._entries
+    monkeypatch.setattr(teacher_network, "_entries", lambda net: time.sleep(1e-3) or look(net))
+
+    def swap(_: int) -> None:
+        with contextlib.suppress(RuntimeError), teacher.swapped():
+            assert not student.first.weight.any()
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(swap, range(50)))
     assert_same(student, own)
 
 
