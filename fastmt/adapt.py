@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -142,6 +143,12 @@ def train(
                 trainer.save(path, facts)
             if stop:
                 raise Interrupted(path, step + 1)
+    if skipped := int(trainer.skipped):
+        warnings.warn(
+            f"{variant} (seed {seed}): {skipped} of {settings.steps} steps were left out, as their"
+            " loss or gradient was not finite; where these are many, choose a smaller --lr",
+            stacklevel=2,
+        )
     return trainer.teacher.module
 
 
