@@ -145,6 +145,23 @@ def test_a_run_whose_steps_were_left_out_says_so(tmp_path, capfd):
     assert "left out" not in capfd.readouterr().out
 
 
+def test_a_run_is_not_resumed_with_as_many_other_images(finished, capfd):
+    before = contents(finished / "out")
+    for i, path in enumerate(sorted((finished / "dusk" / "images").iterdir())):
+        path.rename(path.with_name(f"night{i}.png"))
+    assert cli.main(command(finished, "--resume")) == 2
+    assert "names of images" in capfd.readouterr().err
+    assert contents(finished / "out") == before
+
+
+def test_a_checkpoint_that_names_no_images_is_resumed(finished):
+    path = finished / "out" / "seed0" / "adapted.pt"
+    state = checkpoint.load(path)
+    del state["extra"]["names of images"]
+    checkpoint.save(path, state)
+    assert cli.main(command(finished, "--resume")) == 0
+
+
 def test_results_behind_a_link_are_replaced_where_it_points(finished):
     figures, moved = finished / "out" / "results.json", finished / "moved.json"
     shutil.move(figures, moved)
