@@ -7,9 +7,12 @@ student is evaluated.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -122,6 +125,7 @@ def train(
         "settings": asdict(settings),
         "classes": list(domains.source.classes),
         "images": [len(domains.source), len(domains.target)],
+        "names of images": [_names(domains.source), _names(domains.target)],
     }
     resume = resume and path.exists()
     if resume:
@@ -142,6 +146,12 @@ def train(
                 trainer.save(path, facts)
             if stop:
                 raise Interrupted(path, step + 1)
+    if skipped := int(trainer.skipped):
+        warnings.warn(
+            f"{variant} (seed {seed}): {skipped} of {settings.steps} steps were left out, as their"
+            " loss or gradient was not finite; where these are many, choose a smaller --lr",
+            stacklevel=2,
+        )
     return trainer.teacher.module
 
 
@@ -166,12 +176,20 @@ def evaluate(network: UNet, dataset: SegmentationDataset, device: torch.device) 
 def _check_facts(found: object, expected: dict[str, Any], path: Path) -> None:
     """CheckpointError naming the first option that differs from the checkpoint's."""
     flat = [_flat(facts) for facts in (found, expected)]
+    if "names of images" not in flat[0]:  # an earlier fastmt did not note them
+        flat[1].pop("names of images", None)
     for name, value in flat[1].items():
         if name != "settings" and flat[0].get(name) != value:
             raise CheckpointError(
                 f"{path}: was written with {name} {flat[0].get(name)}, this run has {value}; resume"
                 " with the same options, or choose another --out"
             )
+
+
+def _names(dataset: SegmentationDataset) -> str:
+    """A checksum of the names of all items; of their pixels it would depend on the decoder."""
+    stems = "\n".join(dataset.stem(index) for index in range(len(dataset)))
+    return f"{zlib.crc32(os.fsencode(stems)):08x}"
 
 
 def _flat(facts: object) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def versions() -> dict[str, str]:
 def write_text(path: Path, content: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        # A path need not be UTF-8, and stands in the description of the data.
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def write_results(path: Path, figures: Mapping[str, Any]) -> None:

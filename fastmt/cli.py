@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import sys
 import warnings
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     1 says that the doctor found something wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _print_any_character()
     try:
         args = _parser().parse_args(words)
     except SystemExit as stop:  # argparse has told the error, or the help
@@ -83,6 +85,12 @@ def _within(path: str, out: str | None) -> bool:
 
 def _say(message: str) -> None:
     print(" ".join(message.splitlines()), file=sys.stderr)
+
+
+def _print_any_character() -> None:
+    """What the encoding of stdout lacks is escaped, as on stderr: no result may be lost to it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _note(message: Warning | str, *_: object) -> None:

@@ -174,7 +174,8 @@ def _segment_file(
         scales=args.scales,
         divisor=network.stride,
     )
-    ids = torch.where(score < args.void_below, VOID, label).to("cpu", torch.uint8).numpy()
+    sure = score >= args.void_below  # a NaN never is
+    ids = torch.where(sure, label, VOID).to("cpu", torch.uint8).numpy()
     painted = colour(ids, default_palette(network.num_classes))
     pictures = (ids, blend(image.permute(1, 2, 0), painted), heat(score))
     for target, picture in zip(_targets(out, path), pictures, strict=True):

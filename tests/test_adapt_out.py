@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from adapt_runs import command, fail, write_domains
 
 from fastmt import adapt, adapt_out, checkpoint, cli
 
+ROOT = Path(__file__).parent.parent
 RESULTS = ("results.json", "table.md", "adapted.png")
 
 
@@ -116,6 +122,44 @@ def test_a_checkpoint_with_other_facts_is_named_and_not_resumed(tmp_path, capfd,
     path = write_domains(tmp_path) / "out" / "seed0" / "source_only.pt"
     checkpoint.save(path, {"steps": 1, "extra": facts})
     assert f"{path}: was written with" in fail(capfd, command(tmp_path, "--resume"))
+
+
+def test_what_stdout_or_utf8_cannot_write_is_escaped(tmp_path):
+    folder = write_domains(tmp_path / os.fsdecode(b"d\xff"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    words = command(folder, "--seeds", "0", "1", "--out", str(out := tmp_path / "out"))
+    call = [sys.executable, "-m", "fastmt", *words]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\xb1" in done.stdout and "d\\udcff" in done.stdout
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert "±" in table and "d\\udcff" in table
+    assert set(RESULTS) <= set(os.listdir(out))
+
+
+def test_a_run_whose_steps_were_left_out_says_so(tmp_path, capfd):
+    assert cli.main(command(write_domains(tmp_path), "--lr", "1e30", steps=4)) == 0
+    note = r"Note: source_only \(seed 0\): [123] of 4 steps were left out, as their loss or"
+    assert re.search(note, capfd.readouterr().out)
+    assert cli.main(command(tmp_path, "--overwrite")) == 0
+    assert "left out" not in capfd.readouterr().out
+
+
+def test_a_run_is_not_resumed_with_as_many_other_images(finished, capfd):
+    before = contents(finished / "out")
+    for i, path in enumerate(sorted((finished / "dusk" / "images").iterdir())):
+        path.rename(path.with_name(f"night{i}.png"))
+    assert cli.main(command(finished, "--resume")) == 2
+    assert "names of images" in capfd.readouterr().err
+    assert contents(finished / "out") == before
+
+
+def test_a_checkpoint_that_names_no_images_is_resumed(finished):
+    path = finished / "out" / "seed0" / "adapted.pt"
+    state = checkpoint.load(path)
+    del state["extra"]["names of images"]
+    checkpoint.save(path, state)
+    assert cli.main(command(finished, "--resume")) == 0
 
 
 def test_results_behind_a_link_are_replaced_where_it_points(finished):

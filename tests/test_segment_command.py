@@ -100,6 +100,16 @@ def test_pixels_below_a_score_are_void(trained, photos, tmp_path):
     assert (read(tmp_path / "o" / "labels" / "a.png") == 255).all()
 
 
+@pytest.mark.parametrize("options", [[], ["--void-below", "0.5"]])
+def test_pixels_whose_score_is_nan_are_void(trained, photos, tmp_path, options):
+    state = checkpoint.load(trained)
+    state["teacher"]["head.bias"][1] = torch.nan
+    checkpoint.save(tmp_path / "nan.pt", state)
+    words = ["segment", str(tmp_path / "nan.pt"), str(photos / "a.png")]
+    assert cli.main([*words, "--out", str(tmp_path / "o"), *options]) == 0
+    assert (read(tmp_path / "o" / "labels" / "a.png") == 255).all()
+
+
 def test_tiles_flips_and_scales_are_options(trained, tmp_path):
     write_image(tmp_path / "large.png", size=(100, 150))
     words = ["segment", str(trained), str(tmp_path / "large.png"), "--out", str(tmp_path / "o")]
