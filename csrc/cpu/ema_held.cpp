@@ -47,11 +47,10 @@ bool holds(Held& held, const int64_t* bound, void* now, std::atomic<bool>& moved
 // A tensor's record takes three cache lines, its sizes in the middle one. The records of many
 // tensors are in no near cache when they are looked at once an update.
 void fetch_ahead(const Held& held) {
-  const char* middle = reinterpret_cast<const char*>(held.sizes);
+  const auto middle = reinterpret_cast<uintptr_t>(held.sizes);  // 0 before the first look
   __builtin_prefetch(held.handle);
-  __builtin_prefetch(middle - 64);
-  __builtin_prefetch(middle);
-  __builtin_prefetch(middle + 64);
+  for (uintptr_t line : {middle - 64, middle, middle + 64})
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
 }
 
 }  // namespace
