@@ -25,7 +25,7 @@ from benchmarks.shapes import (
     unet_parameters,
     vit_large_parameters,
 )
-from fastmt import backends, reference
+from fastmt import cpp_backend, reference
 from fastmt.ema_table import Table
 
 try:
@@ -108,7 +108,7 @@ def _build(student: Student, dtype: torch.dtype, device: torch.device, compiled:
         if dtype == torch.float32 or function is not foreach_lerp  # which takes one dtype
     }
     updates[TEACHER] = (partial(ours.update, student=student), list(ours.parameters()))
-    if backends.extension_missing() is None and device.type == "cpu":
+    if cpp_backend.missing() is None and device.type == "cpu":
         own = list(ours.parameters())
         table = Table(list(zip(own, values, strict=True)), device)
         decay = torch.tensor(DECAY, dtype=torch.float64)

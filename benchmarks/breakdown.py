@@ -18,6 +18,7 @@ import torch
 import fastmt
 from benchmarks import harness, inputs
 from benchmarks.shapes import Shape
+from fastmt import cpp_backend
 
 SHAPE, STRIDE = Shape(2, 19, (512, 512)), 8
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
@@ -61,7 +62,7 @@ def _measure(rounds: int) -> dict[str, object]:
     }
     seconds = harness.interleave(runs, device, rounds=rounds, sample_seconds=0.02)
     median = {name: statistics.median(samples) for name, samples in seconds.items()}
-    lanes = LANES[fastmt.backends.instruction_set()]
+    lanes = LANES[cpp_backend.instruction_set()]
     rate = 1024**3 / lanes / median.pop("matrix product")  # vector instructions a second
     count = SHAPE.pixels * SHAPE.classes / lanes * sum(INSTRUCTIONS.values())
     return {

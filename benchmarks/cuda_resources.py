@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmt import backends
+from fastmt import cpp_backend
 
 RESULTS = Path(__file__).parent / "results"
 HEADER = (
@@ -62,7 +62,7 @@ def row_of(kernel: dict[str, Any]) -> dict[str, Any]:
 
 def table() -> dict[str, Any]:
     """Compiler and rows of the library that is built; ValueError where there is none."""
-    record = backends.build_info().get("cuda", {})
+    record = cpp_backend.build_info().get("cuda", {})
     if not record.get("built"):
         raise ValueError(f"no CUDA kernels here: {record.get('reason', 'no build record')}")
     rows = [row_of(kernel) for kernel in record["kernels"]]

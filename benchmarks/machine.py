@@ -16,7 +16,7 @@ import torch
 
 import fastmt
 from benchmarks import models
-from fastmt import backends, kept_memory
+from fastmt import cpp_backend, kept_memory
 
 COPY_BYTES = 256 << 20  # of each buffer, far beyond every cache
 _ROOT = Path(__file__).parents[1]
@@ -91,8 +91,8 @@ def record(device: torch.device) -> dict[str, object]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "instruction_set": backends.instruction_set(),
-        "build": backends.build_info(),
+        "instruction_set": cpp_backend.instruction_set(),
+        "build": cpp_backend.build_info(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {
             "fastmt": fastmt.__version__,

@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmt import library, triton_backend
+from fastmt import cpp_backend, triton_backend
 
 BACKENDS = ("auto", "eager", "triton", "cpp")
 MAX_CLASSES = 4096
-MAX_TEACHERS = 16  # of the CUDA C++ kernels
-_PACKAGE = Path(__file__).parent
 
 
 class Choice(NamedTuple):
@@ -136,10 +132,10 @@ def _resolve(
         return Choice("eager", "eager was asked for")
     obstacle = _tensor_obstacle(tensors) or obstacle
     on_cuda = any(tensor.is_cuda for tensor in tensors)
-    cpp = obstacle or _cpp_obstacle(tensors)
+    cpp = obstacle or cpp_backend.obstacle(tensors)
     if on_cuda:
-        cpp = cpp or cuda_obstacle(operation, len(tensors), upsampled)
-        cpp = cpp or cuda_launch_obstacle(tensors[0].get_device())
+        cpp = cpp or cpp_backend.cuda_obstacle(operation, len(tensors), upsampled)
+        cpp = cpp or cpp_backend.cuda_launch_obstacle(tensors[0].get_device())
     if name == "triton" or (name == "auto" and on_cuda and cpp):
         reason = obstacle or triton_backend.obstacle(operation, tensors)
         served = Choice("triton", "Triton kernels serve this call")
@@ -148,7 +144,7 @@ def _resolve(
         return Choice("eager", cpp)
     if on_cuda:
         return Choice("cpp", "CUDA C++ kernels serve this call")
-    return Choice("cpp", f"C++ kernels ({instruction_set()}) serve this call")
+    return Choice("cpp", f"C++ kernels ({cpp_backend.instruction_set()}) serve this call")
 
 
 def operations(backend: str) -> Any:
@@ -169,30 +165,6 @@ def _tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _cpp_obstacle(tensors: Sequence[Tensor]) -> str | None:
-    if missing := extension_missing():
-        return missing
-    for tensor in tensors:
-        if tensor.device.type not in ("cpu", "cuda"):
-            return f"no kernel for device {tensor.device.type!r}"
-    return None
-
-
-def cuda_obstacle(operation: str, tensors: int, upsampled: bool) -> str | None:
-    """Why the CUDA C++ kernels do not serve a call on so many CUDA tensors, if they do not."""
-    if missing := cuda_extension_missing():
-        return missing
-    if operation == "softmax_confidence":
-        return "no CUDA C++ kernel serves softmax_confidence"
-    if operation == "ema_update_":
-        return None
-    if not upsampled:
-        return "the CUDA C++ kernels serve logits that they up-sample"
-    if tensors > MAX_TEACHERS + 1:
-        return f"{tensors - 1} teachers are more than the {MAX_TEACHERS} of the CUDA C++ kernels"
-    return None
-
-
 def classes_obstacle(classes: int) -> str | None:
     if classes > MAX_CLASSES:
         return f"{classes} classes are more than the {MAX_CLASSES} that the kernels hold"
@@ -206,91 +178,6 @@ def _report(operation: str, name: str, strict: bool, reason: str) -> None:
     if message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def extension() -> Path:
-    """The library of the C++ kernels."""
-    return _PACKAGE / "_C.abi3.so"
-
-
-@library.constant_while_tracing
-def extension_missing() -> str | None:
-    """Load the C++ kernels once; None when they are there, else the reason why not."""
-    return _load()
-
-
-@functools.cache
-def _load() -> str | None:
-    if not extension().exists():
-        return f"the C++ kernels are not built: {build_info().get('reason', 'no build record')}"
-    from fastmt import kept_memory  # noqa: F401  the kernels call an operation that it registers
-
-    try:
-        torch.ops.load_library(str(extension()))
-    except (OSError, RuntimeError) as error:
-        return f"the C++ kernels do not load: {str(error).splitlines()[0]}"
-    library.register_fakes()
-    return None
-
-
-@library.constant_while_tracing
-def cuda_extension_missing() -> str | None:
-    """Load the CUDA C++ kernels once; None when they are there, else the reason why not."""
-    return _load_cuda()
-
-
-@functools.cache
-def _load_cuda() -> str | None:
-    if missing := extension_missing():
-        return missing
-    if not torch.cuda.is_available():
-        return "no CUDA device is available"
-    kernels = _PACKAGE / "_CUDA.abi3.so"
-    if not kernels.exists():
-        reason = build_info().get("cuda", {}).get("reason", "no build record")
-        return f"the CUDA C++ kernels are not built: {reason}"
-    try:
-        torch.ops.load_library(str(kernels))
-    except (OSError, RuntimeError) as error:
-        return f"the CUDA C++ kernels do not load: {str(error).splitlines()[0]}"
-    return None
-
-
-@library.constant_while_tracing
-def cuda_launch_obstacle(index: int) -> str | None:
-    """Why the CUDA C++ kernels do not run on a device, if they do not: one is launched to see."""
-    if torch.cuda.is_current_stream_capturing():
-        return None  # nothing of this may become part of a graph
-    return _launch(index)
-
-
-@functools.cache
-def _launch(index: int) -> str | None:
-    number = torch.ones((), device=torch.device("cuda", index))
-    try:
-        torch.ops.fastmt.scale_(number.clone(), number, number)
-    except RuntimeError as error:
-        return f"the CUDA C++ kernels do not run on cuda:{index}: {str(error).splitlines()[0]}"
-    return None
-
-
-def build_info() -> dict[str, Any]:
-    """What the build recorded: which kernels it left out and why."""
-    record = _PACKAGE / "_build_info.json"
-    return json.loads(record.read_text()) if record.exists() else {}
-
-
-@library.constant_while_tracing
-def instruction_set() -> str:
-    """The instruction set that the C++ kernels run with on this machine."""
-    return _instruction_set()
-
-
-@functools.cache
-def _instruction_set() -> str:
-    if missing := extension_missing():
-        return missing
-    return torch.ops.fastmt.instruction_set()
 
 
 def explain(function: Callable, *args: object, **kwargs: object) -> Choice:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastmt import backends, selftest
+from fastmt import backends, cpp_backend, selftest
 from fastmt.selftest import Sizes
 
 TIMED = Sizes(low=(64, 64), out=(256, 256))
@@ -173,10 +173,10 @@ def _versions() -> dict[str, str]:
 def _build() -> dict[str, str]:
     """What the build recorded, and whether its libraries load."""
     found = {
-        "kernels": backends.extension_missing() or f"loaded, {backends.instruction_set()}",
-        "CUDA kernels": backends.cuda_extension_missing() or "loaded",
+        "kernels": cpp_backend.missing() or f"loaded, {cpp_backend.instruction_set()}",
+        "CUDA kernels": cpp_backend.cuda_missing() or "loaded",
     }
-    recorded = backends.build_info()
+    recorded = cpp_backend.build_info()
     for prefix, part in (("", recorded), ("CUDA ", recorded.get("cuda", {}))):
         for name in ("compiler", "torch_target"):
             if part.get(name):

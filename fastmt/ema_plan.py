@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from fastmt import backends
+from fastmt import backends, cpp_backend
 from fastmt.ema_bound import (
     AVERAGE,
     COPY,
@@ -69,7 +69,7 @@ class Plan:
         self._first = [average for average in averages if average.is_floating_point()][:1]
         self.on_host = are_on_host(self._first)
         self._choice = backends.Remembered("ema_update_", self._first)
-        usable = backends.extension_missing() is None
+        usable = cpp_backend.missing() is None
         served = [usable and is_served(row) for row in self.rows]
         bound = [row for row, fits in zip(self.rows, served, strict=True) if fits]
         self._rest = [row for row, fits in zip(self.rows, served, strict=True) if not fits]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, backends, native
+from fastmt import arguments, cpp_backend, native
 from fastmt.ema_bound import storage_of
 
 # Components that wrappers put into the names of what they wrap.
@@ -197,7 +197,7 @@ class Structure:
         self._live = list(_dictionaries(networks))
         self._seen = [dict(entries) for entries in self._live]
         self._native = None
-        if backends.extension_missing() is None and all(isinstance(e, dict) for e in self._live):
+        if cpp_backend.missing() is None and all(isinstance(e, dict) for e in self._live):
             self._native = native.dictionaries_hold()
             self._addresses = _addresses(self._live, self._seen)
             self._table, self._next = self._addresses.buffer_info()[0], native.next_entry()

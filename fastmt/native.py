@@ -1,7 +1,7 @@
 """Functions of the C++ library that are called past PyTorch's dispatcher.
 
 They take addresses and numbers, no tensors, and less time than the dispatcher does. Whoever calls
-them has seen that the library is there (`backends.extension_missing`).
+them has seen that the library is there (`cpp_backend.missing`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import functools
 import sys
 
-from fastmt import backends
+from fastmt import cpp_backend
 
 
 @functools.cache
@@ -35,11 +35,11 @@ def ema_holds() -> ctypes._CFuncPtr:
 @functools.cache
 def ema_run() -> ctypes._CFuncPtr:
     """(key, decays, draws) -> bool, of csrc/cpu/ema_bound.cpp."""
-    return _declared(ctypes.CDLL(str(backends.extension())), "fastmt_ema_run", 3)
+    return _declared(ctypes.CDLL(str(cpp_backend.library_path())), "fastmt_ema_run", 3)
 
 
 def _keeping_the_lock() -> ctypes.PyDLL:
-    return ctypes.PyDLL(str(backends.extension()))
+    return ctypes.PyDLL(str(cpp_backend.library_path()))
 
 
 def _declared(library: ctypes.CDLL, name: str, arguments: int) -> ctypes._CFuncPtr:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import fastmt
-from fastmt import backends
+from fastmt import backends, cpp_backend
 
 settings.register_profile(
     "fastmt",
@@ -43,7 +43,7 @@ def one_thread():
 @pytest.fixture
 def kernels(poisoned, one_thread):
     """Every call is answered by the C++ kernels, or raises."""
-    if missing := backends.extension_missing():
+    if missing := cpp_backend.missing():
         pytest.skip(missing)
     with fastmt.backend("cpp", strict=True):
         yield
@@ -52,7 +52,7 @@ def kernels(poisoned, one_thread):
 @pytest.fixture(params=["cpp", "eager"])
 def either(request, poisoned, one_thread):
     """Once the C++ kernels, once the reference: for what both must do alike."""
-    if request.param == "cpp" and (missing := backends.extension_missing()):
+    if request.param == "cpp" and (missing := cpp_backend.missing()):
         pytest.skip(missing)
     with fastmt.backend(request.param, strict=True):
         yield request.param

@@ -10,7 +10,7 @@ import torch
 from operands import random_logits
 
 import fastmt
-from fastmt import backends
+from fastmt import backends, cpp_backend
 
 STUDENT, TEACHER = random_logits((2, 5, 6, 7), 1), random_logits((2, 5, 6, 7), 2)
 LABELS = torch.zeros(2, 6, 7, dtype=torch.uint8)
@@ -22,7 +22,7 @@ CALLS = {
 }
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 built = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="the C++ kernels are not built"
+    cpp_backend.missing() is not None, reason="the C++ kernels are not built"
 )
 pytestmark = pytest.mark.usefixtures("forgotten_warnings")
 
@@ -41,7 +41,7 @@ def doubled(argument):
 @built
 @each_call
 def test_the_kernels_serve_plain_calls_and_say_so(call):
-    name = backends.instruction_set()
+    name = cpp_backend.instruction_set()
     assert fastmt.explain(*call) == ("cpp", f"C++ kernels ({name}) serve this call")
     with fastmt.backend("cpp", strict=True), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -136,13 +136,13 @@ def test_a_device_without_kernels_is_a_stated_reason(call):
         arguments[:2] = [[t.to("meta") for t in tensors] for tensors in arguments[:2]]
     choice = fastmt.explain(call[0], *arguments)
     assert choice.backend == "eager"
-    assert backends.extension_missing() or choice.reason == "no kernel for device 'meta'"
+    assert cpp_backend.missing() or choice.reason == "no kernel for device 'meta'"
 
 
 @each_call
 def test_missing_kernels_are_stated_with_what_the_build_said(call, monkeypatch):
     reason = "the C++ kernels are not built: no compiler"
-    monkeypatch.setattr(backends, "extension_missing", lambda: reason)
+    monkeypatch.setattr(cpp_backend, "missing", lambda: reason)
     assert fastmt.explain(*call) == ("eager", reason)
     with pytest.warns(RuntimeWarning, match="not built: no compiler"):
         call[0](*call[1:])
@@ -154,8 +154,8 @@ def test_missing_kernels_are_stated_with_what_the_build_said(call, monkeypatch):
 
 
 def test_a_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeypatch, tmp_path):
-    monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
-    look = backends._load.__wrapped__
+    monkeypatch.setattr(cpp_backend, "_PACKAGE", tmp_path)
+    look = cpp_backend._load.__wrapped__
     assert look() == "the C++ kernels are not built: no build record"
     (tmp_path / "_build_info.json").write_text('{"reason": "FASTMT_BUILD_CPP=0"}')
     assert look() == "the C++ kernels are not built: FASTMT_BUILD_CPP=0"

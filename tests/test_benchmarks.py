@@ -30,13 +30,13 @@ from benchmarks.shapes import (
     segformer_b5_parameters,
     unet_parameters,
 )
-from fastmt import backends
+from fastmt import cpp_backend
 from fastmt.backends import Choice
 
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 5, (12, 17))
 needs_kernels = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="counts the tensors that the kernels are given"
+    cpp_backend.missing() is not None, reason="counts the tensors that the kernels are given"
 )
 
 

@@ -13,14 +13,12 @@ from test_captured import Replayed
 
 import fastmt
 from benchmarks import gpu, gpu_cases, gpu_checks, gpu_report, harness, machine
-from fastmt import backends, selftest
+from fastmt import cpp_backend, selftest
 
 CPU = torch.device("cpu")
 SOME_CASE = gpu_cases.cases("tiny")[0]
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_kernels = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="compares the kernels"
-)
+needs_kernels = pytest.mark.skipif(cpp_backend.missing() is not None, reason="compares the kernels")
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import torch
 
 import fastmt
 from benchmarks import cuda_resources
-from fastmt import backends
+from fastmt import backends, cpp_backend
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(fastmt.__file__).parent / "_CUDA.abi3.so"
-RECORD = backends.build_info().get("cuda", {})
+RECORD = cpp_backend.build_info().get("cuda", {})
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
 built = pytest.mark.skipif(
@@ -30,8 +30,8 @@ REGISTRATIONS = """
 import ctypes, sys, torch
 sys.path[:0] = [{root!r}]
 import fastmt
-from fastmt import backends
-assert backends.extension_missing() is None
+from fastmt import cpp_backend
+assert cpp_backend.missing() is None
 ctypes.CDLL({stub!r}, mode=ctypes.RTLD_GLOBAL)
 torch.ops.load_library({library!r})
 has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -96,17 +96,17 @@ def test_the_library_loads_and_answers_the_operations_on_cuda_tensors(tmp_path):
 
 
 def test_without_a_device_the_cuda_kernels_are_absent_for_a_stated_reason(monkeypatch):
-    look = backends._load_cuda.__wrapped__
-    monkeypatch.setattr(backends, "extension_missing", lambda: None)
+    look = cpp_backend._load_cuda.__wrapped__
+    monkeypatch.setattr(cpp_backend, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert look() == "no CUDA device is available"
 
 
 def test_a_cuda_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeypatch, tmp_path):
-    look = backends._load_cuda.__wrapped__
-    monkeypatch.setattr(backends, "extension_missing", lambda: None)
+    look = cpp_backend._load_cuda.__wrapped__
+    monkeypatch.setattr(cpp_backend, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(cpp_backend, "_PACKAGE", tmp_path)
     assert look() == "the CUDA C++ kernels are not built: no build record"
     (tmp_path / "_build_info.json").write_text('{"cuda": {"reason": "no nvcc on PATH"}}')
     assert look() == "the CUDA C++ kernels are not built: no nvcc on PATH"
@@ -115,8 +115,8 @@ def test_a_cuda_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeyp
 
 
 def test_what_the_cuda_kernels_leave_to_others_is_a_stated_reason(monkeypatch):
-    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: None)
-    obstacle = backends.cuda_obstacle
+    monkeypatch.setattr(cpp_backend, "cuda_missing", lambda: None)
+    obstacle = cpp_backend.cuda_obstacle
     assert obstacle("consistency_loss", 2, True) is None
     assert obstacle("cross_entropy", 1, True) is None
     assert obstacle("ema_update_", 1, False) is None
@@ -125,7 +125,7 @@ def test_what_the_cuda_kernels_leave_to_others_is_a_stated_reason(monkeypatch):
     )
     assert obstacle("consistency_loss", 18, True).startswith("17 teachers are more than the 16")
     assert obstacle("softmax_confidence", 1, True).endswith("serves softmax_confidence")
-    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: "not built")
+    monkeypatch.setattr(cpp_backend, "cuda_missing", lambda: "not built")
     assert obstacle("ema_update_", 1, False) == "not built"
 
 
@@ -136,12 +136,12 @@ def test_a_gpu_that_the_cuda_kernels_do_not_run_on_is_a_stated_reason(monkeypatc
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
     monkeypatch.setattr(torch.ops.fastmt, "scale_", scale_)
-    assert backends._launch.__wrapped__(3) == (
+    assert cpp_backend._launch.__wrapped__(3) == (
         "the CUDA C++ kernels do not run on cuda:3: "
         "fastmt: CUDA says no kernel image is available for execution"
     )
     monkeypatch.setattr(torch.ops.fastmt, "scale_", lambda *_: None)
-    assert backends._launch.__wrapped__(3) is None
+    assert cpp_backend._launch.__wrapped__(3) is None
 
 
 class Elsewhere:
@@ -155,11 +155,13 @@ class Elsewhere:
 
 def test_triton_takes_over_where_the_cuda_kernels_do_not_run(monkeypatch):
     monkeypatch.setattr(backends, "_tensor_obstacle", lambda tensors: None)
-    monkeypatch.setattr(backends, "extension_missing", lambda: None)
-    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: None)
+    monkeypatch.setattr(cpp_backend, "missing", lambda: None)
+    monkeypatch.setattr(cpp_backend, "cuda_missing", lambda: None)
     monkeypatch.setattr(backends.triton_backend, "obstacle", lambda *_: None)
     for reason, expected in ((None, "cpp"), ("no kernel image", "triton")):
-        monkeypatch.setattr(backends, "cuda_launch_obstacle", lambda index, reason=reason: reason)
+        monkeypatch.setattr(
+            cpp_backend, "cuda_launch_obstacle", lambda index, reason=reason: reason
+        )
         choice = backends._resolve("consistency_loss", "auto", [Elsewhere()] * 2, None, True)
         assert choice.backend == expected
     asked = backends._resolve("consistency_loss", "cpp", [Elsewhere()] * 2, None, True)
@@ -167,7 +169,9 @@ def test_triton_takes_over_where_the_cuda_kernels_do_not_run(monkeypatch):
 
 
 def test_no_table_is_written_without_kernels(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(backends, "build_info", lambda: {"cuda": {"built": False, "reason": "why"}})
+    monkeypatch.setattr(
+        cpp_backend, "build_info", lambda: {"cuda": {"built": False, "reason": "why"}}
+    )
     assert cuda_resources.main(["--out", str(tmp_path / "table.json")]) == 1
     assert "no CUDA kernels here: why" in capsys.readouterr().err
     assert not os.listdir(tmp_path)

@@ -46,7 +46,7 @@ from tolerances import assert_average_close
 
 import fastmt
 from benchmarks import cuda_resources
-from fastmt import backends, reference
+from fastmt import cpp_backend, reference
 from fastmt.confidence import KINDS
 from fastmt.consistency import CLASS_REDUCTIONS, LOSSES, NORMALIZATIONS, WEIGHTS
 
@@ -59,9 +59,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
-    pytest.mark.skipif(
-        backends.extension_missing() is not None, reason="the C++ kernels are not built"
-    ),
+    pytest.mark.skipif(cpp_backend.missing() is not None, reason="the C++ kernels are not built"),
     pytest.mark.usefixtures("poisoned", "one_thread"),
     pytest.mark.filterwarnings("ignore:Warning only once for all operators"),
 ]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import fastmt
-from fastmt import backends, cli, selftest
+from fastmt import cli, cpp_backend, selftest
 
 CPU = torch.device("cpu")
 built = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="the C++ kernels are not built"
+    cpp_backend.missing() is not None, reason="the C++ kernels are not built"
 )
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,7 @@ def test_the_report_tells_versions_devices_and_what_serves_each_operation_and_wh
     assert [f.operation for f in found] == list(selftest.PLAIN)
     assert {f.backend for f in found} == {"cpp"}
     assert {f.reason for f in found} == {
-        f"C++ kernels ({backends.instruction_set()}) serve this call"
+        f"C++ kernels ({cpp_backend.instruction_set()}) serve this call"
     }
     text = repr(report)
     assert report.versions["fastmt"].endswith(f" in {Path(fastmt.__file__).parent}")
@@ -61,8 +61,8 @@ def test_the_report_tells_versions_devices_and_what_serves_each_operation_and_wh
 def test_what_was_built_is_told_without_the_figures_of_each_kernel(monkeypatch):
     cuda = {"built": True, "reason": "", "compiler": "nvcc 12.8", "resources": [{"registers": 64}]}
     record = {"cpp": True, "reason": "", "compiler": "c++ 12", "cuda": cuda}
-    monkeypatch.setattr(backends, "build_info", lambda: record)
-    monkeypatch.setattr(backends, "cuda_extension_missing", lambda: "no CUDA device is available")
+    monkeypatch.setattr(cpp_backend, "build_info", lambda: record)
+    monkeypatch.setattr(cpp_backend, "cuda_missing", lambda: "no CUDA device is available")
     build = fastmt.doctor(timing=False).build
     assert build["compiler"] == "c++ 12"
     assert build["CUDA compiler"] == "nvcc 12.8"
@@ -81,7 +81,7 @@ def test_kernels_are_timed_against_eager(monkeypatch):
 
 def test_without_kernels_the_reference_is_tested_and_the_reason_told(monkeypatch):
     reason = "the C++ kernels are not built: no compiler"
-    monkeypatch.setattr(backends, "extension_missing", lambda: reason)
+    monkeypatch.setattr(cpp_backend, "missing", lambda: reason)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a report says it; a warning besides would be noise
         report = fastmt.doctor()

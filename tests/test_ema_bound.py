@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import fastmt
-from fastmt import backends
+from fastmt import cpp_backend
 from fastmt.ema_bound import AVERAGE, Bound, Row
 
 pytestmark = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="the C++ kernels are not built"
+    cpp_backend.missing() is not None, reason="the C++ kernels are not built"
 )
 ROOT = Path(fastmt.__file__).parents[1]
 START = f"""

@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 import fastmt
-from fastmt import backends, ema_plan
+from fastmt import cpp_backend, ema_plan
 from fastmt.ema_bound import AVERAGE, COPY, STOCHASTIC, Row
 from fastmt.ema_table import DeviceUpdate, Layout
 
 pytestmark = [
-    pytest.mark.skipif(
-        backends.extension_missing() is not None, reason="the C++ kernels are not built"
-    ),
+    pytest.mark.skipif(cpp_backend.missing() is not None, reason="the C++ kernels are not built"),
     pytest.mark.usefixtures("one_thread"),
 ]
 CPU = torch.device("cpu")

@@ -12,14 +12,14 @@ import torch
 from operands import random_logits
 
 import fastmt
-from fastmt import backends, kept_memory
+from fastmt import cpp_backend, kept_memory
 
 SHAPE = (1, 5, 512, 512)  # 5 MiB: above what the kernels take from PyTorch's allocator
 
 
 @pytest.fixture(autouse=True)
 def kernels_and_nothing_kept():
-    if missing := backends.extension_missing():
+    if missing := cpp_backend.missing():
         pytest.skip(missing)
     kept_memory.release()
     with fastmt.backend("cpp", strict=True):

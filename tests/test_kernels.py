@@ -13,7 +13,7 @@ from operands import laid_out, random_logits
 from tolerances import assert_gradient_close, assert_loss_close
 
 import fastmt
-from fastmt import backends
+from fastmt import cpp_backend
 from fastmt.consistency import LOSSES
 from fastmt.ema_table import Table
 
@@ -116,11 +116,11 @@ PROGRAM = """
 import sys, torch
 sys.path[:0] = {path!r}
 import fastmt
-from fastmt import backends
+from fastmt import cpp_backend
 from test_kernels import everything
 with fastmt.backend("cpp", strict=True):
     results = [everything(*case) for case in {cases!r}]
-torch.save((backends.instruction_set(), results), {out!r})
+torch.save((cpp_backend.instruction_set(), results), {out!r})
 """
 CASES = [(loss, dtype, "contiguous", None) for loss in LOSSES for dtype in ("float32", "bfloat16")]
 CASES += [
@@ -167,8 +167,8 @@ def test_an_unknown_instruction_set_is_a_clear_error():
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
 import fastmt, torch
-from fastmt import backends
-assert not backends.extension_missing()
+from fastmt import cpp_backend
+assert not cpp_backend.missing()
 logits = torch.zeros(2, 3)
 calls = [
     lambda: fastmt.softmax_confidence(logits),
@@ -226,7 +226,7 @@ def test_the_widest_instruction_set_is_taken():
     wide = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words
     expected = "avx512" if wide else "avx2" if avx2 else "baseline"
     if "FASTMT_CPU_ISA" not in os.environ:
-        assert backends.instruction_set() == expected
+        assert cpp_backend.instruction_set() == expected
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.0, -1.0])

@@ -8,10 +8,10 @@ from operands import random_logits
 
 import fastmt
 from benchmarks import machine
-from fastmt import backends
+from fastmt import cpp_backend
 
 pytestmark = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="properties of the C++ kernels"
+    cpp_backend.missing() is not None, reason="properties of the C++ kernels"
 )
 FAR = 2**31 + 64  # elements between two images
 SIZES = [None, (13, 24)]

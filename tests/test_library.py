@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 from torch.optim import sgd
 
 import fastmt
-from fastmt import backends, library
+from fastmt import backends, cpp_backend, library
 
 pytestmark = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="the C++ kernels are not built"
+    cpp_backend.missing() is not None, reason="the C++ kernels are not built"
 )
 SHAPE, LARGE = (2, 5, 6, 7), (13, 15)
 STUDENT, TEACHER = random_logits(SHAPE, 1), random_logits(SHAPE, 2)

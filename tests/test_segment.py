@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmt
+from fastmt import cpp_backend
 from fastmt.segment import spans, tile_side
 
 CLASSES, STRIDE = 5, 4
@@ -178,7 +179,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 def test_no_logits_of_the_images_size_are_made():
-    if fastmt.backends.extension_missing():
+    if cpp_backend.missing():
         pytest.skip("eager PyTorch makes them")
     network, pixels = Net(), image(64, 96)
     with LargestLogits() as mode:

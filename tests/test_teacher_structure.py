@@ -10,10 +10,10 @@ import torch
 from followed import Net, advance
 from torch import nn
 
-from fastmt import EMATeacher, backends, matching, native
+from fastmt import EMATeacher, backends, cpp_backend, matching, native
 
 needs_kernels = pytest.mark.skipif(
-    backends.extension_missing() is not None, reason="calls the C++ library"
+    cpp_backend.missing() is not None, reason="calls the C++ library"
 )
 
 
@@ -29,7 +29,7 @@ def looked_at(request, monkeypatch):
     if request.param == "dictionaries by Python":  # as in a Python without its lock
         monkeypatch.setattr(native, "dictionaries_hold", lambda: None)
     if request.param == "no extension":
-        monkeypatch.setattr(backends, "extension_missing", lambda: "no compiler")
+        monkeypatch.setattr(cpp_backend, "missing", lambda: "no compiler")
     with backends.backend("eager" if request.param == "no extension" else "auto"):
         yield request.param
 
