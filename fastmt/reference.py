@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmt.rounding import random_bits, stochastically_rounded
 from fastmt.threefry import random_words
 
 
@@ -245,7 +246,7 @@ def ema_update_(
         rounded = after.to(average.dtype)
         if rounding == "stochastic" and average.dtype in _HALVES:
             random = random_bits(after, draw, number)
-            rounded = _stochastically_rounded(after.float(), average.dtype, random)
+            rounded = stochastically_rounded(after.float(), average.dtype, random)
         if rest is not None:
             rest.copy_((after - rounded.float()).nan_to_num(0.0, 0.0, 0.0))
         average.copy_(rounded)
@@ -286,31 +287,6 @@ def _where_counted(decay: float | Tensor, after: Tensor, before: Tensor) -> Tens
         return torch.where(counted, after, before)
     bits = _SIGNED.get(after.dtype, after.dtype)  # torch.where of 2.11 takes no unsigned ones
     return torch.where(counted, after.view(bits), before.view(bits)).view(after.dtype)
-
-
-def random_bits(like: Tensor, draw: int | Tensor, number: int) -> Tensor:
-    """32 random bits, as int64, for each element of a tensor of this number."""
-    index = torch.arange(like.numel(), device=like.device).view(like.shape)
-    return mixed(mixed(index & 0xFFFFFFFF) ^ mixed(draw ^ mixed(number)) ^ index >> 32)
-
-
-def mixed(x: int | Tensor) -> int | Tensor:
-    """Wellons' lowbias32 of numbers below 2^32: each bit of the result depends on each of x."""
-    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-def _stochastically_rounded(x: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """float32 values that `dtype` holds, above or below x, of mean x where `random` is uniform."""
-    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of float32's mantissa
-    bits = x.view(torch.int32).long() + (random & ((1 << dropped) - 1))
-    rounded = (bits >> dropped << dropped).int().view(torch.float32)
-    if dtype == torch.float16:
-        steps = x.abs() * 2.0**24  # of the subnormal numbers
-        steps = steps.floor() + ((random >> 8) * 2.0**-24 < steps.frac())
-        rounded = torch.where(x.abs() < 2.0**-14, (steps * 2.0**-24).copysign(x), rounded)
-    return torch.where(x.isfinite(), rounded, x)
 
 
 def gaussian_noise(images: Tensor, seed: Tensor, sigma: float, clip: float, clamp: bool) -> Tensor:

@@ -8,7 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, decays, reference
+from fastmt import arguments, decays
+from fastmt.rounding import mixed
 
 _32_BITS = 0xFFFFFFFF
 
@@ -122,8 +123,8 @@ class Counting(nn.Module):
         """The seed of the next update's random numbers."""
         if self._draw_seed is None:
             return 0
-        seed = reference.mixed(self._draw_seed & _32_BITS)
-        return reference.mixed((seed + self.calls) & _32_BITS)
+        seed = mixed(self._draw_seed & _32_BITS)
+        return mixed((seed + self.calls) & _32_BITS)
 
     def count(self) -> None:
         """Count a call of update() that something else has made, such as the replay of a graph."""

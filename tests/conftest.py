@@ -62,3 +62,24 @@ def either(request, poisoned, one_thread):
 def forgotten_warnings(monkeypatch):
     """No fallback has been warned about yet."""
     monkeypatch.setattr(backends, "_warned", set())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A domain by day with labels and one by dusk, in tmp_path."""
+    from adapt_runs import write_domains  # with Pillow, which most tests do without
+
+    return write_domains(tmp_path)
+
+
+@pytest.fixture
+def one_graph_and_no_other():
+    """Compiled anew in each test; a second compilation of the same code is an error."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with (
+        fastmt.backend("cpp", strict=True),
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        yield
+    torch.compiler.reset()

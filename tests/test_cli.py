@@ -9,22 +9,16 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from adapt_runs import DIRS, SMALL, command, fail, write_domains, write_pair
+from adapt_runs import DIRS, SMALL, command, fail
 from PIL import Image
 
-from fastmt import adapt, adapt_command, adapt_data, cli
+from fastmt import adapt, adapt_data, cli
 from fastmt.adapt_data import folder_domains
 from fastmt.checkpoint import CheckpointError, load
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return write_domains(tmp_path)
 
 
 def run(words):
@@ -164,167 +158,6 @@ def test_a_checkpoint_cut_short_is_named(folders, capfd):
     capfd.readouterr()
     line = fail(capfd, command(folders, "--resume"))
     assert str(path) in line and "truncated" in line
-
-
-def _missing(folder):
-    shutil.rmtree(folder / "dusk")
-    return folder / "dusk", "no such folder"
-
-
-def _empty(folder):
-    for path in (folder / "dusk" / "images").iterdir():
-        path.unlink()
-    return folder / "dusk" / "images", "no image"
-
-
-def _without_label(folder):
-    (folder / "day" / "labels" / "day1.png").unlink()
-    return folder / "day" / "images" / "day1.png", "no label"
-
-
-def _sizes_differ(folder):
-    path = folder / "day" / "labels" / "day1.png"
-    Image.new("L", (40, 32)).save(path)
-    return path, "40x32"
-
-
-def _label_outside(folder):
-    path = folder / "dusk_test" / "labels" / "dusk_test1.png"
-    Image.new("L", (48, 32), 7).save(path)
-    return path, "label id 7"
-
-
-def _truncated(folder):
-    path = folder / "dusk" / "images" / "dusk2.png"
-    path.write_bytes(path.read_bytes()[:60])
-    return path, "cannot be decoded"
-
-
-def _sixteen_bit(folder):
-    path = folder / "dusk" / "images" / "dusk2.png"
-    Image.fromarray(np.zeros((32, 48), np.uint16)).save(path)
-    return path, "8-bit"
-
-
-def _test_in_target(folder):
-    for part in ("images", "labels"):
-        shutil.rmtree(folder / "dusk_test" / part)
-    (folder / "dusk_test" / "images").symlink_to(folder / "dusk" / "images")
-    for i in range(3):
-        write_pair(folder / "spare", f"dusk{i}", seed=i)
-    (folder / "dusk_test" / "labels").symlink_to(folder / "spare" / "labels")
-    return folder / "dusk_test" / "images" / "dusk0.png", "hold the test images out"
-
-
-def _too_small(folder):
-    path = folder / "dusk" / "images" / "dusk1.png"
-    Image.new("RGB", (24, 24)).save(path)
-    return path, "smaller than the crop 48x32"
-
-
-def _other_classes(folder):
-    path = folder / "dusk_test" / "classes.txt"
-    path.write_text("road\nsky\ncar\n")
-    return path, "other classes than in"
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        _missing,
-        _empty,
-        _without_label,
-        _sizes_differ,
-        _label_outside,
-        _truncated,
-        _sixteen_bit,
-        _test_in_target,
-        _too_small,
-        _other_classes,
-    ],
-)
-def test_data_that_cannot_be_used_is_one_line_naming_the_file(folders, capfd, spoil):
-    name, complaint = spoil(folders)
-    line = fail(capfd, command(folders, steps=4))
-    assert str(name) in line and complaint in line
-    assert not list((folders / "out").iterdir())  # told before training
-
-
-def test_errors_in_the_data_end_the_process_with_one_line(folders):
-    name, complaint = _truncated(folders)
-    status, _, stderr = run(command(folders))
-    assert status == 2 and len(stderr.splitlines()) == 1
-    assert str(name) in stderr and complaint in stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (["--steps", "0"], "--steps"),
-        (["--lr", "nan"], "--lr"),
-        (["--lr", "-1"], "--lr"),
-        (["--decay", "1"], "--decay"),
-        (["--ramp", "1.5"], "--ramp"),
-        (["--crop", "16", "48"], "--crop"),
-        (["--crop", "33", "48"], "--crop: got '33', expected a multiple of 4"),
-        (["--width", "3"], "--width"),
-        (["--style", "cubist"], "--style"),
-        (["--seeds", "-1"], "--seeds"),
-        (["--device", "toaster"], "--device"),
-        (["--batch", "1", "--crop", "32", "32"], "--batch 1 needs a --crop with a side above 32"),
-        (["--seeds", "0", "1", "0"], "--seeds: got [0, 1, 0], expected each seed once"),
-        (["--sources", "x"], "--sources"),
-        (["--source", "x"], "--target"),
-        (["--num-classes", "3"], "--num-classes"),
-    ],
-)
-def test_bad_options_are_one_line(capfd, options, complaint):
-    assert complaint in fail(capfd, ["adapt", *options])
-
-
-def test_an_out_that_is_a_file_is_named(tmp_path, capfd):
-    (tmp_path / "out").write_text("")
-    assert str(tmp_path / "out") in fail(capfd, ["adapt", "--out", str(tmp_path / "out")])
-
-
-def denied(path):
-    return PermissionError(13, "Permission denied", path)
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (denied("day/images"), "day/images: Permission denied; make it readable"),
-        (denied("o/p"), "o/p: Permission denied; choose a writable --out"),
-        (denied("."), ".: Permission denied; choose a writable --out"),
-        (OSError(28, "No space left on device"), "o: No space left on device; choose a writable"),
-        (MemoryError(), "out of memory; choose a smaller --batch"),
-        (torch.OutOfMemoryError("CUDA"), "out of memory; choose a smaller --batch"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate"), "out of memory; choose a smaller"),
-    ],
-)
-def test_what_a_user_can_mend_is_one_line(tmp_path, monkeypatch, capfd, error, told):
-    def spoil(*_):
-        raise error
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(adapt_command, "scene_domains", spoil)
-    assert told in fail(capfd, ["adapt", "--out", "o"])
-
-
-def test_a_mistake_of_its_own_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapt_command, "scene_domains", lambda _: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):
-        cli.main(["adapt", "--out", str(tmp_path / "o")])
-
-
-@pytest.mark.parametrize("name", ["tqdm", "tensorboard"])
-def test_a_missing_package_is_told_before_the_data_is_read(folders, monkeypatch, capfd, name):
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setattr(adapt_command, "folder_domains", None)
-    line = fail(capfd, command(folders))
-    assert f'{name} is not installed: pip install "fastmt[train]"' in line
 
 
 def test_a_command_is_required_and_help_succeeds(capfd):

@@ -1,0 +1,16 @@
+"""Compiling without a break, and how many graphs that took."""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.utils import counters
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def graphs():
+    """How many graphs dynamo has captured since the last reset."""
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
