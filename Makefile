@@ -15,7 +15,7 @@ demo: $(VENV)/kernels.stamp
 	$(BIN)/python -m fastmt adapt --out runs/demo --overwrite
 
 test: $(VENV)/kernels.stamp
-	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/kernels.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-enable

@@ -19,6 +19,11 @@ settings.register_profile(
 settings.load_profile("fastmt")
 
 
+def pytest_collection_modifyitems(items):
+    """The one test that takes minutes starts first, or it is left to run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_triton.py")
+
+
 @pytest.fixture
 def poisoned():
     """torch.empty, also inside the kernels, starts as NaN (integers as their largest value)."""
