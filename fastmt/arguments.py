@@ -16,6 +16,11 @@ def shape(tensor: Tensor) -> str:
     return f"({', '.join(map(str, tensor.shape))})"
 
 
+def first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def check_choice(name: str, value: object, options: Sequence[object]) -> None:
     if value not in options:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, options))}")

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmt.arguments import first_line
+
 __all__ = [
     "CheckpointError",
     "check_architecture",
@@ -76,7 +78,7 @@ def load(
         ) from error
     except Exception as error:  # of a sound archive: a foreign layout or a missing device
         raise CheckpointError(
-            f"{path}: cannot be loaded onto {map_location} ({_first_line(error)}); "
+            f"{path}: cannot be loaded onto {map_location} ({first_line(error)}); "
             "check map_location, or use a checkpoint written by fastmt"
         ) from error
     return _unwrap(payload, path)
@@ -139,7 +141,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return safetensors_torch.load_file(path, device="cpu")
     except Exception as error:  # SafetensorError derives from Exception directly
         raise CheckpointError(
-            f"{path}: is truncated or no safetensors file ({_first_line(error)}); "
+            f"{path}: is truncated or no safetensors file ({first_line(error)}); "
             "restore a complete copy"
         ) from error
 
@@ -285,11 +287,6 @@ def _unwrap(payload: Any, path: Path) -> dict[str, Any]:
     if not isinstance(payload.get("state"), dict):
         raise CheckpointError(f"{path}: holds no state; restore an intact copy")
     return payload["state"]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _import_safetensors() -> Any:

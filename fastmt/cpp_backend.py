@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmt import library
+from fastmt.arguments import first_line
 
 MAX_TEACHERS = 16  # of the CUDA kernels
 _PACKAGE = Path(__file__).parent
@@ -41,7 +42,7 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(library_path()))
     except (OSError, RuntimeError) as error:
-        return f"the C++ kernels do not load: {str(error).splitlines()[0]}"
+        return f"the C++ kernels do not load: {first_line(error)}"
     library.register_fakes()
     return None
 
@@ -80,7 +81,7 @@ def _load_cuda() -> str | None:
     try:
         torch.ops.load_library(str(kernels))
     except (OSError, RuntimeError) as error:
-        return f"the CUDA C++ kernels do not load: {str(error).splitlines()[0]}"
+        return f"the CUDA C++ kernels do not load: {first_line(error)}"
     return None
 
 
@@ -98,7 +99,7 @@ def _launch(index: int) -> str | None:
     try:
         torch.ops.fastmt.scale_(number.clone(), number, number)
     except RuntimeError as error:
-        return f"the CUDA C++ kernels do not run on cuda:{index}: {str(error).splitlines()[0]}"
+        return f"the CUDA C++ kernels do not run on cuda:{index}: {first_line(error)}"
     return None
 
 

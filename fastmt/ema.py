@@ -18,7 +18,6 @@ from fastmt.ema_bound import (
     KERNEL_DTYPES,
     Bound,
     Row,
-    is_averaged,
     is_served,
     storage_of,
     update_eagerly,
@@ -139,7 +138,7 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
 
 
 def _row(position: int, average: Tensor, value: Tensor) -> Row:
-    mode = AVERAGE if is_averaged(average) else COPY
+    mode = AVERAGE if reference.is_averaged(average) else COPY
     return Row(position, (average,), value, (mode,), (None,))
 
 

@@ -94,11 +94,6 @@ def _follows(average: Tensor, value: Tensor, mode: int) -> bool:
     return average.stride() == value.stride() and is_dense(average)
 
 
-def is_averaged(tensor: Tensor) -> bool:
-    """Whether it holds numbers that have an average: no integers, truth values, float8."""
-    return (tensor.is_floating_point() and tensor.itemsize > 1) or tensor.is_complex()
-
-
 def storage_of(tensor: Tensor) -> int:
     """Where its memory begins; of a subclass that is made of other tensors, the object itself."""
     if is_traceable_wrapper_subclass(tensor):

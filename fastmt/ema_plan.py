@@ -19,13 +19,13 @@ from fastmt.ema_bound import (
     STOCHASTIC,
     Bound,
     Row,
-    is_averaged,
     is_served,
     update_eagerly,
 )
 from fastmt.ema_staging import Staging
 from fastmt.ema_table import DeviceUpdate, are_on_host, decay_on, is_read_by
 from fastmt.matching import Pair, Shards, Structure, check_memory, matched
+from fastmt.reference import is_averaged
 
 _RULES = {"copy": COPY, "ema": AVERAGE, "keep": KEEP}
 _ROUNDINGS = {None: AVERAGE, "stochastic": STOCHASTIC, "kahan": KAHAN}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmt.arguments import check_positive, shape
+from fastmt.arguments import check_positive, first_line, shape
 from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
 from fastmt.teacher_network import carrying
@@ -177,7 +177,7 @@ def logits_from(network: nn.Module, images: Tensor, name: str, amp: torch.dtype 
             raise
         raise TypeError(
             f"{name}: failed on images of {images.dtype} with weights of "
-            f"{' and '.join(map(str, weights))} ({_first_line(error)}); give images of the "
+            f"{' and '.join(map(str, weights))} ({first_line(error)}); give images of the "
             "weights' type, or for half precision keep both in float32 and set amp=torch.bfloat16"
         ) from error
     return logits_of(output, images, name)
@@ -239,7 +239,3 @@ def _dtypes(network: nn.Module) -> list[torch.dtype]:
 
 def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastmt.arguments import first_line
+
 MIN_SIDE = 32  # pixels: one at the U-Net's coarsest level
 
 
@@ -66,7 +68,7 @@ def device(text: str) -> str:
     try:
         torch.zeros((), device=text)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise argparse.ArgumentTypeError(
             f"got {text!r}, which is not available: {reason}"
         ) from error

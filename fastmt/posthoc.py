@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmt.ema_bound import is_averaged
+from fastmt.reference import is_averaged
 
 
 class Snapshot(NamedTuple):

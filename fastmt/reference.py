@@ -255,13 +255,18 @@ def ema_update_(
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether it holds numbers that have an average: no integers, truth values, float8 codes."""
+    return (tensor.is_floating_point() and tensor.itemsize > 1) or tensor.is_complex()
+
+
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _mean(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
     """decay * average + (1 - decay) * value in float32 or float64; `value` where not floating."""
-    if not average.is_floating_point() or average.itemsize == 1:  # float8 is no more than codes
+    if not is_averaged(average):
         return value.to(average.device)
     wide = torch.promote_types(average.dtype, torch.float32)
     share = _beside(average, 1 - decay, wide)

@@ -83,11 +83,13 @@ class Walk(NamedTuple):
 
     def wide(self, classes: int, *maps: Tensor | None) -> bool:
         """Whether offsets within an image's row, or positions on an axis, need 64 bits."""
-        return _is_wide(self, classes, tuple(0 if m is None else m.stride(2) for m in maps))
+        strides = tuple(0 if m is None else m.stride(2) for m in maps)
+        return _reach(self, classes, strides) >= NARROW
 
 
 @functools.lru_cache(REMEMBERED)
-def _is_wide(walk: Walk, classes: int, maps: tuple[int, ...]) -> bool:
+def _reach(walk: Walk, classes: int, maps: tuple[int, ...]) -> int:
+    """The largest offset within a row, or position on an axis."""
     grids = (walk.first, *walk.others)
     offsets = [classes * abs(s[1]) + axis[0] * abs(s[3]) for _, axis, s in grids]
     offsets += [walk.size[1] * abs(stride) for stride in maps]
@@ -96,7 +98,7 @@ def _is_wide(walk: Walk, classes: int, maps: tuple[int, ...]) -> bool:
         for grid in grids
         for axis, out in zip(grid[:2], walk.size, strict=True)
     ]
-    return max(offsets) >= NARROW
+    return max(offsets)
 
 
 def walk_of(

@@ -23,8 +23,8 @@ def launch(
 ) -> None:
     """kernel[(programs,)](*arguments, **constants), the constants in the kernel's own order.
 
-    From the second time on it does not ask Triton's dispatcher, which takes several times as long
-    as the launch itself and most of a small call.
+    From the second time on it does not ask Triton's dispatcher, which looks at each argument anew
+    and takes longer than the launch itself.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     values = tuple(constants.values())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 NARROW = 2**31  # offsets within a block below this are 32-bit
 OUTER = 3  # dimensions of pixels around the inner one
-REMEMBERED = 1024  # of layouts that were described: a small call takes as long as to describe one
+REMEMBERED = 1024  # descriptions of layouts; training asks for the same few at every step
 
 
 class Pixels(NamedTuple):
@@ -28,7 +28,12 @@ class Pixels(NamedTuple):
     sizes: tuple[int, ...]  # OUTER sizes and the inner one
     strides: tuple[tuple[int, ...], ...]  # of a tensor: its class stride, one for each size
     blocks: int
-    wide: bool  # whether offsets within a block need 64 bits
+    reach: int  # the largest offset within a block
+
+    @property
+    def wide(self) -> bool:
+        """Whether offsets within a block need 64 bits."""
+        return self.reach >= NARROW
 
 
 def describe(columns: Sequence[Tensor], maps: Sequence[Tensor | None], block: int) -> Pixels:
@@ -59,7 +64,7 @@ def _pixels(
     strides = tuple((c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True))
     blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
     reach = [(shape[1] - 1) * abs(c) + block * abs(inner) for c, *_, inner in strides]
-    return Pixels((1,) * lead + tuple(sizes), strides, blocks, max(reach) >= NARROW)
+    return Pixels((1,) * lead + tuple(sizes), strides, blocks, max(reach))
 
 
 def lie_apart(columns: Sequence[Tensor]) -> bool:

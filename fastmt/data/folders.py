@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmt.arguments import first_line
 from fastmt.pictures import default_palette, require_pillow
 
 VOID = 255
@@ -264,7 +265,7 @@ def _decode(path: Path):
             bits = file.read(25)[24] if picture.format == "PNG" else None
             return ImageOps.exif_transpose(picture), bits
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{path}: cannot be decoded ({reason}); export it again") from error
 
 

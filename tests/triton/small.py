@@ -17,6 +17,22 @@ def shapes(classes: st.SearchStrategy[int]) -> st.SearchStrategy[tuple[int, ...]
     return st.tuples(batch, classes, st.one_of(sides)).map(lambda s: (*s[:2], *s[2]))
 
 
+def offsets_of(monkeypatch, *modules) -> list[bool]:
+    """Grows with each launch of these modules from now on: whether its offsets have 64 bits."""
+    wide = []
+
+    def noting(launch):
+        def noted(*arguments, **options):
+            wide.append(options["WIDE"])
+            launch(*arguments, **options)
+
+        return noted
+
+    for module in modules:
+        monkeypatch.setattr(module, "launch", noting(module.launch))
+    return wide
+
+
 CLASSES = st.integers(1, 40) | st.integers(41, 200)
 DTYPE = st.sampled_from(DTYPES)
 LAYOUT = st.sampled_from(LAYOUTS)

@@ -22,7 +22,13 @@ from tolerances import TOLERANCES
 import fastmt
 from fastmt.confidence import KINDS
 from fastmt.consistency import LOSSES, NORMALIZATIONS, WEIGHTS
-from fastmt.kernels import calls, cells
+from fastmt.kernels import (
+    calls,
+    cells,
+    cells_confidence,
+    cells_consistency,
+    cells_cross_entropy,
+)
 from fastmt.kernels.grid import first_beyond, neighbours
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -257,11 +263,15 @@ def test_64_bit_offsets_and_repeated_calls_give_the_same_bits(monkeypatch):
     first = everything(student, teacher, labels, (7, 50))
     again = everything(student, teacher, labels, (7, 50))
     monkeypatch.setattr(cells, "NARROW", 0)
+    in_64_bits = small.offsets_of(
+        monkeypatch, cells, cells_confidence, cells_consistency, cells_cross_entropy
+    )
     wide = everything(student, teacher, labels, (7, 50))
     for a, b, c in zip(first, again, wide, strict=True):
         assert not a.isnan().any()
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+    assert in_64_bits == [True] * 5  # two losses with their joins, and the confidence
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from fastmt import kernels, reference
 from fastmt.confidence import KINDS
 from fastmt.consistency import CLASS_REDUCTIONS, LOSSES, NORMALIZATIONS, WEIGHTS
 from fastmt.cross_entropy import NORMALIZATIONS as CE_NORMALIZATIONS
-from fastmt.kernels import sums, views
+from fastmt.kernels import dense_confidence, dense_consistency, dense_cross_entropy, sums, views
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -208,9 +208,14 @@ def test_64_bit_offsets_and_layouts_give_the_same_pixels(layout, dtype, monkeypa
     labels = random_labels(shape, 0, torch.uint8)
     expected = everything(student, teacher, labels)
     monkeypatch.setattr(views, "NARROW", 0)
+    in_64_bits = small.offsets_of(
+        monkeypatch, dense_confidence, dense_consistency, dense_cross_entropy
+    )
     student, teacher = laid_out(student, layout), laid_out(teacher, layout)
     labels = laid_out(labels, layout, class_dim=False)
     assert_same(expected, everything(student, teacher, labels))
+    assert in_64_bits
+    assert all(in_64_bits)
 
 
 def test_sums_of_many_programs_are_taken_in_two_steps(monkeypatch):
