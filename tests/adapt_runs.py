@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fastmt import cli
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--crop", "32", "48", "--batch", "2", "--width", "2", "--threads", "1"]
 DIRS = ("day", "dusk", "dusk_test")
 
@@ -35,6 +40,18 @@ def write_domains(folder):
 def command(folder, *options, steps=2):
     data = [f"--{n}={folder / d}" for n, d in zip(("source", "target", "test"), DIRS, strict=True)]
     return ["adapt", *data, "--out", str(folder / "out"), *SMALL, f"--steps={steps}", *options]
+
+
+def run(*call, **environment):
+    """Python in a process of its own; its status, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, *call],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def fail(capfd, words):

@@ -6,17 +6,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from adapt_runs import command, fail, write_domains
+from adapt_runs import command, fail, run, write_domains
 
 from fastmt import adapt, adapt_out, checkpoint, cli
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ("results.json", "table.md", "adapted.png")
 
 
@@ -126,12 +122,10 @@ def test_a_checkpoint_with_other_facts_is_named_and_not_resumed(tmp_path, capfd,
 
 def test_what_stdout_or_utf8_cannot_write_is_escaped(tmp_path):
     folder = write_domains(tmp_path / os.fsdecode(b"d\xff"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     words = command(folder, "--seeds", "0", "1", "--out", str(out := tmp_path / "out"))
-    call = [sys.executable, "-m", "fastmt", *words]
-    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\\xb1" in done.stdout and "d\\udcff" in done.stdout
+    status, stdout, stderr = run("-m", "fastmt", *words, PYTHONIOENCODING="ascii")
+    assert (status, stderr) == (0, "")
+    assert "\\xb1" in stdout and "d\\udcff" in stdout
     table = (out / "table.md").read_text(encoding="utf-8")
     assert "±" in table and "d\\udcff" in table
     assert set(RESULTS) <= set(os.listdir(out))

@@ -4,42 +4,28 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from adapt_runs import DIRS, SMALL, command, fail
+from adapt_runs import DIRS, ROOT, SMALL, command, fail, run
 from PIL import Image
 
 from fastmt import adapt, adapt_data, cli
 from fastmt.adapt_data import folder_domains
 from fastmt.checkpoint import CheckpointError, load
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-m", "fastmt", *words]
-    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
 
 def test_example_script_trains_and_scores():
     script = ROOT / "examples" / "adapt.py"
     assert len(script.read_text().splitlines()) < 80
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, script, "--steps", "2"]
-    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "mIoU on 16 test images" in done.stdout
+    status, stdout, stderr = run(script, "--steps", "2")
+    assert (status, stderr) == (0, "")
+    assert "mIoU on 16 test images" in stdout
 
 
 def test_command_leaves_table_figures_picture_curves_and_checkpoints(folders):
-    status, stdout, stderr = run(command(folders, "--seeds", "0", "1"))
+    status, stdout, stderr = run("-m", "fastmt", *command(folders, "--seeds", "0", "1"))
     assert (status, stderr) == (0, "")
     out = folders / "out"
     assert "| car |" in stdout and "±" in stdout and "never seen" in stdout

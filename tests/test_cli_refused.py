@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from adapt_runs import command, fail, write_pair
+from adapt_runs import command, fail, run, write_pair
 from PIL import Image
-from test_cli import run
 
 from fastmt import adapt_command, cli
 
@@ -101,7 +100,7 @@ def test_data_that_cannot_be_used_is_one_line_naming_the_file(folders, capfd, sp
 
 def test_errors_in_the_data_end_the_process_with_one_line(folders):
     name, complaint = _truncated(folders)
-    status, _, stderr = run(command(folders))
+    status, _, stderr = run("-m", "fastmt", *command(folders))
     assert status == 2 and len(stderr.splitlines()) == 1
     assert str(name) in stderr and complaint in stderr
 
