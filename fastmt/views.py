@@ -90,11 +90,13 @@ class Views:
     @contextmanager
     def undrawn_on_error(self) -> Iterator[None]:
         """The random numbers of a step that raises are drawn again by the next one."""
-        state = self.generator.get_state()
+        generators = [self.generator, *_global_generators(self.generator.device)]
+        states = [generator.get_state() for generator in generators]
         try:
             yield
         except BaseException:
-            self.generator.set_state(state)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
             raise
 
     def needs_unit_range(self, styles: bool) -> bool:
@@ -105,6 +107,12 @@ class Views:
         """The labels of the student's view: the source's where it was pasted, else ignored."""
         fits = labels.dtype != torch.uint8 or 0 <= self.ignore_index <= 255
         return (labels if fits else labels.long()).masked_fill(~pasted, self.ignore_index)
+
+
+def _global_generators(device: torch.device) -> list[torch.Generator]:
+    """Those that dropout in the networks draws from."""
+    on_gpu = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+    return [torch.default_generator, *on_gpu]
 
 
 def ignored_label(supervised: Callable[..., Tensor], mixes: bool) -> int:

@@ -72,6 +72,20 @@ def test_a_step_that_raises_leaves_everything_as_it_was(supervised):
     assert_same(*map(everything, (failing, other)))
 
 
+@pytest.mark.parametrize("supervised", [False, True])
+def test_dropout_draws_the_numbers_of_a_step_that_raised_again(supervised):
+    trainer = make_trainer({"dropout": 0.5})
+    source, labels, target = make_batch()
+    labels[0, 5, 5] = CLASSES + 3
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="got label 7"):
+        if supervised:
+            trainer.supervised_step(source, labels)
+        else:
+            trainer.step(source, labels, target)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Centred(nn.Module):
     """Puts another tensor in the place of its buffer, where BatchNorm2d writes into its own."""
 
