@@ -92,8 +92,8 @@ def check_architecture(
     """Raise CheckpointError naming the first entry of a loaded state dict that does not fit.
 
     module_state: `module.state_dict()`; loaded_state: the state dict from the file; path: that
-    file, for the message. Entries of the network that are missing or of another shape are named
-    before unexpected ones.
+    file, for the message. Entries of the network that are missing, or of another shape or dtype
+    (which loading would round), are named before unexpected ones.
     """
     remedy = "build the network with the settings it was trained with"
     for name, tensor in module_state.items():
@@ -148,7 +148,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"shape {tuple(value.shape)}"
+        return f"shape {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     return f"type {type(value).__name__}"
 
 

@@ -235,7 +235,7 @@ def test_the_first_entry_of_another_architecture_is_named():
     wider = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)).state_dict()
     deeper = OrderedDict(state, **{"2.weight": torch.zeros(1)})
     remedy = ".*; build the network with the settings"
-    shapes = r"shape \(16, 3, 3, 3\), the network expects shape \(8, 3, 3, 3\)"
+    shapes = r"shape \(16, 3, 3, 3\) of float32, the network expects shape \(8, 3, 3, 3\)"
     with pytest.raises(CheckpointError, match=f"a.pt: entry '0.weight' has {shapes}{remedy}"):
         check_architecture(state, wider, "a.pt")
     with pytest.raises(CheckpointError, match=f"a.pt: entry '2.weight' is unknown{remedy}"):

@@ -50,6 +50,16 @@ def test_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp_p
     assert_same(before, everything(other))
 
 
+def test_checkpoint_of_another_precision_is_refused_and_changes_nothing(tmp_path):
+    make_trainer().save(tmp_path / "run.pt")
+    half = Net().bfloat16()
+    other = MeanTeacher(half, torch.optim.Adam(half.parameters()))
+    before = everything(other)
+    with pytest.raises(CheckpointError, match=r"body\.0\.weight.* float32, .* bfloat16; build"):
+        other.resume(tmp_path / "run.pt")
+    assert_same(before, everything(other))
+
+
 def test_checkpoint_of_another_optimizer_is_refused(tmp_path):
     make_trainer().save(tmp_path / "run.pt")
     other = make_trainer()
