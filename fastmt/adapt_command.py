@@ -17,7 +17,7 @@ from fastmt import adapt, adapt_report
 from fastmt.adapt_data import Domains, folder_domains, scene_domains
 from fastmt.adapt_out import FIGURES, PICTURE, TABLE, check_out, remove_earlier
 from fastmt.networks import UNet
-from fastmt.options import MIN_SIDE, device, even, integer, number, side
+from fastmt.options import MIN_SIDE, device, even, integer, location, number, side
 from fastmt.pictures import require_pillow
 
 _EVALUATION = "Of both runs the moving average of the student is evaluated, on images never seen."
@@ -59,12 +59,14 @@ def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
 def _add_data_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("data").add_argument
     layout = "images/* beside labels/*.png of the same stems, or subfolders like that"
-    add("--source", nargs="+", metavar="DIR", help=f"labelled source: {layout}")
-    add("--target", nargs="+", metavar="DIR", help="target to train on: images/*, no labels read")
-    add("--test", nargs="+", metavar="DIR", help="held-out labelled target images, for the table")
+    folders = {"type": location, "nargs": "+", "metavar": "DIR"}
+    add("--source", **folders, help=f"labelled source: {layout}")
+    add("--target", **folders, help="target to train on: images/*, no labels read")
+    add("--test", **folders, help="held-out labelled target images, for the table")
     add("--num-classes", type=integer(1), metavar="C", help="how many classes [by names or labels]")
     add("--classes", nargs="+", metavar="NAME", help="their names [classes.txt beside the source]")
-    add("--out", default="runs/adapt", metavar="DIR", help="where results go [%(default)s]")
+    where = "where results go [%(default)s]"
+    add("--out", type=location, default="runs/adapt", metavar="DIR", help=where)
 
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:

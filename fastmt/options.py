@@ -64,6 +64,13 @@ def number(
     return number
 
 
+def location(text: str) -> str:
+    """Of a file or folder: an empty one, as of a shell variable that is unset, would be `.`."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a path")
+    return text
+
+
 def device(text: str) -> str:
     try:
         torch.zeros((), device=text)

@@ -15,7 +15,7 @@ from fastmt import checkpoint
 from fastmt.checkpoint import CheckpointError
 from fastmt.data import IMAGE_SUFFIXES, VOID, DataError, read_image
 from fastmt.networks import UNet
-from fastmt.options import MIN_SIDE, device, integer, number, side
+from fastmt.options import MIN_SIDE, device, integer, location, number, side
 from fastmt.pictures import (
     blend,
     colour,
@@ -44,9 +44,10 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(run=run_segment, check=_check)
     add = command.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a .pt file of fastmt adapt")
-    add("images", nargs="+", metavar="IMAGES", help="image files, or folders of them")
-    add("--out", required=True, metavar="DIR", help="where the pictures go")
+    add("checkpoint", type=location, metavar="CHECKPOINT", help="a .pt file of fastmt adapt")
+    images = {"type": location, "nargs": "+", "metavar": "IMAGES"}
+    add("images", **images, help="image files, or folders of them")
+    add("--out", type=location, required=True, metavar="DIR", help="where the pictures go")
     add("--tile", type=side, metavar="N", help="largest side seen at once [the whole image]")
     add("--overlap", type=integer(0), metavar="N", help="of tiles [a quarter of a tile]")
     add("--flip", action="store_true", help="also look at the mirrored image")

@@ -124,9 +124,12 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--sources", "x"], "--sources"),
         (["--source", "x"], "--target"),
         (["--num-classes", "3"], "--num-classes"),
+        (["--out", ""], "--out: got '', expected a path"),
+        (["--source", ""], "--source: got '', expected a path"),
     ],
 )
-def test_bad_options_are_one_line(capfd, options, complaint):
+def test_bad_options_are_one_line(tmp_path, monkeypatch, capfd, options, complaint):
+    monkeypatch.chdir(tmp_path)
     assert complaint in fail(capfd, ["adapt", *options])
 
 

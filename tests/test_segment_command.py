@@ -183,6 +183,18 @@ def test_missing_and_empty_places_are_named(trained, photos, tmp_path, capfd):
     assert "no.pt: no such file" in fail(capfd, [tmp_path / "no.pt", photos, *out])
 
 
+def test_an_empty_path_is_not_the_current_folder(trained, photos, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(photos)
+    before = set(photos.iterdir())
+    for words in (
+        ["", photos, "--out", "o"],
+        [trained, "", "--out", "o"],
+        [trained, photos, "--out", ""],
+    ):
+        assert "got '', expected a path" in fail(capfd, words)
+    assert set(photos.iterdir()) == before
+
+
 def test_damaged_images_and_checkpoints_are_named(trained, photos, tmp_path, capfd):
     out = ["--out", tmp_path / "o"]
     whole = (photos / "a.png").read_bytes()
