@@ -48,9 +48,7 @@ class Plan:
         networks = [*(track.teacher for track in tracks), network]
         shards, structure = Shards(networks), Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
-        # Kept ones need not match: a student may make caches of its own.
-        is_kept = all(track.buffers == "keep" for track in tracks)
-        buffers = [] if is_kept else _rows(tracks, network, _named_buffers)
+        buffers = _buffer_rows(tracks, network)
         # The shards first: to look at them puts them back into the structure.
         self._guards = [shards] * shards.any + [structure]
         self.rows = [
@@ -171,6 +169,17 @@ def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair
     for pairs in followed:
         check_memory(pairs)
     return [pairs for pairs in zip(*followed, strict=True) if pairs[0].average.numel()]
+
+
+def _buffer_rows(tracks: Sequence[Track], network: nn.Module) -> list[tuple[Pair, ...]]:
+    """Kept ones need not match, as a student may make caches of its own.
+
+    Another teacher's stands in the place of a kept one, where it is left alone.
+    """
+    following = [track for track in tracks if track.buffers != "keep"]
+    places = [following.index(track) if track in following else 0 for track in tracks]
+    rows = _rows(following, network, _named_buffers)
+    return [tuple(pairs[place] for place in places) for pairs in rows]
 
 
 def _named_buffers(network: nn.Module) -> list[tuple[str, Tensor]]:

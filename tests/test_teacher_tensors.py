@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastmt import EMATeacher, backend, ema_update_
+from fastmt.teacher import update_together
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(quantize|Sparse).*")
 UNUSUAL = {
@@ -151,6 +152,23 @@ def test_a_student_may_make_buffers_of_its_own_where_buffers_are_kept(change):
     assert all(torch.equal(student.get_buffer(name), own[name]) for name in own)
     teacher.copy_to(student)
     assert student.both == 0
+
+
+@pytest.mark.parametrize("is_kept_first", [True, False])
+@pytest.mark.parametrize("change", [add_cache, drop, resize, retype])
+def test_kept_buffers_need_not_match_beside_a_teacher_that_copies(change, is_kept_first):
+    student = with_buffer(torch.zeros(3))
+    kept = EMATeacher(student, buffers="keep")
+    change(student)
+    student.register_buffer("both", torch.zeros(2))
+    copying = EMATeacher(student)
+    student.both.fill_(2.0)
+    own = [(name, buffer.clone()) for name, buffer in kept.module.named_buffers()]
+    update_together([kept, copying] if is_kept_first else [copying, kept])
+    assert_follows(kept, student)
+    assert (copying.module.both == 2).all() and kept.updates == 3
+    for name, buffer in own:
+        assert torch.equal(kept.module.get_buffer(name), buffer)
 
 
 def test_a_buffer_that_is_left_alone_may_grow_in_swapped():

@@ -86,10 +86,11 @@ void update_span(const Bound& bound, int64_t row, const Use& use, double decay, 
   kernels().ema(span, use.mode == Mode::copy ? 0 : decay);
 }
 
-// Whether no value shares memory with an average, and no average is there twice.
+// Whether no value shares memory with an average that is written, and none of these is there twice.
 bool are_apart(const Bound& bound) {
   std::unordered_set<const void*> written, storages;
   for (const Use& use : bound.uses) {
+    if (use.mode == Mode::keep) continue;
     const Held& average = bound.tensors[use.average];
     if (!written.insert(average.pointer).second) return false;
     storages.insert(storage_of(average));
