@@ -1,6 +1,6 @@
 """Check and time everything on a GPU, in at most eight minutes: JSON, a table and a plot.
 
-python -m benchmarks.gpu --out DIR [--only TEXT] [--no-compile] [--minutes 8]
+python -m benchmarks.gpu --out DIR [--only TEXT] [--no-compile] [--minutes 7]
 
 Only what gives the reference's result in the very case is timed. A check that fails, of an option,
 of graphs or of waits, is told above the times and spoils no other: GPUs are lent for minutes. What
@@ -26,6 +26,7 @@ from benchmarks.gpu_cases import GpuWork
 from benchmarks.harness import COPY, Case
 
 ROUNDS = 15
+MINUTES = 7  # after which nothing begins
 _SECONDS_TO_COMPILE = 90  # that a case with torch.compile may need
 _MINUTES_TO_END = 1  # that what has begun in time may take beyond it
 
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--minutes", type=float, default=8, help="when to stop")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="when to stop")
     options = parser.parse_args(arguments)
     if reason := no_gpu():
         print(reason, file=sys.stderr)

@@ -45,7 +45,6 @@ UPSAMPLED = (  # logits at 1/stride of this output
     (Shape(2, 19, (1024, 1024)), 8),
     (Shape(4, 150, (512, 512)), 8),
 )
-OUTPUT_STRIDES = (4, 8)
 SIDES = (256, 512, 1024, 2048)  # of the images over which time and memory are followed
 CROSSOVER = tuple(Shape(1, 19, (side, side)) for side in (16, 32, 64, 128))
 TINY = Shape(2, 3, (9, 11))

@@ -52,6 +52,8 @@ def _check(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
             f"--batch 1 needs a --crop with a side above {MIN_SIDE}, as batch statistics want more"
             " than one value at the U-Net's coarsest level"
         )
+    if args.beta is not None and settings.style != "fourier":
+        error(f"--beta is that of the style fourier, and the style is {settings.style}")
     if len(set(args.seeds)) < len(args.seeds):
         error(f"--seeds: got {args.seeds}, expected each seed once")
 

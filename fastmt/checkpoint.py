@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import errno
 import os
-import secrets
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmt.arguments import first_line
+from fastmt.files import replacing
 
 __all__ = [
     "CheckpointError",
@@ -208,26 +207,19 @@ def _torch_save(payload: dict[str, Any], file: BinaryIO) -> None:
 
 
 def _write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
-    path = Path(path)
-    target = Path(os.path.realpath(path))  # a rename would replace a symbolic link, not its file
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
+        with replacing(target) as temporary, open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
         _sync_folder(target.parent)
     except OSError as error:
-        _remove(temporary)
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); free space on the disk or "
             "choose a writable path (a checkpoint that was there is still complete)"
         ) from error
-    except BaseException:
-        _remove(temporary)
-        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -242,11 +234,6 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the error that led here is the one to report
-        path.unlink(missing_ok=True)
 
 
 def _check_file(path: Path) -> None:

@@ -52,7 +52,8 @@ def consistency_loss(
         threshold: float, 0-dim tensor, or (C,) tensor indexed by the teacher's label.
         strict: a pixel passes with score > threshold instead of >=.
         temperature: of the teacher's softmax, positive.
-        pixel_weight: float (N, *out), multiplies the weight. Not differentiable.
+        pixel_weight: float (N, *out), multiplies the weight; copied where it is not float32. Not
+            differentiable.
         valid: bool (N, *out); False pixels are ignored.
         normalize: divide the sum by the number of "all" pixels, of "valid" ones, of "selected"
             ones (valid and passing), or by the "weight" (its sum). Nothing to divide by: loss 0.

@@ -32,7 +32,8 @@ def cross_entropy(
         labels: (N, *out), uint8 or int64, class ids 0..C-1 or ignore_index. Logits of another
             spatial size are up-sampled to the labels' as by F.interpolate (bilinear in 2-D).
         ignore_index: pixels with this label have loss and gradient exactly 0.
-        pixel_weight: float (N, *out), multiplied in. Not differentiable.
+        pixel_weight: float (N, *out), multiplied in; copied where it is not float32. Not
+            differentiable.
         class_weight: float (C,). Not differentiable.
         label_smoothing: e in [0, 1]: the target is (1 - e) * one-hot + e / C, as in PyTorch.
         normalize: divide the sum by the number of "all" pixels, of "valid" (not ignored) ones, or
@@ -74,7 +75,10 @@ def cross_entropy(
             normalize=normalize,
             align_corners=align_corners,
         )
-    weights = [None if w is None else w.float().contiguous() for w in (pixel_weight, class_weight)]
+    weights = [
+        None if pixel_weight is None else pixel_weight.float(),
+        None if class_weight is None else class_weight.float().contiguous(),
+    ]
     # Python's own numbers: Triton compiles for none of NumPy's.
     options = [int(ignore_index), NORMALIZATIONS.index(normalize)]
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad

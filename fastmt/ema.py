@@ -30,7 +30,10 @@ _bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
 def ema_update_(
     teacher: Sequence[Tensor], student: Sequence[Tensor], decay: float | Tensor
 ) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, in place, all tensors in one launch.
+    """teacher <- decay * teacher + (1 - decay) * student, in place, in one launch.
+
+    What the launch does not take is averaged tensor by tensor: float64, complex, layouts that
+    differ, and on a GPU also what is copied.
 
     Args:
         teacher: tensors of any shape and floating or complex dtype; integer, bool and float8 ones

@@ -13,13 +13,14 @@ from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
 from fastmt.teacher_network import carrying
 
+DECAY = 0.99  # of a trainer's own teacher, unless told otherwise
 LABEL_DTYPES = (torch.uint8, torch.int64)
 _AMP_DTYPES = (None, torch.bfloat16, torch.float16)
 _TOLERANCE = 0.01  # resizing and rounding may leave [0, 1] by a little
 
 
-def check_networks(student: nn.Module, teacher: EMATeacher | None) -> None:
-    """A student with parameters to train, and a teacher that follows one."""
+def check_networks(student: nn.Module, teacher: EMATeacher | None, decay: float) -> None:
+    """A student with parameters to train, and a teacher that follows one by its own decay."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"student: got {_kind(student)}, expected a torch.nn.Module")
     if next(student.parameters(), None) is None:
@@ -31,6 +32,8 @@ def check_networks(student: nn.Module, teacher: EMATeacher | None) -> None:
             f"teacher: got {type(teacher).__name__}, expected an EMATeacher; wrap the network that "
             "is to follow: EMATeacher(student)"
         )
+    if teacher is not None and decay != DECAY:
+        raise ValueError(f"decay: got {decay!r} beside teacher, which has its own; give one")
 
 
 def check_own_weights(call: str, student: nn.Module) -> None:

@@ -164,7 +164,7 @@ def consistency_loss(
             "none": lambda: keep.to(score.dtype),
         }[weight]()
         if pixel_weight is not None:
-            pixels = torch.where(pixels == 0, 0, pixels * pixel_weight)
+            pixels = torch.where(pixels == 0, 0, pixels * pixel_weight.to(score.dtype))
         denominator = {
             "all": lambda: torch.full_like(valid_count, label.numel()),
             "valid": lambda: valid_count,

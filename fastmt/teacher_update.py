@@ -1,4 +1,4 @@
-"""One update of the teachers of a student: which are due, with what decay, in one launch."""
+"""One update of the teachers of a student: which are due, and with what decay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def update_together(
     finite: Tensor | None = None,
     decays: Sequence[Tensor] | None = None,
 ) -> None:
-    """One update() of several teachers of one student, in one launch that reads it once.
+    """One update() of several teachers of one student: on a CPU in one launch that reads it once.
+
+    On a GPU each teacher has a launch of its own, as the kernels read one decay.
 
     Args:
         teachers: at least one, of one student unless `student` is given; each goes by its own

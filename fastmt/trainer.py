@@ -36,6 +36,7 @@ class MeanTeacher:
             average of fast-moving weights does not fit the newest running statistics, so in
             training it normalises by the batch. Its own passes leave its buffers alone. Call its
             eval() to evaluate.
+        decay: of the default teacher, 0.99 unless given.
         consistency: `(student, teacher, valid=, size=, return_stats=True[, threshold=]) -> (loss,
             (selected, mean_score))`, 0-dim tensors; by default ConsistencyLoss(). With several
             passes `teacher` is a list of logits.
@@ -75,7 +76,7 @@ class MeanTeacher:
         optimizer: torch.optim.Optimizer,
         *,
         teacher: EMATeacher | None = None,
-        decay: float = 0.99,
+        decay: float = inputs.DECAY,
         consistency: Callable[..., Any] | None = None,
         supervised: Callable[..., Tensor] | None = None,
         ignore_index: int | None = None,
@@ -93,7 +94,7 @@ class MeanTeacher:
         seed: int = 0,
         capturable: bool = False,
     ) -> None:
-        inputs.check_networks(student, teacher)
+        inputs.check_networks(student, teacher, decay)
         self._untrained = inputs.untrained(student, optimizer)
         inputs.check_scheduler(scheduler, optimizer)
         inputs.check_losses(consistency=consistency, supervised=supervised)
@@ -131,7 +132,8 @@ class MeanTeacher:
 
         A loss or gradient that is not finite leaves student, buffers, optimiser state and teacher
         as they were and counts as skipped; step, schedules and random numbers move on. A step that
-        raises before the optimiser's, for a label out of range for one, leaves all as it was.
+        raises before the optimiser's, for a label out of range for one, leaves these and the views'
+        random numbers as they were; gradients are cleared.
         """
         self.check(source_images, source_labels, target_images)
         with self.views.undrawn_on_error():

@@ -22,6 +22,8 @@ def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
     """Why no Triton kernel serves a call on these tensors, if none does."""
     if reason := missing():
         return reason
+    if operation == "gaussian_noise":
+        return "no Triton kernel serves gaussian_noise"
     for tensor in tensors:
         if not tensor.is_cuda and tensor.device.type != "cpu":
             return f"no kernel for device {tensor.device.type!r}"

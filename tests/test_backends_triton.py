@@ -36,6 +36,13 @@ def test_cpu_tensors_need_the_interpreter_and_are_told_so():
         fastmt.cross_entropy(STUDENT, torch.zeros(2, 6, 7, dtype=torch.uint8))
 
 
+def test_what_triton_has_no_kernel_for_is_not_said_to_be_served(monkeypatch):
+    monkeypatch.setattr(triton_backend, "launch_obstacle", lambda device: None)
+    with fastmt.backend("triton"):
+        choice = fastmt.explain(fastmt.perturb.gaussian_noise, STUDENT)
+    assert choice == ("eager", "no Triton kernel serves gaussian_noise")
+
+
 def test_auto_keeps_cpu_tensors_with_the_cpp_kernels():
     assert fastmt.explain(fastmt.consistency_loss, STUDENT, TEACHER).backend != "triton"
 

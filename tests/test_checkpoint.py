@@ -101,6 +101,12 @@ def test_saving_makes_missing_folders_and_writes_through_links(tmp_path):
     assert load(tmp_path / "runs" / "first" / "a.pt") == {"step": 2}
 
 
+def test_a_name_as_long_as_the_file_system_takes_is_saved(tmp_path):
+    path = tmp_path / f"{'a' * 252}.pt"
+    save(path, {"step": 1})
+    assert load(path) == {"step": 1}
+
+
 @pytest.mark.parametrize(
     ("state", "where"),
     [

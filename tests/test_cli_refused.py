@@ -121,6 +121,7 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--device", "toaster"], "--device"),
         (["--batch", "1", "--crop", "32", "32"], "--batch 1 needs a --crop with a side above 32"),
         (["--seeds", "0", "1", "0"], "--seeds: got [0, 1, 0], expected each seed once"),
+        (["--beta", "0.1"], "--beta is that of the style fourier, and the style is statistics"),
         (["--sources", "x"], "--sources"),
         (["--source", "x"], "--target"),
         (["--num-classes", "3"], "--num-classes"),

@@ -245,6 +245,17 @@ def test_an_infinite_weight_of_a_class_without_labels_is_harmless(size):
     assert torch.equal(*(gradient_of(value, logits) for value in values))
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_loss_is_float32_whatever_the_type_of_its_pixels_weights(weights):
+    student, pixel_weight = student_logits(), torch.rand(SHAPE[0], *SHAPE[2:]).to(weights)
+    labels = torch.zeros(pixel_weight.shape, dtype=torch.uint8)
+    losses = (
+        fastmt.consistency_loss(student, random_logits(SHAPE, 2), pixel_weight=pixel_weight),
+        fastmt.cross_entropy(student, labels, pixel_weight=pixel_weight),
+    )
+    assert [loss.dtype for loss in losses] == [torch.float32] * 2
+
+
 @pytest.mark.parametrize("threshold", [0.5, torch.tensor(0.5), torch.tensor([0.5, 0.9])])
 @pytest.mark.parametrize("size", [None, (8, 8)])
 def test_only_strict_refuses_a_score_on_the_threshold(threshold, size):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 from training import Net, make_batch, make_trainer
 
+import fastmt
 from fastmt.trainer import MeanTeacher
 
 
@@ -112,6 +113,13 @@ def test_an_optimizer_that_does_not_train_the_student_is_named():
         MeanTeacher(student, torch.optim.SGD)
     with pytest.raises(TypeError, match="^optimizer: got NoneType"):
         MeanTeacher(student, None)
+
+
+def test_a_decay_beside_a_teacher_with_its_own_is_refused():
+    student = Net()
+    teacher, optimizer = fastmt.EMATeacher(student), torch.optim.SGD(student.parameters())
+    with pytest.raises(ValueError, match="^decay: got 0.9 beside teacher"):
+        MeanTeacher(student, optimizer, teacher=teacher, decay=0.9)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
