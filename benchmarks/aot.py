@@ -112,9 +112,9 @@ def cases(classes: int, dtype: torch.dtype, every: bool) -> Iterator[tuple[str, 
 
 def common_cases() -> Iterator[tuple[str, Callable]]:
     """The calls that know nothing of classes."""
-    table, starts = meta(300, 5, dtype=torch.int64), meta(301, dtype=torch.int64)
-    decay = meta(dtype=torch.float64)
-    yield "ema_update_", lambda: kernels.ema_update_(table, starts, decay)
+    table, starts = meta(300, 7, dtype=torch.int64), meta(301, dtype=torch.int64)
+    decays = meta(1, dtype=torch.float64)
+    yield "ema_update_", lambda: kernels.ema_update_(table, starts, decays)
     for name, dtype in DTYPES.items():
         data = meta(BATCH, 19, HIGH, HIGH, dtype=dtype)
         yield f"scale_ {name}", lambda data=data: kernels.scale_(data, meta(), meta())

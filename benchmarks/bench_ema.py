@@ -26,7 +26,7 @@ from benchmarks.shapes import (
     vit_large_parameters,
 )
 from fastmt import cpp_backend, reference
-from fastmt.ema_table import Table
+from fastmt.ema_table import Entry, Table
 
 try:
     from ema_pytorch import EMA
@@ -110,7 +110,7 @@ def _build(student: Student, dtype: torch.dtype, device: torch.device, compiled:
     updates[TEACHER] = (partial(ours.update, student=student), list(ours.parameters()))
     if cpp_backend.missing() is None and device.type == "cpu":
         own = list(ours.parameters())
-        table = Table(list(zip(own, values, strict=True)), device)
+        table = Table(list(map(Entry, own, values)), device)
         decay = torch.tensor(DECAY, dtype=torch.float64)
         updates[KERNEL] = (partial(table.update, torch.ops.fastmt, decay), own)
     if dtype == torch.float32:  # the others' averages have the student's dtype

@@ -202,14 +202,15 @@ def an_average_of_many_tensors_is_one_launch(device: torch.device) -> None:
             assert count in (1, None), f"{backend}: {count} launches"
 
 
-def a_teacher_takes_few_launches(device: torch.device) -> None:
+def teachers_of_a_student_take_one_launch_and_some_for_their_decays(device: torch.device) -> None:
     student = UNet(_CLASSES, width=4).to(device)
-    teacher = fastmt.EMATeacher(student)
     tensors = [*student.parameters(), *student.buffers()]
-    count = machine.launches(teacher.update)
-    few = count is None or count <= 16
+    teachers = [fastmt.EMATeacher(student, decay) for decay in (0.9, 0.99)]
     if fastmt.explain(fastmt.ema_update_, tensors[:1], tensors[:1], 0.5).backend != "eager":
-        assert few, f"{count} launches for {len(tensors)} tensors"
+        for together, most in ((teachers[:1], 2), (teachers, 4)):
+            count = machine.launches(partial(fastmt.update_together, together))
+            few = count is None or count <= most
+            assert few, f"{count} launches for {len(together)} x {len(tensors)} tensors"
 
 
 BEHAVIOUR: tuple[Check, ...] = (
@@ -220,7 +221,7 @@ BEHAVIOUR: tuple[Check, ...] = (
     labels_out_of_range_are_named_when_checked_and_harmless_otherwise,
     kernels_are_deterministic,
     an_average_of_many_tensors_is_one_launch,
-    a_teacher_takes_few_launches,
+    teachers_of_a_student_take_one_launch_and_some_for_their_decays,
 )
 
 

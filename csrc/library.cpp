@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(fastmt, m) {
       " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong, Tensor wrong_label)");
   // Writes the teachers whose addresses the table holds, which no schema can say: a graph calls
   // ema_update_traced_ of fastmt/ema.py instead, which names them.
-  m.def("ema_update_(Tensor table, Tensor starts, Tensor decay) -> ()");
+  m.def("ema_update_(Tensor table, Tensor starts, Tensor decays) -> ()");
   m.def("scale_(Tensor(a!) data, Tensor scale, Tensor factor) -> ()");
 }
 

@@ -33,7 +33,7 @@ def ema_update_(
     """teacher <- decay * teacher + (1 - decay) * student, in place, in one launch.
 
     What the launch does not take is averaged tensor by tensor: float64, complex, layouts that
-    differ, and on a GPU also what is copied.
+    differ.
 
     Args:
         teacher: tensors of any shape and floating or complex dtype; integer, bool and float8 ones

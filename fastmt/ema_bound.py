@@ -27,6 +27,14 @@ class Row(NamedTuple):
     modes: tuple[int, ...]
     compensations: tuple[Tensor | None, ...]  # of KAHAN: what rounding has lost
 
+    def of_each(self) -> list[Row]:
+        """The same for each teacher alone."""
+        columns = self.averages, self.modes, self.compensations
+        return [
+            Row(self.number, (average,), self.value, (mode,), (lost,))
+            for average, mode, lost in zip(*columns, strict=True)
+        ]
+
 
 class Bound:
     """Rows whose tensors the C++ side holds from one update to the next.
@@ -102,8 +110,9 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """No subclass, whose data the kernels would not know, nor what negates when it is read."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
+    """No subclass, whose data the kernels would not know, nor what changes its sign when read."""
+    lazy = tensor.is_neg() or tensor.is_conj()
+    return type(tensor) in (Tensor, nn.Parameter) and not lazy
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -72,7 +72,7 @@ class Plan:
         bound = [row for row, fits in zip(self.rows, served, strict=True) if fits]
         self._rest = [row for row, fits in zip(self.rows, served, strict=True) if not fits]
         self._bound = Bound(bound) if bound else None
-        self._on_device: list[DeviceUpdate] | None = None  # one a teacher, made when first needed
+        self._on_device: DeviceUpdate | None = None  # made when first needed
 
     def holds(self, network: nn.Module) -> bool:
         return self.student() is network and all(map(_holds, self._guards))
@@ -126,29 +126,14 @@ class Plan:
         self, kernels: Any, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]
     ) -> bool:
         if self._on_device is None:
-            teachers = range(len(decays))
-            self._on_device = [DeviceUpdate(self._rows_of(k), self.device) for k in teachers]
-        if not all(update.holds() for update in self._on_device):
+            self._on_device = DeviceUpdate(self.rows, self.device)
+        if not self._on_device.holds():
             return False
         increment_version(self._written)
-        for update, decay, draw in zip(self._on_device, decays, draws, strict=True):
-            update.run(kernels, decay_on(self.device, decay))
-            for row in update.rest:
-                update_eagerly(row, [decay], [draw])
+        self._on_device.run(kernels, [decay_on(self.device, decay) for decay in decays])
+        for teacher, row in self._on_device.rest:
+            update_eagerly(row, [decays[teacher]], [draws[teacher]])
         return True
-
-    def _rows_of(self, teacher: int) -> list[Row]:
-        """What one of the teachers does with each value."""
-        one = slice(teacher, teacher + 1)
-        rows = [
-            row._replace(
-                averages=row.averages[one],
-                modes=row.modes[one],
-                compensations=row.compensations[one],
-            )
-            for row in self.rows
-        ]
-        return [row for row in rows if row.modes != (KEEP,)]
 
 
 def _holds(guard: Shards | Structure) -> bool:

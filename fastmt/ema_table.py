@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmt.ema_bound import AVERAGE, COPY, KERNEL_DTYPES, Row, is_dense, is_plain
+from fastmt.ema_bound import AVERAGE, COPY, KEEP, KERNEL_DTYPES, Row, is_dense, is_plain
+from fastmt.reference import is_averaged
 
 try:  # what torch.compile tells with that its guards hold: in C++, ten times as fast as in Python
     from torch._C._dynamo.guards import TensorGuards
@@ -18,7 +19,7 @@ except ImportError:
 
 CHUNK = 16 * 1024  # elements in one piece of work, as in csrc and in kernels/ema.py
 TYPES = {dtype: index for index, dtype in enumerate(KERNEL_DTYPES)}  # as in csrc/cpu/calls.h
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # of torch._foreach
+_BYTES = len(TYPES)  # the type of what is copied as it is
 _MAX_TABLES = 8
 _tables: OrderedDict[tuple[int, ...], Lists] = OrderedDict()
 _captured: set[Lists] = set()  # whose tables a CUDA graph reads, nobody can tell until when
@@ -33,26 +34,46 @@ def are_on_host(tensors: Sequence[Tensor]) -> bool:
     return all(tensor.is_cpu for tensor in tensors)
 
 
-def kernel_serves(average: Tensor, value: Tensor) -> bool:
-    """Whether the kernel can walk both tensors as one stretch of memory."""
-    same_memory_order = average.stride() == value.stride() or (
-        average.is_contiguous() and value.is_contiguous()
-    )
-    return (
-        average.dtype in TYPES
-        and value.dtype in TYPES
-        and average.device == value.device
-        and same_memory_order
-        and is_dense(average)
-        and is_plain(average)
-        and is_plain(value)
-    )
+class Entry(NamedTuple):
+    """A pair of the table."""
+
+    average: Tensor
+    value: Tensor
+    teacher: int = 0  # whose decay is its
+    copies: bool = False  # whatever that decay, unless it is negative
+
+    @property
+    def is_bytes(self) -> bool:
+        return self.copies and self.average.dtype == self.value.dtype
+
+    def is_served(self, device: torch.device) -> bool:
+        """Whether the kernel can walk both tensors as one stretch of memory."""
+        average, value = self[:2]
+        if not (is_plain(average) and is_plain(value)):
+            return False
+        same_memory_order = average.stride() == value.stride() or (
+            average.is_contiguous() and value.is_contiguous()
+        )
+        return (
+            average.device == value.device == device
+            and (self.is_bytes or (average.dtype in TYPES and value.dtype in TYPES))
+            and same_memory_order
+            and is_dense(average)
+        )
+
+    def row(self) -> tuple[int, ...]:
+        """As csrc/cpu/ema.cpp and kernels/ema.py read it."""
+        average, value, teacher, copies = self
+        length, types = average.numel(), (TYPES.get(average.dtype), TYPES.get(value.dtype))
+        if self.is_bytes:
+            length, types = length * average.itemsize, (_BYTES, _BYTES)
+        return average.data_ptr(), value.data_ptr(), length, *types, teacher, int(copies)
 
 
-def _check_memory(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _check_memory(entries: Sequence[Entry]) -> None:
     """Refuse dense tensors whose storage was freed or cut, before an address of them is used."""
-    for pair in pairs:
-        for name, tensor in zip(("teacher", "student"), pair, strict=True):
+    for entry in entries:
+        for name, tensor in zip(("teacher", "student"), entry[:2], strict=True):
             end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
             held = tensor.untyped_storage().nbytes()
             if end > held:
@@ -62,21 +83,18 @@ def _check_memory(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 class Table:
     """Addresses of tensor pairs on one device, and what shows that they still hold."""
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
-        """pairs: that kernel_serves, on `device`."""
-        _check_memory(pairs)
-        rows = [
-            (t.data_ptr(), s.data_ptr(), t.numel(), TYPES[t.dtype], TYPES[s.dtype])
-            for t, s in pairs
-        ]
-        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+    def __init__(self, entries: Sequence[Entry], device: torch.device) -> None:
+        """entries: that are served on `device`."""
+        _check_memory(entries)
+        rows = list(map(Entry.row, entries))
+        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 7)
         chunks = (table[:, 2] + CHUNK - 1) // CHUNK
         self.rows = table.to(device)
         self.starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)]).to(device)
 
-    def update(self, kernels: Any, decay: Tensor) -> None:
-        """One launch; decay is a 0-dim float64 tensor on the device."""
-        kernels.ema_update_(self.rows, self.starts, decay)
+    def update(self, kernels: Any, decays: Tensor) -> None:
+        """One launch; decays (teachers,), or 0-dim of one, is float64 on the device."""
+        kernels.ema_update_(self.rows, self.starts, decays)
 
 
 class Layout:
@@ -95,45 +113,35 @@ class Layout:
 
 
 class DeviceUpdate:
-    """What one teacher takes from its student on a GPU, in few launches for any number of tensors.
+    """What teachers take from their student on a GPU, in one launch for any number of tensors.
 
-    One averages, one copies floating point tensors, three copy integers, and a few make the decays
-    of these, each of one number. `rest` is not served.
+    `rest`, pairs of a teacher's place and a row of it alone, is not served.
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        """rows: of one teacher each."""
-        here = [row for row in rows if _is_on(row, device)]
-        served = {
-            mode: [row for row in here if row.modes[0] == mode and kernel_serves(*_pair(row))]
-            for mode in (AVERAGE, COPY)
-        }
-        integers = [row for row in here if _is_copied_integer(row)]
-        taken = {id(row) for row in (*served[AVERAGE], *served[COPY], *integers)}
-        self.rest = [row for row in rows if id(row) not in taken]
-        pairs = [_pair(row) for mode in (AVERAGE, COPY) for row in served[mode]]
-        self._tensors = [tensor for pair in pairs for tensor in pair]
-        self._layout = Layout(self._tensors)
-        self._averaged, self._copied = (
-            Table(list(map(_pair, served[mode])), device) for mode in (AVERAGE, COPY)
-        )
-        self._integers = [row.averages[0] for row in integers], [row.value for row in integers]
+        self.rest: list[tuple[int, Row]] = []
+        entries = []
+        for row in rows:
+            for teacher, alone in enumerate(row.of_each()):
+                (average,), (mode,) = alone.averages, alone.modes
+                entry = Entry(average, row.value, teacher, mode == COPY)
+                if mode in (AVERAGE, COPY) and entry.is_served(device):
+                    entries.append(entry)
+                elif mode != KEEP:
+                    self.rest.append((teacher, alone))
+        self._tensors = [tensor for entry in entries for tensor in entry[:2]]
+        self._layout, self._table = Layout(self._tensors), Table(entries, device)
 
     def holds(self) -> bool:
         """Whether all tensors lie where they did."""
         return self._layout.is_that_of(self._tensors)
 
-    def run(self, kernels: Any, decay: Tensor) -> None:
-        """Update all but the rest by a 0-dim float64 tensor, negative to change nothing."""
-        left_out = decay < 0
-        self._averaged.update(kernels, torch.where(left_out, 1.0, decay))
-        if len(self._copied.rows):
-            self._copied.update(kernels, left_out.to(torch.float64))
-        averages, values = self._integers
-        if averages:
-            missing = torch._foreach_sub(values, averages)
-            torch._foreach_mul_(missing, (~left_out).to(torch.int64))
-            torch._foreach_add_(averages, missing)
+    def run(self, kernels: Any, decays: Sequence[Tensor]) -> None:
+        """Update all but the rest, by a 0-dim float64 tensor a teacher, negative to change nothing.
+
+        One that holds 1 keeps what is averaged, whatever the student holds.
+        """
+        self._table.update(kernels, decays[0] if len(decays) == 1 else torch.stack(list(decays)))
 
 
 class Lists:
@@ -143,10 +151,12 @@ class Lists:
         self, teacher: list[Tensor], student: list[Tensor], positions: Sequence[int]
     ) -> None:
         device = next((t.device for t in teacher if t.dtype in TYPES), torch.device("cpu"))
-        fits = {i for i in positions if kernel_serves(teacher[i], student[i])}
-        fits = {i for i in fits if teacher[i].device == device}
-        self.table = Table([(teacher[i], student[i]) for i in sorted(fits)], device)
-        self.rest = [i for i in positions if i not in fits]
+        entries = {
+            i: Entry(teacher[i], student[i], copies=not is_averaged(teacher[i])) for i in positions
+        }
+        served = {i for i, entry in entries.items() if entry.is_served(device)}
+        self.table = Table([entries[i] for i in positions if i in served], device)
+        self.rest = [i for i in positions if i not in served]
         self.layout = Layout([*teacher, *student])
 
 
@@ -176,19 +186,6 @@ def decay_on(device: torch.device, decay: float | Tensor) -> Tensor:
     if not isinstance(decay, Tensor):
         return torch.full((), decay, dtype=torch.float64, device=device)
     return decay.detach().to(device, torch.float64, non_blocking=True)
-
-
-def _pair(row: Row) -> tuple[Tensor, Tensor]:
-    return row.averages[0], row.value
-
-
-def _is_on(row: Row, device: torch.device) -> bool:
-    return all(is_plain(tensor) and tensor.device == device for tensor in _pair(row))
-
-
-def _is_copied_integer(row: Row) -> bool:
-    average, value = _pair(row)
-    return row.modes[0] == COPY and average.dtype == value.dtype and average.dtype in _INTEGERS
 
 
 def _layout_check(tensors: list[Tensor]) -> Callable[..., bool]:

@@ -239,8 +239,8 @@ def ema_update_(
     """
     numbers = range(len(teacher)) if numbers is None else numbers
     lost = [None] * len(teacher) if compensation is None else compensation
-    teacher, student = map(_real, teacher), map(_real, map(Tensor.resolve_conj, student))
     for average, value, number, rest in zip(teacher, student, numbers, lost, strict=True):
+        average, value = _reals(average, value)
         before = average if rest is None else average.float() + rest.float()
         after = _where_counted(decay, _mean(before, value, decay), before)
         rounded = after.to(average.dtype)
@@ -260,8 +260,12 @@ def is_averaged(tensor: Tensor) -> bool:
     return (tensor.is_floating_point() and tensor.itemsize > 1) or tensor.is_complex()
 
 
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _reals(average: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if not average.is_complex():
+        return average, value
+    if average.is_conj():  # has no view as real numbers
+        average, value = average.conj(), value.conj()
+    return torch.view_as_real(average), torch.view_as_real(value.resolve_conj())
 
 
 def _mean(average: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:

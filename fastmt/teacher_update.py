@@ -23,9 +23,7 @@ def update_together(
     finite: Tensor | None = None,
     decays: Sequence[Tensor] | None = None,
 ) -> None:
-    """One update() of several teachers of one student: on a CPU in one launch that reads it once.
-
-    On a GPU each teacher has a launch of its own, as the kernels read one decay.
+    """One update() of several teachers of one student, in one launch.
 
     Args:
         teachers: at least one, of one student unless `student` is given; each goes by its own

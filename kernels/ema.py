@@ -14,7 +14,10 @@ from fastmt.kernels.views import device_of
 
 CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema_table.py
 BLOCK = 2048
-COLUMNS = 5  # of the table: teacher address, student address, length, teacher type, student type
+# Of the table: addresses of teacher and student, length, types of teacher and student, which of the
+# decays is its, and whether it copies whatever that is.
+COLUMNS = 7
+BYTES = tl.constexpr(3)  # the type of what is copied as it is
 ALIGNMENT = tl.constexpr(16)  # bytes of one access
 
 
@@ -60,12 +63,16 @@ def write(address, at, mask, kind, value, ALIGNED: tl.constexpr):
 @triton.jit
 def average(teacher, student, teacher_kind, student_kind, at, mask, decay, ALIGNED: tl.constexpr):
     """As torch.lerp from the nearer end; decay 0 copies, whatever was there."""
-    old = read(teacher, at, mask, teacher_kind, ALIGNED)
-    new = read(student, at, mask, student_kind, ALIGNED)
-    near_student = decay < 0.5
-    step = tl.where(near_student, decay, 1.0 - decay).to(tl.float32)
-    mixed = tl.where(near_student, new + step * (old - new), old + step * (new - old))
-    write(teacher, at, mask, teacher_kind, tl.where(decay == 0, new, mixed), ALIGNED)
+    if teacher_kind == BYTES:
+        value = tl.load(pointer(student, tl.uint8, ALIGNED) + at, mask=mask)
+        tl.store(pointer(teacher, tl.uint8, ALIGNED) + at, value, mask=mask)
+    else:
+        old = read(teacher, at, mask, teacher_kind, ALIGNED)
+        new = read(student, at, mask, student_kind, ALIGNED)
+        near_student = decay < 0.5
+        step = tl.where(near_student, decay, 1.0 - decay).to(tl.float32)
+        mixed = tl.where(near_student, new + step * (old - new), old + step * (new - old))
+        write(teacher, at, mask, teacher_kind, tl.where(decay == 0, new, mixed), ALIGNED)
 
 
 @triton.jit
@@ -73,7 +80,7 @@ def ema_kernel(
     table,
     starts,
     rows,
-    decay,
+    decays,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,33 +88,35 @@ def ema_kernel(
 ):
     """teacher <- decay * teacher + (1 - decay) * student, chunk by chunk.
 
-    Decay 1 keeps, whatever the student holds.
+    Decay 1 keeps, whatever the student holds; a negative one changes nothing, copies included.
     """
-    decay = tl.load(decay).to(tl.float64)
     lanes = tl.max_contiguous(tl.arange(0, BLOCK), 4)  # one layout in registers for every dtype
-    chunks = tl.where(decay == 1, 0, tl.load(starts + rows))
-    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+    for chunk in range(tl.program_id(0), tl.load(starts + rows), tl.num_programs(0)):
         row = row_of(chunk, starts, rows, LOOKUP)
         entry = table + row.to(tl.int64) * COLUMNS
         teacher = tl.load(entry)
         student = tl.load(entry + 1)
-        length = tl.load(entry + 2)
         teacher_kind = tl.load(entry + 3)
         student_kind = tl.load(entry + 4)
+        stated = tl.load(decays + tl.load(entry + 5)).to(tl.float64)
+        decay = tl.where((tl.load(entry + 6) != 0) & (stated >= 0), 0.0, stated)
+        length = tl.load(entry + 2)
         first = (chunk - tl.load(starts + row)) * CHUNK
+        keeps = (decay == 1) | (decay < 0)
+        count = tl.where(keeps, 0, tl.minimum(CHUNK, length - first)).to(tl.int32)
         aligned = (teacher % ALIGNMENT == 0) & (student % ALIGNMENT == 0)
-        if aligned & (first + CHUNK <= length):
+        if aligned & (count == CHUNK):
             for offset in range(0, CHUNK, BLOCK):
                 at = first + offset + lanes
                 average(teacher, student, teacher_kind, student_kind, at, None, decay, True)
         else:
-            for offset in range(0, tl.minimum(CHUNK, length - first).to(tl.int32), BLOCK):
+            for offset in range(0, count, BLOCK):
                 at = first + offset + lanes
                 mask = at < length
                 average(teacher, student, teacher_kind, student_kind, at, mask, decay, False)
 
 
-def ema_update_(table: Tensor, starts: Tensor, decay: Tensor) -> None:
+def ema_update_(table: Tensor, starts: Tensor, decays: Tensor) -> None:
     """teacher <- decay * teacher + (1 - decay) * student for each row of the table, in place.
 
     The number of chunks is read on the device; the grid only has to fill it.
@@ -121,7 +130,7 @@ def ema_update_(table: Tensor, starts: Tensor, decay: Tensor) -> None:
             table,
             starts,
             len(table),
-            decay,
+            decays,
             COLUMNS=COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,

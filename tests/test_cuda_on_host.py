@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from entries import assert_entries_are_updated
 from operands import (
     DTYPES,
     LAYOUTS,
@@ -49,13 +50,12 @@ from benchmarks import cuda_resources
 from fastmt import cpp_backend, reference
 from fastmt.confidence import KINDS
 from fastmt.consistency import CLASS_REDUCTIONS, LOSSES, NORMALIZATIONS, WEIGHTS
+from fastmt.ema_table import CHUNK, Entry, Table
 
 ROOT = Path(__file__).parents[1]
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 OPERATIONS = ("consistency_loss", "cross_entropy", "ema_update_", "scale_")
 FIXED = (19, 21)  # class counts with kernels of their own
-CHUNK = 16 * 1024  # of the table of ema_update_
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
@@ -341,16 +341,9 @@ def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
 
 
 def update(operations, teachers, students, decay):
-    """One launch over all pairs, with the table that ema_update_ takes."""
-    rows = torch.tensor(
-        [
-            (t.data_ptr(), s.data_ptr(), t.numel(), TYPES[t.dtype], TYPES[s.dtype])
-            for t, s in zip(teachers, students, strict=True)
-        ]
-    )
-    chunks = (rows[:, 2] + CHUNK - 1) // CHUNK
-    starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
-    operations.ema_update_(rows, starts, torch.tensor(decay, dtype=torch.float64))
+    """One launch over all pairs."""
+    table = Table(list(map(Entry, teachers, students)), torch.device("cpu"))
+    table.update(operations, torch.tensor(decay, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.99, 1.0])
@@ -377,6 +370,10 @@ def test_one_launch_averages_tensors_of_all_dtypes_lengths_and_alignments(operat
     update(operations, teachers, students, decay)
     for average, mean in zip(teachers, expected, strict=True):
         assert_average_close(average, mean)
+
+
+def test_one_launch_averages_and_copies_for_several_teachers(operations):
+    assert_entries_are_updated(operations)
 
 
 def test_decay_0_copies_over_a_nan(operations):

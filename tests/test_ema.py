@@ -117,6 +117,9 @@ def test_complex_tensors_are_averaged():
         average = teacher.clone()
         fastmt.ema_update_([average], [value], 0.75)
         assert torch.equal(average, value / 4)
+        turned = teacher.clone().conj()  # its memory holds the conjugates
+        fastmt.ema_update_([turned], [value], 0.75)
+        assert torch.equal(turned, value / 4)
     with pytest.raises(
         TypeError, match=r"^student\[0\]: got torch.int64, teacher\[0\] is torch.comp"
     ):

@@ -1,4 +1,4 @@
-"""The update of a teacher as on a GPU, a table and few launches, against the one by tensors."""
+"""The update of teachers as on a GPU, a table and one launch, against the one by tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import fastmt
 from fastmt import cpp_backend, ema_plan
-from fastmt.ema_bound import AVERAGE, COPY, STOCHASTIC, Row
+from fastmt.ema_bound import AVERAGE, COPY, KEEP, STOCHASTIC, Row
 from fastmt.ema_table import DeviceUpdate, Layout
 
 pytestmark = [
@@ -131,27 +131,59 @@ def test_what_is_no_matter_of_memory_makes_no_new_table():
     assert not layout.is_that_of([tensors[0], tensors[1].view(torch.int32)])
 
 
+class Counting:
+    """The C++ kernels, and how often they were launched."""
+
+    launches = 0
+
+    def ema_update_(self, *arguments):
+        self.launches += 1
+        torch.ops.fastmt.ema_update_(*arguments)
+
+
 def row(average, value, mode=AVERAGE):
     return Row(0, (average,), value, (mode,), (None,))
 
 
-def test_any_number_of_tensors_takes_as_many_launches():
-    class Counting:
-        calls = 0
+COPIED = (torch.bool, torch.uint16, torch.int64, torch.float64, torch.complex64, torch.float16)
 
-        def ema_update_(self, *arguments):
-            self.calls += 1
-            torch.ops.fastmt.ema_update_(*arguments)
 
+def test_any_number_of_tensors_of_any_dtype_takes_one_launch():
     kernels = Counting()
-    tensors = [(torch.zeros(n), torch.ones(n)) for n in range(1, 300)]
-    rows = [row(*pair, (COPY, AVERAGE)[n % 2]) for n, pair in enumerate(tensors)]
+    copied = [(torch.zeros(5, dtype=t), torch.ones(5, dtype=t)) for t in COPIED]
+    widened = (torch.zeros(5), torch.ones(5).bfloat16())
+    averaged = [(torch.zeros(n), torch.ones(n)) for n in range(1, 300)]
+    rows = [
+        *(row(*pair, COPY) for pair in (*copied, widened)),
+        *(row(*pair) for pair in averaged),
+        row(torch.zeros(5), torch.ones(5), KEEP),
+    ]
     update = DeviceUpdate(rows, CPU)
     assert not update.rest
-    update.run(kernels, torch.tensor(0.75, dtype=torch.float64))
-    assert kernels.calls == 2
-    for n, (average, _) in enumerate(tensors):
-        assert (average == (1.0, 0.25)[n % 2]).all()
+    update.run(kernels, [torch.tensor(0.75, dtype=torch.float64)])
+    assert kernels.launches == 1
+    for average, value in (*copied, widened):
+        assert torch.equal(average, value.to(average.dtype))
+    assert all((average == 0.25).all() for average, _ in averaged)
+    assert not rows[-1].averages[0].any()
+
+
+@pytest.mark.parametrize("decays", [(0.5, 0.75), (-1.0, 0.5), (0.0, 1.0), (-1.0, -1.0)])
+def test_teachers_of_any_decay_are_updated_in_one_launch(decays, as_on_a_gpu, monkeypatch):
+    options = {"warmup": None, "buffers": "copy"}
+    student, one, other = teachers(**options)
+    moved(student, 1)
+    expected = copy.deepcopy([one, other])
+    for teacher, decay in zip(expected, decays, strict=True):
+        teacher.update(student=student, decay=torch.tensor(decay, dtype=torch.float64))
+    as_on_a_gpu()
+    kernels = Counting()
+    monkeypatch.setattr(ema_plan.backends, "operations", lambda backend: kernels)
+    given = [torch.tensor(decay, dtype=torch.float64) for decay in decays]
+    fastmt.update_together([one, other], decays=given)
+    assert kernels.launches == 1
+    assert_alike(one, expected[0])
+    assert_alike(other, expected[1])
 
 
 def test_what_no_kernel_serves_is_left_to_the_reference():
@@ -159,10 +191,10 @@ def test_what_no_kernel_serves_is_left_to_the_reference():
     left = [
         row(torch.zeros(3, dtype=torch.float64), torch.ones(3)),
         row(torch.zeros(2, 3), torch.ones(3, 2).t()),
-        row(torch.tensor([True]), torch.tensor([False]), COPY),
-        row(torch.zeros(2, dtype=torch.uint16), torch.ones(2, dtype=torch.uint16), COPY),
+        row(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int64), COPY),
+        row(torch.zeros(2).cfloat(), torch.ones(2).cfloat().conj(), COPY),
         row(torch.zeros(3).bfloat16(), torch.zeros(3), STOCHASTIC),
         row(torch.zeros(3, device="meta"), torch.zeros(3, device="meta")),
     ]
     rest = DeviceUpdate([served, *left], CPU).rest
-    assert [id(each) for each in rest] == [id(each) for each in left]
+    assert [(teacher, id(each.value)) for teacher, each in rest] == [(0, id(r.value)) for r in left]

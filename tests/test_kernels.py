@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from entries import assert_entries_are_updated
 from operands import laid_out, random_logits
 from tolerances import assert_gradient_close, assert_loss_close
 
 import fastmt
 from fastmt import cpp_backend
 from fastmt.consistency import LOSSES
-from fastmt.ema_table import Table
+from fastmt.ema_table import Entry, Table
 
 pytestmark = pytest.mark.usefixtures("kernels")
 SHAPE = (2, 19, 67, 71)
@@ -229,6 +230,10 @@ def test_the_widest_instruction_set_is_taken():
         assert cpp_backend.instruction_set() == expected
 
 
+def test_one_launch_averages_and_copies_for_several_teachers():
+    assert_entries_are_updated(torch.ops.fastmt)
+
+
 @pytest.mark.parametrize("decay", [0.9, 0.0, -1.0])
 def test_a_table_of_addresses_gives_the_average_of_the_tensors_themselves(decay):
     sizes, dtypes = [1, 40_000, 16_384, 7], [torch.float32, torch.bfloat16, torch.float16]
@@ -237,6 +242,6 @@ def test_a_table_of_addresses_gives_the_average_of_the_tensors_themselves(decay)
     expected = [average.clone() for average in teacher]
     if decay >= 0:
         fastmt.ema_update_(expected, student, decay)
-    table = Table(list(zip(teacher, student, strict=True)), torch.device("cpu"))
+    table = Table(list(map(Entry, teacher, student)), torch.device("cpu"))
     table.update(torch.ops.fastmt, torch.tensor(decay, dtype=torch.float64))
     assert_bitwise(teacher, expected)

@@ -46,7 +46,7 @@ def samples():
     """Arguments for each operation, by the name of the operation."""
     half = torch.full(LABELS.shape, 0.5)
     threshold, many = torch.tensor([0.4]), torch.linspace(0.2, 0.6, 5)
-    tables = torch.zeros(0, 5, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    tables = torch.zeros(0, 7, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     options, scales = [0, 0, 0, 0, 0, 0], (torch.tensor(0.5), torch.tensor(3.0))
     for dtype in DTYPES:
         z, y = STUDENT.to(dtype), TEACHER.to(dtype)

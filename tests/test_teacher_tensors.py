@@ -81,6 +81,15 @@ def test_what_has_no_average_is_copied_also_where_it_is_a_parameter(dtype, finit
         assert torch.equal(student.frozen.float(), teacher.module.frozen.float())
 
 
+def test_a_buffer_that_is_conjugated_when_it_is_read_is_followed():
+    student = with_buffer(torch.tensor([1 + 2j, 3 - 1j]).conj())
+    teacher = EMATeacher(student)
+    for _ in range(2):
+        student.extra.mul_(2)
+        teacher.update()
+        assert torch.equal(teacher.module.extra, student.extra)
+
+
 def made_of_two() -> nn.Module:
     """With a parameter of a subclass that has no memory of its own, as torchao's."""
     two = pytest.importorskip("torch.testing._internal.two_tensor")

@@ -1,23 +1,31 @@
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/ema_host.h"
 
 namespace fastmt {
 
 // Rows of `table`: teacher pointer, student pointer, length, teacher dtype, student dtype as in
-// Type; `starts` (rows + 1) counts the chunks before each row. A negative decay changes nothing.
-void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& scalar) {
-  constexpr int64_t columns = 5;
+// Type, which of `decays` is its, and whether it copies whatever that is. Type::uint8 is for what is
+// copied byte by byte. `starts` (rows + 1) counts the chunks before each row. A negative decay
+// changes nothing.
+void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decays) {
+  constexpr int64_t columns = 7;
   const auto* rows = static_cast<const int64_t*>(table.data_ptr());
   const auto* start = static_cast<const int64_t*>(starts.data_ptr());
-  const double decay = *static_cast<const double*>(scalar.data_ptr());
-  if (decay < 0) return;
+  const auto* decay_of = static_cast<const double*>(decays.data_ptr());
   for_each_chunk(start, table.size(0), rows + 2, columns,
                  [&](int64_t row, int64_t first, int64_t last) {
     const int64_t* entry = rows + row * columns;
-    kernels().ema({reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]),
-                   Type(entry[3]), Type(entry[4]), first, last},
-                  decay);
+    auto* teacher = reinterpret_cast<char*>(entry[0]);
+    const auto* student = reinterpret_cast<const char*>(entry[1]);
+    const double decay = decay_of[entry[5]];
+    if (decay < 0) return;
+    if (Type(entry[3]) == Type::uint8)
+      std::memcpy(teacher + first, student + first, last - first);
+    else
+      kernels().ema({teacher, student, Type(entry[3]), Type(entry[4]), first, last},
+                    entry[6] ? 0 : decay);
   });
 }
 

@@ -114,12 +114,13 @@ struct Finish {
 
 constexpr int64_t EMA_CHUNK = 16 * 1024;  // elements between two entries of `starts`
 
-// Rows (teacher, student, elements, teacher's type, student's type), of floating types. `starts`
-// counts the chunks before each row.
+// Rows (teacher, student, length, teacher's type, student's type, which of `decays` is its, whether
+// it copies whatever that is): elements of floating types, or bytes, which are copied. `starts`
+// counts the chunks before each row. A negative decay changes nothing.
 struct EmaCall {
   const int64_t *table, *starts;
   int64_t rows;
-  const double* decay;
+  const double* decays;
 };
 
 struct ScaleCall {

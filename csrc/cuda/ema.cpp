@@ -2,17 +2,17 @@
 
 namespace fastmt::cuda {
 
-// `table` (rows, 5) and `starts` (rows + 1) as in EmaCall, `decay` 0-dim float64; all on the device.
-void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decay) {
+// `table` (rows, 7), `starts` (rows + 1) and `decays`, float64, as in EmaCall; all on the device.
+void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decays) {
   if (table.size(0) == 0) return;
-  STD_TORCH_CHECK(decay.is_cpu() == table.is_cpu(),
-                  "decay: a tensor on the CPU, expected the device of the tensors");
+  STD_TORCH_CHECK(decays.is_cpu() == table.is_cpu(),
+                  "decays: a tensor on the CPU, expected the device of the tensors");
   const OnDevice device(table);
   EmaCall call{};
   call.table = data_of<const int64_t>(table);
   call.starts = data_of<const int64_t>(starts);
   call.rows = table.size(0);
-  call.decay = data_of<const double>(decay);
+  call.decays = data_of<const double>(decays);
   launch_ema(call, device.stream);
 }
 

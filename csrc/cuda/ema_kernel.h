@@ -68,10 +68,10 @@ struct Decay {
   bool keeps, copies, near_student;
   float step;
 
-  // As torch.lerp: from the nearer end. 1 keeps, whatever the student holds; 0 copies, whatever was
-  // there.
+  // As torch.lerp: from the nearer end. 1 keeps, whatever the student holds, as what is negative
+  // does; 0 copies, whatever was there.
   FASTMT_INLINE explicit Decay(double decay)
-      : keeps(decay == 1),
+      : keeps(decay == 1 || decay < 0),
         copies(decay == 0),
         near_student(decay < 0.5),
         step(float(near_student ? decay : 1 - decay)) {}
@@ -97,6 +97,8 @@ struct Span {
 };
 
 FASTMT_INLINE void update_span(const Span& span, Type teacher, Type student, const Decay& decay) {
+  if (teacher == Type::uint8)
+    return span.update<uint8_t, uint8_t>([](uint8_t, uint8_t value) { return value; });
   with_type(teacher, [&](auto t) {
     using T = typename decltype(t)::type;
     with_type(student, [&](auto s) {
@@ -121,12 +123,13 @@ FASTMT_INLINE int64_t row_of(const int64_t* starts, int64_t rows, int64_t chunk)
 
 // How many pieces there are only the device knows, so the blocks take turns.
 __global__ void __launch_bounds__(EMA_THREADS, 4) ema_kernel(const __grid_constant__ EmaCall call) {
-  const Decay decay(*call.decay);
-  if (decay.keeps) return;
   const int64_t pieces = call.starts[call.rows] * PIECES;
   for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const int64_t chunk = piece / PIECES, row = row_of(call.starts, call.rows, chunk);
-    const int64_t* entry = call.table + row * 5;
+    const int64_t* entry = call.table + row * 7;
+    const double stated = call.decays[entry[5]];
+    const Decay decay(entry[6] && stated >= 0 ? 0 : stated);
+    if (decay.keeps) continue;
     const int64_t begin = (chunk - call.starts[row]) * EMA_CHUNK + piece % PIECES * PIECE;
     const int64_t rest = entry[2] - begin;
     if (rest <= 0) continue;

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from entries import assert_entries_are_updated
 from operands import DTYPES, random_logits
 from test_ema import *  # noqa: F403
 from tolerances import assert_average_close
@@ -40,9 +41,13 @@ def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatc
         assert_average_close(average, mean)
     assert len(launches) == 1
     table, starts, decay = launches[0]
-    assert table.shape == (len(pairs), 5)
+    assert table.shape == (len(pairs), 7)
     assert starts[-1] == sum(-(-len(t) // (16 * 1024)) for t in teacher)
     assert decay.ndim == 0
+
+
+def test_one_launch_averages_and_copies_for_several_teachers():
+    assert_entries_are_updated(kernels)
 
 
 def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypatch):
