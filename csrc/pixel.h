@@ -275,8 +275,9 @@ template <class Column, class Gradient>
 FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coefficient, Gradient gradient,
                         int classes) {
   if (classes == 1) {
-    gradient[0] = splat(0);
-    return (z[0] - z[0]) + (y[0] - y[0]);
+    const floats nothing = (z[0] - z[0]) + (y[0] - y[0]);  // 0, or NaN as a softmax would be
+    gradient[0] = nothing;
+    return nothing;
   }
   const Peak top = peak<true, true>(z, classes);
   // Where all others are -inf nothing is left to be kept relative to.

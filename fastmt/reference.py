@@ -88,16 +88,23 @@ def _times(probability: Tensor, logarithm: Tensor) -> Tensor:
     return probability * torch.where(probability == 0, 0, logarithm)
 
 
+def _weighted(weight: Tensor, log_p: Tensor) -> Tensor:
+    """weight * log_p with 0 * log 0 = 0, where PyTorch has NaN; a NaN of the logits stays."""
+    return weight * torch.where((weight == 0) & (log_p == -math.inf), 0, log_p)
+
+
 def _log_one_minus_softmax(logits: Tensor, log_p: Tensor) -> Tensor:
     """log(1 - p), exact also where p rounds to 1: there 1 - p is the mass of the other classes."""
     if logits.shape[1] == 1:
         return torch.zeros_like(logits)
     top = logits.argmax(1, keepdim=True)
-    rest = logits.scatter(1, top, -math.inf).logsumexp(1, keepdim=True)
-    log_rest = rest - logits.logsumexp(1, keepdim=True)
+    others = logits.scatter(1, top, -math.inf)
+    alone = others.amax(1, keepdim=True) == -math.inf  # where a logsumexp has no gradient
+    rest = torch.where(alone, 0, others).logsumexp(1, keepdim=True)
+    log_rest = torch.where(alone, -math.inf, rest - logits.logsumexp(1, keepdim=True))
     is_top = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
-    others = torch.where(is_top, 0, log_p.exp())
-    return torch.where(is_top, log_rest, torch.log1p(-others))
+    p = torch.where(is_top, 0, log_p.exp())
+    return torch.where(is_top, log_rest, torch.log1p(-p))
 
 
 def pixel_loss(
@@ -210,11 +217,11 @@ def cross_entropy(
     }[normalize]()
     active = active & (denominator != 0)
     log_p = torch.where(active.unsqueeze(1), logits, 0).log_softmax(1)
-    losses = -weights[target] * log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+    own = weights * (1 - label_smoothing)
+    losses = -_weighted(own[target], log_p.gather(1, target.unsqueeze(1)).squeeze(1))
     if label_smoothing:
-        by_class = weights.view(-1, *[1] * (log_p.ndim - 2))
-        uniform = -(by_class * log_p).sum(1)
-        losses = (1 - label_smoothing) * losses + label_smoothing / classes * uniform
+        by_class = (weights * label_smoothing / classes).view(-1, *[1] * (log_p.ndim - 2))
+        losses = losses - _weighted(by_class, log_p).sum(1)
     total = torch.where(active, pixels * losses, 0).sum()
     return _ratio(total, denominator)
 

@@ -292,8 +292,10 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
         is_top = classes[i] == label[None, :]
         gradient = gradient + (tl.where(is_top, gradient_top[None, :], other),)
     if CLASSES == 1:
-        value = tl.sum(tl.where(classes[0] == 0, (z[0] - z[0]) + (q[0] - q[0]), 0.0), 0)
-        gradient = (tl.zeros_like(z[0]),)
+        # 0, or NaN as a softmax would be.
+        nothing = tl.where(classes[0] == 0, (z[0] - z[0]) + (q[0] - q[0]), 0.0)
+        value = tl.sum(nothing, 0)
+        gradient = (nothing,)
     return value, gradient
 
 

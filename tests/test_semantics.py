@@ -220,6 +220,55 @@ def test_a_class_the_student_excludes_has_probability_zero(loss):
     assert gradient_of(value, student)[:, rest].isfinite().all()
 
 
+@pytest.mark.parametrize("others", [1, 4])
+def test_bce_of_a_student_that_excludes_all_classes_but_the_right_one_is_zero(others):
+    student = torch.full((1, 1 + others, 1, 3), -torch.inf)
+    student[:, 0] = 2.0
+    teacher = student.clone()
+    student.requires_grad_()
+    value = fastmt.consistency_loss(student, teacher, loss="bce", weight="none")
+    assert value == 0
+    assert not gradient_of(value, student).any()
+
+
+@pytest.mark.parametrize("size", [(1, 5), (2, 10)])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_bce_of_one_class_is_nan_where_its_logit_is_not_finite_and_else_nothing(poison, size):
+    student = torch.zeros(1, 1, 1, 5)
+    student[..., 4] = poison
+    student.requires_grad_()
+    options = {"loss": "bce", "weight": "none", "size": size}
+    value = fastmt.consistency_loss(student, torch.zeros(1, 1, 1, 5), **options)
+    gradient = gradient_of(value, student)[0, 0, 0]
+    assert value.isnan() and gradient[4].isnan()
+    assert not gradient[1:3].any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_a_class_without_weight_counts_nothing_though_its_logit_excludes_it(smoothing):
+    labels = torch.arange(2 * 9 * 11).view(2, 9, 11) % 5
+    options = {"label_smoothing": smoothing, "normalize": "all"}
+    results = []
+    for logit in (-torch.inf, -1e4):  # of probability 0 both
+        logits = student_logits()
+        with torch.no_grad():
+            logits[:, 4] = logit
+        weight = torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0])
+        value = fastmt.cross_entropy(logits, labels, class_weight=weight, **options)
+        results.append((value, gradient_of(value, logits)))
+    torch.testing.assert_close(*results)
+
+
+def test_smoothing_alone_makes_an_excluded_label_infinite_and_not_nan():
+    logits = student_logits()
+    with torch.no_grad():
+        logits[:, 4] = -torch.inf
+    labels = torch.full((2, 9, 11), 4)
+    value = fastmt.cross_entropy(logits, labels, label_smoothing=1.0)
+    assert value == torch.inf
+    assert gradient_of(value, logits).isfinite().all()
+
+
 def test_negative_infinity_of_an_unlabelled_class_is_harmless():
     logits = student_logits()
     with torch.no_grad():

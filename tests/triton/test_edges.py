@@ -118,7 +118,10 @@ def test_bce_of_one_class_is_nan_only_where_a_logit_is_not_finite():
     options = {"loss": "bce", "weight": "none"}
     assert fastmt.consistency_loss(student, teacher, **options) == 0
     teacher[..., 1] = torch.nan
-    assert fastmt.consistency_loss(student, teacher, **options).isnan()
+    value = fastmt.consistency_loss(student, teacher, **options)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.isnan()
+    assert gradient.isnan().tolist() == [[[[False, True]]]]
 
 
 @pytest.mark.parametrize("size", [(2, 3), (4, 6)])
