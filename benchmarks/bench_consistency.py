@@ -126,10 +126,10 @@ def at_size(function: Callable, size: Sequence[int], student: Tensor, teacher: T
     return function(*large)
 
 
-def with_gradient(function: Callable, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    loss = function(student, teacher)
+def with_gradient(function: Callable, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    loss = function(logits, other)
     loss.backward()
-    return loss.detach(), student.grad
+    return loss.detach(), logits.grad
 
 
 def expected_of(student: Tensor, teacher: Tensor, options: dict[str, object]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 import fastmt
 from benchmarks import harness, inputs, models
+from benchmarks.bench_consistency import with_gradient
 from benchmarks.harness import Case, Work
 from benchmarks.shapes import HEADLINE, TINY, Shape
 from fastmt import reference
@@ -50,12 +50,6 @@ def _build(shape: Shape, stride: int, device: torch.device, compiled: bool) -> W
         choice=fastmt.explain(fastmt.cross_entropy, logits, labels),
         leaves=(logits,),
     )
-
-
-def with_gradient(function: Callable, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    loss = function(logits, labels)
-    loss.backward()
-    return loss.detach(), logits.grad
 
 
 def expected_of(logits: Tensor, labels: Tensor) -> list[Tensor]:

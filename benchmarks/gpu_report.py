@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+from benchmarks.harness import duration
+
 BASELINES = ("eager", "torch.compile")
 
 
@@ -67,7 +69,7 @@ def _table(cases: list[dict]) -> list[str]:
             cells = [
                 case["name"],
                 name + (" *" if name == case["auto"] else ""),
-                _time(own["median_s"]),
+                duration(own["median_s"]),
                 f"{own['gb_per_s']:.0f}",
                 f"{own['of_copy']:.0%}",
                 *takes,
@@ -84,10 +86,6 @@ def _ratio(case: dict, name: str, other: str) -> str:
     if other not in case["variants"]:
         return "-"
     return f"{case['variants'][other]['median_s'] / case['variants'][name]['median_s']:.1f} x"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
 def plot(result: dict, path: Path) -> None:

@@ -182,6 +182,11 @@ def measure(
     }
 
 
+def duration(seconds: float) -> str:
+    """Seconds as tables show them."""
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
 def _forced_backend(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "cpp"
 

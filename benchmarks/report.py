@@ -26,6 +26,7 @@ from benchmarks import (
     machine,
     stopwatch,
 )
+from benchmarks.harness import duration
 
 RESULTS = Path(__file__).parent / "results"
 MODULES = (bench_consistency, bench_confidence, bench_cross_entropy, bench_ema)
@@ -95,7 +96,7 @@ def _table(cases: list[dict]) -> list[str]:
             [
                 case["name"],
                 case["backend"],
-                _time(variants[harness.FUSED]["median_s"]),
+                duration(variants[harness.FUSED]["median_s"]),
                 *(f"{case['ratios'][n]:.2f}" if n in case["ratios"] else "-" for n in others),
                 f"{case['fused_gb_per_s']:.3g}",
                 f"{case['fraction_of_copy']:.0%}",
@@ -108,7 +109,7 @@ def _table(cases: list[dict]) -> list[str]:
 def _overheads(cases: list[dict]) -> list[str]:
     beyond = {case["name"]: bench_ema.overhead(case) for case in cases}
     lines = [
-        f"- {name}: {_time(over[1])} ({_time(over[0])} to {_time(over[2])})"
+        f"- {name}: {duration(over[1])} ({duration(over[0])} to {duration(over[2])})"
         for name, over in beyond.items()
         if over is not None
     ]
@@ -129,18 +130,14 @@ def _trainer_table(trainer: dict) -> list[str]:
         "|---|" + "---:|" * len(steps),
     ]
     for name in (*stopwatch.NETWORKS, *own):
-        lines.append(_row(name, (_time(step["parts_s"][name]) for step in steps.values())))
-    lines.append(_row("step", (_time(step["step_s"]) for step in steps.values())))
-    shares = (f"{_time(s['own_s'])} ({s['own_share']:.1%})" for s in steps.values())
+        lines.append(_row(name, (duration(step["parts_s"][name]) for step in steps.values())))
+    lines.append(_row("step", (duration(step["step_s"]) for step in steps.values())))
+    shares = (f"{duration(s['own_s'])} ({s['own_share']:.1%})" for s in steps.values())
     return [*lines, _row("own work", shares)]
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
 def _megabytes(variant: dict | None) -> str:

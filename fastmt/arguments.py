@@ -112,9 +112,12 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def output_shape(
-    named_logits: Sequence[tuple[str, Tensor]], size: Sequence[int] | None
+    named_logits: Sequence[tuple[str, Tensor]], size: Sequence[int] | None, got: str = "size: got"
 ) -> tuple[int, ...]:
-    """The output pixels (N, *out) of logits that are up-sampled to `size`, or agree without it."""
+    """The output pixels (N, *out) of logits that are up-sampled to `size`, or agree without it.
+
+    got: how an error begins that says what size came.
+    """
     first_name, first = named_logits[0]
     spatial = first.ndim - 2
     if size is None:
@@ -126,14 +129,19 @@ def output_shape(
                 )
         return (first.shape[0], *first.shape[2:])
     if not isinstance(size, Sequence) or not all(isinstance(n, int | torch.SymInt) for n in size):
-        raise TypeError(f"size: got {size!r}, expected a sequence of integers")
-    if not 1 <= spatial <= 3 or len(size) != spatial:
+        raise TypeError(f"{got} {size!r}, expected a sequence of integers")
+    if not 1 <= spatial <= 3:
         raise ValueError(
-            f"size: got {tuple(size)}, expected {spatial} integers, one for each spatial dimension "
-            f"of {first_name} {shape(first)} (1 to 3 dimensions can be up-sampled)"
+            f"{got} {tuple(size)} for {first_name} {shape(first)}, expected that of the logits: 1 "
+            "to 3 dimensions can be up-sampled"
+        )
+    if len(size) != spatial:
+        raise ValueError(
+            f"{got} {tuple(size)}, expected {spatial} integers, one for each spatial dimension of "
+            f"{first_name} {shape(first)}"
         )
     if min(size) < 1:
-        raise ValueError(f"size: got {tuple(size)}, expected positive integers")
+        raise ValueError(f"{got} {tuple(size)}, expected positive integers")
     for name, logits in named_logits:
         if 0 in logits.shape[2:]:
             raise ValueError(f"{name}: got shape {shape(logits)}, cannot up-sample zero pixels")

@@ -105,7 +105,8 @@ def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
         )
     arguments.check_map("labels", labels, labels.shape, (torch.uint8, torch.int64), logits.device)
     if labels.shape[1:] != logits.shape[2:]:
-        arguments.output_shape([("logits", logits)], tuple(labels.shape[1:]))
+        size = tuple(labels.shape[1:])
+        arguments.output_shape([("logits", logits)], size, got="labels: got size")
 
 
 def _checks_labels(device: torch.device) -> bool:

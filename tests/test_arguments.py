@@ -81,6 +81,13 @@ CROSS_ENTROPY = [
     ((Z, LABELS.int()), {}, TypeError, "labels: got torch.int32"),
     ((Z, LABELS[:1]), {}, ValueError, r"labels: got shape \(1, 6, 7\), expected \(2, "),
     ((Z, LABELS[0]), {}, ValueError, r"labels: got shape \(6, 7\)"),
+    ((Z, LABELS[:, :0]), {}, ValueError, r"labels: got size \(0, 7\), expected positive integers"),
+    (
+        (Z[..., None, None], LABELS[..., None, None].expand(-1, -1, -1, 2, 2)),
+        {},
+        ValueError,
+        r"labels: got size \(6, 7, 2, 2\) for logits .*: 1 to 3 dimensions can be up-sampled",
+    ),
     ((Z, LABELS.to("meta")), {}, ValueError, "labels: got a tensor on meta"),
     ((Z.long(), LABELS), {}, TypeError, "logits: got torch.int64"),
     ((torch.zeros(2, 5, 0, 7), LABELS), {}, ValueError, r"logits: got shape \(2, 5, 0, 7\)"),

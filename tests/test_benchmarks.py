@@ -40,15 +40,6 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def one_thread():
-    """At tiny sizes a second thread costs more than it does, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class CountedBytes(TorchDispatchMode):
     """Adds up the tensors that the kernels read and write, without single numbers."""
 

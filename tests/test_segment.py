@@ -17,15 +17,8 @@ import fastmt
 from fastmt import cpp_backend
 from fastmt.segment import spans, tile_side
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, STRIDE = 5, 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):
