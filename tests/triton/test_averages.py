@@ -45,6 +45,16 @@ def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatc
     assert decay.ndim == 0
 
 
+def test_chunks_find_their_rows_among_more_than_one_lookup_holds_and_empty_ones():
+    lengths = [0] * 2100
+    lengths[3], lengths[1024], lengths[2099] = 5, 16 * 1024 + 1, 2
+    pairs = [(torch.zeros(n), torch.ones(n)) for n in lengths]
+    table = ema_table.Table(pairs, torch.device("cpu"))
+    table.update(kernels, torch.tensor(0.75, dtype=torch.float64))
+    for teacher, _ in pairs:
+        assert (teacher == 0.25).all()
+
+
 def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypatch):
     def update(elements):
         fastmt.ema_update_([torch.zeros(elements)], [torch.ones(elements)], 0.9)
