@@ -201,6 +201,15 @@ def test_student_near_a_confident_teacher(loss, distance):
     assert_consistency_is_the_reference(student, members, loss=loss, threshold=0.9)
 
 
+def test_bce_counts_classes_too_unlikely_to_change_1():
+    student = torch.zeros(1, 1000)
+    student[:, 0] = 17.5  # 1 - exp(-17.5) is 1 in float32
+    call = {"loss": "bce", "weight": "none"}
+    value = fastmt.consistency_loss(student, 20 * student, **call)
+    expected = reference.consistency_loss(student.double(), 20 * student.double(), **call)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_per_class_thresholds_that_are_a_strided_view(weight):
     shape = (1, 6, 500)

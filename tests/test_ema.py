@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -78,6 +79,13 @@ def test_many_steps_follow_the_closed_form(student_dtype):
         fastmt.ema_update_([teacher], [student], decay)
         expected = averaged(expected, student, decay)
     torch.testing.assert_close(teacher.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [float, partial(torch.tensor, dtype=torch.float64)])
+def test_a_decay_near_1_is_known_to_more_digits_than_float32_has(number):
+    teacher = torch.zeros(3)
+    fastmt.ema_update_([teacher], [torch.ones(3)], number(1 - 1e-7))
+    torch.testing.assert_close(teacher, torch.full((3,), 1e-7), rtol=1e-6, atol=0)
 
 
 def test_decay_0_copies_the_student_exactly():

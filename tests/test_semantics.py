@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from operands import DTYPES, random_logits
@@ -163,6 +165,20 @@ def test_a_nan_score_never_passes(kind, members, strict):
     assert not gradient[0, :, :4].any()
     assert not gradient[1, :, 5].any()
     assert gradient[1, :, 4].all()
+
+
+def test_the_score_of_classes_nearly_alike_is_never_below_zero():
+    teacher = random_logits((1, 19, 400), 0, 1e-4)
+    for kind, members in itertools.product(KINDS, (1, 2)):
+        score = fastmt.softmax_confidence([teacher] * members, kind=kind).score
+        assert (score >= 0).all(), kind
+
+
+def test_certain_members_score_exactly_1_also_where_their_number_has_no_exact_inverse():
+    teacher = torch.tensor([[7.0, -200.0]])
+    for kind in ("max_prob", "margin"):
+        score = fastmt.softmax_confidence([teacher] * 41, kind=kind).score
+        assert score == 1, kind  # in float32, 41 * (1 / 41) is more
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -50,6 +50,15 @@ def test_one_launch_averages_and_copies_for_several_teachers():
     assert_entries_are_updated(kernels)
 
 
+def test_chunks_find_their_rows_among_more_than_one_lookup_holds_and_empty_ones():
+    lengths = [0] * 2100
+    lengths[3], lengths[1024], lengths[2099] = 5, 16 * 1024 + 1, 2
+    entries = [ema_table.Entry(torch.zeros(n), torch.ones(n)) for n in lengths]
+    table = ema_table.Table(entries, torch.device("cpu"))
+    table.update(kernels, torch.tensor(0.75, dtype=torch.float64))
+    assert all((entry.average == 0.25).all() for entry in entries)
+
+
 def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypatch):
     def update(elements):
         fastmt.ema_update_([torch.zeros(elements)], [torch.ones(elements)], 0.9)
