@@ -1,0 +1,50 @@
+"""Students and optimisers as other libraries hand them over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from followed import Net, advance
+from torch import nn
+
+from fastmt import EMATeacher
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return Net()
+
+
+def compiled(forward):
+    return torch.compile(forward, backend="eager")
+
+
+def in_autocast(forward):
+    def call(x):
+        with torch.autocast("cpu"):
+            return forward(x)
+
+    return call
+
+
+@pytest.mark.parametrize("remake", [compiled, in_autocast])
+@pytest.mark.parametrize("name", ["", "first"])
+def test_a_forward_that_would_run_the_students_weights_in_a_copy_is_refused(student, remake, name):
+    module = student.get_submodule(name)
+    module.forward = remake(module.forward)
+    with pytest.raises(TypeError, match=f"^student: the forward of '{name or 'Net'}' .*compile()"):
+        EMATeacher(student)
+
+
+def test_a_forward_that_a_copy_takes_with_it_runs_the_teachers_weights(student):
+    student.forward = (lambda self, x: 2 * Net.forward(self, x)).__get__(student)
+    student.norm.forward = nn.functional.relu  # refers to no module
+    teacher = EMATeacher(student, 0.5, warmup=None)
+    advance(student, 1)
+    teacher.update()
+    plain = Net()
+    plain.load_state_dict(teacher.state_dict())
+    plain.norm.forward = nn.functional.relu
+    x = torch.randn(2, 3)
+    assert torch.equal(teacher(x), 2 * plain(x))
