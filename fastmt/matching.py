@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def unwrapped(network: nn.Module, name: str = "student") -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and torch.compile wrappers.
+    """The network inside DistributedDataParallel, DataParallel, torch.compile and Fabric wrappers.
 
     Raises TypeError with the `name` of the argument where it is no module.
     """
@@ -37,6 +37,8 @@ def unwrapped(network: nn.Module, name: str = "student") -> nn.Module:
             network = network.module
         elif "_orig_mod" in network._modules:
             network = network._modules["_orig_mod"]
+        elif "_forward_module" in network._modules:  # of Lightning Fabric
+            network = network._modules["_forward_module"]
         else:
             return network
 

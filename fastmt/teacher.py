@@ -136,6 +136,8 @@ class EMATeacher(Counting):
             found = getattr(optimizer, "found_inf", None)
             self.update(finite=None if found is None else found.reshape(()) == 0)
 
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # accelerate wraps another
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         return optimizer.register_step_post_hook(after_step)
 
     @torch.inference_mode(False)  # no update outside that mode could write what is made in it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
 
@@ -27,7 +28,41 @@ def copied(network: nn.Module) -> nn.Module:
         ) from error
     for buffer in twin.buffers():  # parameters have memory of their own from deepcopy
         buffer.data = buffer.data.clone()
+    _check_forwards(network, twin)
     return twin
+
+
+def _check_forwards(network: nn.Module, twin: nn.Module) -> None:
+    """A copy would run the network's own weights by a function that deepcopy passes on as it is."""
+    modules = set(network.modules())
+    twins = dict(twin.named_modules())
+    for name, module in network.named_modules():
+        function = vars(module).get("forward")
+        shared = function is not None and vars(twins[name]).get("forward") is function
+        if shared and _holds(function, modules):
+            raise TypeError(
+                f"student: the forward of {name or type(module).__name__!r} is a function that "
+                "calls the student itself, and so would a copy's; make the teacher before it is "
+                "set, or compile the module by its compile()"
+            )
+
+
+def _holds(function: object, modules: Container[nn.Module]) -> bool:
+    """Whether a function, or one that it closes over, refers to a module or to its method."""
+    waiting, seen = [function], set()
+    while waiting:
+        inner = waiting.pop()
+        if not inspect.isfunction(inner) or inner in seen:
+            continue
+        seen.add(inner)
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            scope = inspect.getclosurevars(inner)
+            for value in (*scope.nonlocals.values(), *scope.globals.values()):
+                held = getattr(value, "__self__", value)
+                if isinstance(held, nn.Module) and held in modules:
+                    return True
+            waiting += scope.nonlocals.values()
+    return False
 
 
 def _remedy(network: nn.Module) -> str:

@@ -1,0 +1,90 @@
+"""Students and optimisers as other libraries hand them over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from followed import Net, advance, assert_same
+from torch import nn
+
+from fastmt import EMATeacher
+
+
+@pytest.fixture
+def student():
+    torch.manual_seed(0)
+    return Net()
+
+
+def compiled(forward):
+    return torch.compile(forward, backend="eager")
+
+
+def in_autocast(forward):
+    def call(x):
+        with torch.autocast("cpu"):
+            return forward(x)
+
+    return call
+
+
+@pytest.mark.parametrize("remake", [compiled, in_autocast])
+@pytest.mark.parametrize("name", ["", "first"])
+def test_a_forward_that_would_run_the_students_weights_in_a_copy_is_refused(student, remake, name):
+    module = student.get_submodule(name)
+    module.forward = remake(module.forward)
+    with pytest.raises(TypeError, match=f"^student: the forward of '{name or 'Net'}' .*compile()"):
+        EMATeacher(student)
+
+
+def test_a_forward_that_a_copy_takes_with_it_runs_the_teachers_weights(student):
+    student.forward = (lambda self, x: 2 * Net.forward(self, x)).__get__(student)
+    student.norm.forward = nn.functional.relu  # refers to no module
+    teacher = EMATeacher(student, 0.5, warmup=None)
+    advance(student, 1)
+    teacher.update()
+    plain = Net()
+    plain.load_state_dict(teacher.state_dict())
+    plain.norm.forward = nn.functional.relu
+    x = torch.randn(2, 3)
+    assert torch.equal(teacher(x), 2 * plain(x))
+
+
+class OfFabric(nn.Module):
+    """As Lightning Fabric wraps a network: its state dict is the network's own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = network
+
+    def state_dict(self, *args, **kwargs):
+        return self._forward_module.state_dict(*args, **kwargs)
+
+
+def test_the_teacher_of_a_network_in_fabric_loads_what_it_saves(student):
+    wrapped = OfFabric(nn.DataParallel(student))
+    teacher, other = EMATeacher(wrapped), EMATeacher(OfFabric(Net()))
+    advance(student, 1)
+    teacher.update()
+    other.load_state_dict(teacher.state_dict())
+    assert_same(other.module, student)
+
+
+class OfAccelerate(torch.optim.Optimizer):
+    """As accelerate wraps an optimiser: it has no state of its own, and steps where it is due."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.is_due = optimizer, True
+
+    def step(self) -> None:
+        if self.is_due:
+            self.optimizer.step()
+
+
+def test_a_teacher_attached_to_an_optimiser_in_accelerate_updates_where_that_steps(student):
+    optimizer = OfAccelerate(torch.optim.SGD(student.parameters(), lr=0.1))
+    teacher = EMATeacher(student)
+    teacher.attach(optimizer)
+    for optimizer.is_due in (False, True, False, True):
+        optimizer.step()
+    assert teacher.updates == 2
