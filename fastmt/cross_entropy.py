@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt import arguments, backends, gradients, reference
-from fastmt.confidence import upsampling_obstacle
+from fastmt.confidence import shape_obstacle, upsampled_before, upsampled_inside
 
 NORMALIZATIONS = ("all", "valid", "weight")
 
@@ -57,8 +57,8 @@ def cross_entropy(
     choice = backends.choose(
         "cross_entropy",
         [logits],
-        obstacle=upsampling_obstacle([logits], size) or backends.classes_obstacle(classes),
-        upsampled=size != tuple(logits.shape[2:]),
+        obstacle=shape_obstacle(logits),
+        upsampled=upsampled_inside([logits], size) is not None,
     )
     if choice.backend == "eager":
         unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -74,6 +74,7 @@ def cross_entropy(
             normalize=normalize,
             align_corners=align_corners,
         )
+    (logits,) = upsampled_before([logits], size, align_corners)
     weights = [None if w is None else w.float().contiguous() for w in (pixel_weight, class_weight)]
     # Python's own numbers: Triton compiles for none of NumPy's.
     options = [int(ignore_index), NORMALIZATIONS.index(normalize)]
