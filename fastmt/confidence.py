@@ -48,14 +48,14 @@ def softmax_confidence(
     choice = backends.choose(
         "softmax_confidence",
         members,
-        obstacle=upsampling_obstacle(members, size)
-        or backends.classes_obstacle(members[0].shape[1]),
+        obstacle=shape_obstacle(members[0]),
         upsampled=inside is not None,
     )
     if choice.backend == "eager":
         return reference.softmax_confidence(
             members, kind=kind, temperature=temperature, size=size, align_corners=align_corners
         )
+    members = upsampled_before(members, size, align_corners)
     kernels = backends.operations(choice.backend)
     return Confidence(
         *kernels.softmax_confidence(
@@ -65,17 +65,33 @@ def softmax_confidence(
 
 
 def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> list[int] | None:
-    """The size that the kernel has to up-sample to; None where all logits have it already."""
-    if size is None or all(tuple(member.shape[2:]) == tuple(size) for member in logits):
+    """The size that the kernel has to up-sample to; None where all logits come to it at that size.
+
+    Up-sampling inside the kernels is bilinear: 1-D and 3-D logits are up-sampled before.
+    """
+    if size is None or logits[0].ndim != 4:
+        return None
+    if all(tuple(member.shape[2:]) == tuple(size) for member in logits):
         return None
     return list(size)
 
 
-def upsampling_obstacle(logits: Sequence[Tensor], size: Sequence[int] | None) -> str | None:
-    """Up-sampling inside the kernels is bilinear; else they walk up to MAX_RANK dimensions."""
-    if upsampled_inside(logits, size) is not None and logits[0].ndim != 4:
-        return f"up-sampling {logits[0].ndim - 2}-D logits is done by the reference"
-    return _rank_obstacle(logits[0])
+def upsampled_before(
+    logits: Sequence[Tensor], size: Sequence[int] | None, align_corners: bool
+) -> list[Tensor]:
+    """The logits as the kernel takes them; what is up-sampled here is float32."""
+    if size is None or logits[0].ndim == 4:
+        return list(logits)
+    size = tuple(size)
+    return [
+        member if member.shape[2:] == size else reference.upsample(member, size, align_corners)
+        for member in logits
+    ]
+
+
+def shape_obstacle(logits: Tensor) -> str | None:
+    """Why the kernels do not serve logits of a shape, if they do not."""
+    return backends.classes_obstacle(logits.shape[1]) or _rank_obstacle(logits)
 
 
 def _rank_obstacle(logits: Tensor) -> str | None:

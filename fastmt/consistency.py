@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt import arguments, backends, gradients, reference
-from fastmt.confidence import KINDS, upsampled_inside, upsampling_obstacle
+from fastmt.confidence import KINDS, shape_obstacle, upsampled_before, upsampled_inside
 from fastmt.reference import ConsistencyStats
 
 LOSSES = ("mse", "kl", "soft_ce", "ce", "bce", "js")
@@ -76,13 +76,11 @@ def consistency_loss(
     arguments.check_logits("student", student)
     _check_call(student, members, size, pixel_weight, valid, threshold)
     _check_options(loss, class_reduction, confidence, weight, normalize, temperature)
-    classes = student.shape[1]
     inside = upsampled_inside([student, *members], size)
     choice = backends.choose(
         "consistency_loss",
         [student, *members],
-        obstacle=upsampling_obstacle([student, *members], size)
-        or backends.classes_obstacle(classes),
+        obstacle=shape_obstacle(student),
         upsampled=inside is not None,
     )
     if choice.backend == "eager":
@@ -111,6 +109,7 @@ def consistency_loss(
         int(strict),
         NORMALIZATIONS.index(normalize),
     ]
+    student, *members = upsampled_before([student, *members], size, align_corners)
     maps = [None if pixel_weight is None else pixel_weight.float(), valid]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
     value, selected, mean_score = _ConsistencyLoss.apply(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt import arguments, backends, gradients, reference
-from fastmt.confidence import upsampling_obstacle
+from fastmt.confidence import shape_obstacle, upsampled_before, upsampled_inside
 
 NORMALIZATIONS = ("all", "valid", "weight")
 
@@ -59,8 +59,8 @@ def cross_entropy(
     choice = backends.choose(
         "cross_entropy",
         [logits],
-        obstacle=upsampling_obstacle([logits], size) or backends.classes_obstacle(classes),
-        upsampled=size != tuple(logits.shape[2:]),
+        obstacle=shape_obstacle(logits),
+        upsampled=upsampled_inside([logits], size) is not None,
     )
     if choice.backend == "eager":
         unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -76,6 +76,7 @@ def cross_entropy(
             normalize=normalize,
             align_corners=align_corners,
         )
+    (logits,) = upsampled_before([logits], size, align_corners)
     weights = [
         None if pixel_weight is None else pixel_weight.float(),
         None if class_weight is None else class_weight.float().contiguous(),

@@ -83,6 +83,21 @@ def test_layouts_give_the_same_bits(loss, layout, size):
     assert_bitwise(everything(loss, size=size), everything(loss, layout=layout, size=size))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1, 3, 4, 5, 8, 9, 15, 16, 17, 31, 40])
+@pytest.mark.parametrize("pixels", [1, 3, 7, 8, 9, 37, 300])
+def test_rows_give_the_same_bits_whichever_dimension_lies_close(pixels, classes, dtype):
+    student, teacher = (random_logits((pixels, classes), seed, 4.0, dtype) for seed in (1, 2))
+    labels = torch.randint(classes, (pixels,), generator=torch.Generator().manual_seed(0))
+    results = []
+    for close in (lambda rows: rows, lambda rows: rows.T.contiguous().T):
+        z = close(student).requires_grad_()
+        loss = fastmt.consistency_loss(z, close(teacher), threshold=0.3)
+        loss = loss + fastmt.cross_entropy(z, labels)
+        results.append([loss.detach(), *torch.autograd.grad(loss, z)])
+    assert_bitwise(*results)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", [None, (134, 150)])
 def test_poisoned_outputs_never_show(loss, size):

@@ -35,11 +35,15 @@ struct ints {
 FASTMT_INLINE vector_f load_vector(const float* at) {
   return *reinterpret_cast<const vector_f*>(at);
 }
-FASTMT_INLINE vector_f load_vector_unaligned(const float* at) {
-  typedef float unaligned __attribute__((vector_size(4 * FASTMT_LANES), aligned(4), may_alias));
-  return *reinterpret_cast<const unaligned*>(at);
-}
 FASTMT_INLINE void store_vector(float* at, vector_f x) { *reinterpret_cast<vector_f*>(at) = x; }
+
+typedef float unaligned_f __attribute__((vector_size(4 * FASTMT_LANES), aligned(4), may_alias));
+FASTMT_INLINE vector_f load_vector_unaligned(const float* at) {
+  return *reinterpret_cast<const unaligned_f*>(at);
+}
+FASTMT_INLINE void store_vector_unaligned(float* at, vector_f x) {
+  *reinterpret_cast<unaligned_f*>(at) = x;
+}
 
 // Each vector is loaded and stored as one: a struct of two GCC would copy piece by piece.
 FASTMT_INLINE floats load(const float* at) { return {load_vector(at), load_vector(at + V)}; }

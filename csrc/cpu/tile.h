@@ -8,61 +8,11 @@
 #include <cstdlib>
 #include <memory>
 
-#include "cpu/calls.h"
-#include "cpu/lanes.h"
+#include "cpu/runs.h"
 
 namespace FASTMT_ISA {
 
 using fastmt::Pixels;
-using fastmt::Type;
-using fastmt::View;
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-template <class To, class From>
-inline To bit_cast(From from) {
-  To to;
-  static_assert(sizeof to == sizeof from);
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-inline float widen(float x) { return x; }
-inline float widen(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-inline float widen(float16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const float finite = bit_cast<float>(magnitude) * bit_cast<float>(0x77800000u);  // 2^112
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return bit_cast<float>(bit_cast<uint32_t>(finite) | special | uint32_t(x.bits & 0x8000) << 16);
-}
-
-template <class T>
-inline T narrow(float x);
-template <>
-inline float narrow<float>(float x) {
-  return x;
-}
-template <>
-inline bfloat16 narrow<bfloat16>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {uint16_t(x != x ? 0x7fc0u : rounded)};
-}
-template <>
-inline float16 narrow<float16>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t small = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t half = magnitude >= 0x47800000u ? special : small;
-  return {uint16_t(half | (bits >> 16 & 0x8000))};
-}
 
 // Calls f(lane, length, offset) for each run of pixels [first, first + count) in the last dimension.
 template <class F>
@@ -90,69 +40,6 @@ inline void for_each_run(const Pixels& pixels, const View& view, int64_t first, 
 
 // Floats between the classes of a tile: off the powers of two, which share too few cache sets.
 inline int64_t row(int tile) { return tile + 16; }
-
-constexpr int CLASS_BLOCK = 16;  // classes whose lines stay in L1 while a channels-last tile turns
-
-template <class T>
-inline void load_run(const T* source, int64_t step, int64_t class_stride, int classes, float* to,
-                     int64_t pitch, int length) {
-  if (step == 1) {
-    for (int c = 0; c < classes; ++c)
-      for (int i = 0; i < length; ++i) to[c * pitch + i] = widen(source[c * class_stride + i]);
-    return;
-  }
-  for (int block = 0; block < classes; block += CLASS_BLOCK) {
-    const int end = std::min(block + CLASS_BLOCK, classes);
-    for (int i = 0; i < length; ++i)
-      for (int c = block; c < end; ++c)
-        to[c * pitch + i] = widen(source[i * step + c * class_stride]);
-  }
-}
-
-template <class T>
-inline void store_run(T* to, int64_t step, int64_t class_stride, int classes, const float* source,
-                      int64_t pitch, int length) {
-  if (step == 1) {
-    for (int c = 0; c < classes; ++c)
-      for (int i = 0; i < length; ++i) to[c * class_stride + i] = narrow<T>(source[c * pitch + i]);
-    return;
-  }
-  for (int block = 0; block < classes; block += CLASS_BLOCK) {
-    const int end = std::min(block + CLASS_BLOCK, classes);
-    for (int i = 0; i < length; ++i)
-      for (int c = block; c < end; ++c)
-        to[i * step + c * class_stride] = narrow<T>(source[c * pitch + i]);
-  }
-}
-
-// One run of a view, at an element offset, into a buffer [classes][pitch].
-inline void load_run_of(const View& view, int64_t offset, int64_t step, int classes, float* to,
-                        int64_t pitch, int length) {
-  const auto run = [&](auto element) {
-    const auto* source = static_cast<const decltype(element)*>(view.data) + offset;
-    load_run(source, step, view.class_stride, classes, to, pitch, length);
-  };
-  if (view.type == Type::float32)
-    run(float());
-  else if (view.type == Type::bfloat16)
-    run(bfloat16());
-  else
-    run(float16());
-}
-
-inline void store_run_of(const View& view, int64_t offset, int64_t step, int classes,
-                         const float* source, int64_t pitch, int length) {
-  const auto run = [&](auto element) {
-    auto* to = static_cast<decltype(element)*>(view.data) + offset;
-    store_run(to, step, view.class_stride, classes, source, pitch, length);
-  };
-  if (view.type == Type::float32)
-    run(float());
-  else if (view.type == Type::bfloat16)
-    run(bfloat16());
-  else
-    run(float16());
-}
 
 // The buffer [classes][tile] of pixels [first, first + count); lanes past the last pixel are 0.
 inline void load_tile(const Pixels& pixels, const View& view, int64_t first, int count, int classes,
