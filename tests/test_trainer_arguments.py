@@ -11,9 +11,18 @@ from training import Net, make_batch, make_trainer
 from fastmt.trainer import MeanTeacher
 
 
-@pytest.mark.parametrize("wrap", [lambda z: (z,), lambda z: {"logits?": z}, lambda z: z.argmax(1)])
-def test_outputs_that_are_no_logits_are_named(wrap):
-    with pytest.raises(TypeError, match="student: returned"):
+@pytest.mark.parametrize(
+    ("wrap", "error"),
+    [
+        (lambda z: (z,), TypeError),
+        (lambda z: {"logits?": z}, TypeError),
+        (lambda z: z.argmax(1), TypeError),
+        (lambda z: z[:1], ValueError),
+        (lambda z: z.mean((2, 3)), ValueError),
+    ],
+)
+def test_outputs_that_are_no_logits_are_named(wrap, error):
+    with pytest.raises(error, match="^student: returned"):
         make_trainer({"wrap": wrap}).step(*make_batch())
 
 
