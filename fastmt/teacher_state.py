@@ -46,21 +46,20 @@ class Loading(NamedTuple):
 
     prefix: str  # of the teacher's entries
     updates: int | None  # that AveragedModel has counted
-    tied: dict[nn.Parameter, list[str]]  # with the names that each has
+    tied: dict[nn.Parameter, list[str]]  # with the names that each has, most of them one
 
     @classmethod
     def start(cls, network: nn.Module, state: dict[str, object], prefix: str) -> Loading:
         """Give the entries of a plain or wrapped network, in place, the names of the teacher's."""
         own = {plain_name(name, module=True): name for name in network.state_dict()}
         updates = state.pop(f"{prefix}n_averaged", None)
-        for full in [name for name in state if name.startswith(prefix)]:
+        for full in list(state):
             name = full.removeprefix(prefix)
             plain = plain_name(name, module=True)
             state[f"{prefix}module.{own.get(plain, name)}"] = state.pop(full)
         tied: dict[nn.Parameter, list[str]] = defaultdict(list)
         for name, parameter in network.named_parameters(remove_duplicate=False):
             tied[parameter].append(name)
-        tied = {parameter: names for parameter, names in tied.items() if len(names) > 1}
         return cls(prefix, None if updates is None else int(updates), tied)
 
     def end(self, network: nn.Module, missing: list[str], unexpected: list[str]) -> bool:

@@ -212,6 +212,8 @@ def test_explain_computes_nothing_and_checks_the_arguments():
         fastmt.explain(fastmt.consistency_loss, STUDENT, TEACHER, loss="l1")
     with pytest.raises(TypeError, match="^function: "):
         fastmt.explain(torch.add, STUDENT, TEACHER)
+    with pytest.raises(TypeError, match="^function: got .*, expected an operation of fastmt"):
+        fastmt.explain(fastmt.decays.Constant(0.9), 1)
     called = []
     for foreign in (called.append, lambda value: called.append(value)):
         with pytest.raises(TypeError, match="^function: got .*, expected an operation of fastmt"):

@@ -1,6 +1,8 @@
 import builtins
+import contextlib
 import errno
 import os
+import stat
 import subprocess
 import sys
 from collections import Counter, OrderedDict
@@ -91,6 +93,28 @@ def test_saving_replaces_the_former_checkpoint_and_leaves_nothing_beside_it(tmp_
     save(tmp_path / "a.pt", {"step": 2})
     assert load(tmp_path / "a.pt") == {"step": 2}
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_file_and_folder_reach_the_disk_and_are_closed_again(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((file, os.fstat(file).st_mode)))
+    save(tmp_path / "run.pt", some_state())
+    assert [stat.S_ISDIR(mode) for _, mode in synced] == [False, True]
+    for file, _ in synced:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(file)
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_only_a_file_system_that_syncs_no_folders_may_refuse_to(tmp_path, monkeypatch, error):
+    def sync(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    fails = error == errno.EIO
+    with pytest.raises(CheckpointError) if fails else contextlib.nullcontext():
+        save(tmp_path / "run.pt", some_state())
 
 
 def test_saving_makes_missing_folders_and_writes_through_links(tmp_path):

@@ -64,6 +64,12 @@ def blank_name(root):
     return root, {}, "classes.txt: empty file or empty line"
 
 
+def names_in_another_encoding(root):
+    write(root, "a")
+    (root / "classes.txt").write_bytes("Straße\n".encode("latin-1"))
+    return root, {}, "classes.txt: not UTF-8 text; save it as UTF-8"
+
+
 def no_class(root):
     write(root, "a")
     return root, {"num_classes": 0}, "num_classes: got 0, expected 1 to 255"
@@ -101,6 +107,7 @@ def only_void(root):
         repeated_stem,
         names_that_do_not_match,
         blank_name,
+        names_in_another_encoding,
         no_class,
         fewer_than_no_class,
         no_name,

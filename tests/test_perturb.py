@@ -228,6 +228,8 @@ def test_class_mix_is_decided_by_the_generator():
 def test_class_mix_names_a_label_out_of_range():
     with pytest.raises(ValueError, match="^labels: got label 11, expected 0..10 or ignore"):
         class_mix(torch.tensor([[0, 11]]), 11)
+    with pytest.raises(ValueError, match=r"^labels: got shape \(4\), expected \(N, \*spatial\)"):
+        class_mix(torch.zeros(4, dtype=torch.int64), 11)
     with pytest.raises(TypeError, match="^labels: got torch.float32, expected integers"):
         class_mix(torch.zeros(1, 4), 11)
 

@@ -231,6 +231,7 @@ def test_every_module_has_its_own_mode_again_also_after_an_error():
         ({"tile": (32, 32)}, TypeError, "tile: got tuple"),
         ({"tile": 4, "scales": (2,), "divisor": 4}, ValueError, "tile: got 4, expected at least 8"),
         ({"tile": 32, "overlap": -1}, ValueError, "overlap: got -1"),
+        ({"tile": 32, "overlap": 0.5}, TypeError, "overlap: got float"),
         ({"overlap": 16}, ValueError, "overlap: got 16 without a tile"),
         ({"tile": 32, "divisor": 2.0}, TypeError, "divisor: got float"),
         ({"scales": 2.0}, TypeError, "scales: got float"),

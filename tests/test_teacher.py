@@ -160,6 +160,11 @@ def test_the_teacher_of_a_half_precision_student_runs_in_its_own_dtype(dtype, tr
     assert teacher.module.norm.running_mean.dtype == wide
 
 
+def test_a_layer_that_holds_weak_references_to_its_weights_is_widened_as_well():
+    teacher = EMATeacher(torch.nn.GRU(2, 3).bfloat16())
+    assert teacher(torch.rand(4, 1, 2))[0].dtype == torch.float32
+
+
 def test_buffers_keep_their_dtype_where_parameters_are_narrowed_or_have_another(student):
     student.register_buffer("table", torch.zeros(2, dtype=torch.bfloat16))
     narrow = EMATeacher(student, dtype=torch.bfloat16, rounding="kahan").module

@@ -239,10 +239,14 @@ def test_teachers_of_different_students_are_refused_unless_one_is_given(student)
     assert_same(teachers[1].module, student)
 
 
-def test_a_teacher_given_twice_is_refused_and_not_averaged(student):
+def test_teachers_and_decays_that_do_not_fit_are_refused_and_nothing_is_averaged(student):
     teacher = EMATeacher(student)
     with pytest.raises(ValueError, match="^teachers: got one twice"):
         update_together([teacher, teacher])
+    with pytest.raises(ValueError, match="^teachers: got none"):
+        update_together([])
+    with pytest.raises(ValueError, match="^decays: got 2, expected 1, one a teacher"):
+        update_together([teacher], decays=[0.5, 0.5])
     assert teacher.calls == 0
 
 

@@ -56,6 +56,11 @@ def test_a_gamma_whose_profile_has_no_square_integral_is_refused(track, wanted):
         posthoc.average([posthoc.Snapshot(4, track, {"w": torch.ones(1)})], wanted)
 
 
+def test_a_track_whose_first_student_would_outweigh_all_others_is_refused():
+    with pytest.raises(ValueError, match="^gamma: got -1, expected a number above -1"):
+        decays.PowerFunction(-1)
+
+
 @pytest.mark.parametrize("width", [0, 0.3, float("nan")])
 def test_a_width_that_no_power_function_has_is_refused(width):
     with pytest.raises(ValueError, match="^sigma_rel: got"):

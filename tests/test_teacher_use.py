@@ -239,6 +239,7 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits(re
         ({"update_every": 0}, "^update_every: got 0, expected at least 1"),
         ({"start": -1}, "^start: got -1, expected at least 0"),
         ({"dtype": torch.bfloat16}, "^dtype: got torch.bfloat16"),
+        ({"dtype": torch.int64}, "^dtype: got torch.int64"),
     ],
 )
 def test_options_out_of_range_are_named(student, options, message):

@@ -197,6 +197,16 @@ def test_gradients_outside_of_the_optimiser_do_not_gather():
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
+def test_what_is_frozen_in_a_student_stays_and_the_rest_trains():
+    student = Net()
+    student.body[0].requires_grad_(False)
+    before = copy.deepcopy(student.body)
+    trainer = MeanTeacher(student, torch.optim.SGD(student.parameters(), lr=0.1), **STILL)
+    trainer.step(*make_batch())
+    assert torch.equal(student.body[0].weight, before[0].weight)
+    assert not torch.equal(student.body[4].weight, before[4].weight)
+
+
 def test_a_teacher_made_from_another_network_follows_the_trainers_student():
     other = make_trainer()  # nothing but the teacher knows it, once it is gone
     teacher, reference = copy.deepcopy(other.teacher), make_trainer(**STILL)

@@ -12,9 +12,18 @@ import fastmt
 from fastmt.trainer import MeanTeacher
 
 
-@pytest.mark.parametrize("wrap", [lambda z: (z,), lambda z: {"logits?": z}, lambda z: z.argmax(1)])
-def test_outputs_that_are_no_logits_are_named(wrap):
-    with pytest.raises(TypeError, match="student: returned"):
+@pytest.mark.parametrize(
+    ("wrap", "error"),
+    [
+        (lambda z: (z,), TypeError),
+        (lambda z: {"logits?": z}, TypeError),
+        (lambda z: z.argmax(1), TypeError),
+        (lambda z: z[:1], ValueError),
+        (lambda z: z.mean((2, 3)), ValueError),
+    ],
+)
+def test_outputs_that_are_no_logits_are_named(wrap, error):
+    with pytest.raises(error, match="^student: returned"):
         make_trainer({"wrap": wrap}).step(*make_batch())
 
 
@@ -31,8 +40,8 @@ def _replace(index, change):
         (_replace(1, lambda y: y[:, :6]), ValueError, r"source_labels: .*\(2, 6, 16\)"),
         (_replace(1, lambda y: y.clone().fill_(9)), ValueError, "labels: got label 9"),
         (_replace(0, lambda x: (x * 255).byte()), TypeError, "source_images: got torch.uint8"),
-        (_replace(0, lambda x: x * 255), ValueError, r"source_images: got values .* \[0, 1\]"),
-        (_replace(2, lambda x: x - 1), ValueError, "target_images: got values"),
+        (_replace(0, lambda x: x + 0.1), ValueError, r"source_images: got values .* \[0, 1\]"),
+        (_replace(2, lambda x: x - 0.1), ValueError, "target_images: got values"),
         (_replace(2, lambda x: x[..., :8]), ValueError, "target_images: .*source_images"),
         (_replace(2, lambda x: x.double()), ValueError, "target_images: got torch.float64"),
         (_replace(2, lambda x: x.to("meta")), ValueError, "target_images: got images on meta"),
@@ -61,6 +70,7 @@ def test_batches_that_do_not_fit_are_named(batch, error, message):
         ({"noise": ("much", 0.2)}, ValueError, "^noise: got"),
         ({"jitter": {"brigthness": 0.1}}, ValueError, "^jitter: got brigthness=0.1"),
         ({"jitter": {"contrast": -1}}, ValueError, "^jitter: got contrast=-1"),
+        ({"jitter": {"contrast": "1"}}, ValueError, "^jitter: got contrast='1'"),
         ({"jitter": {"greyscale": 2}}, ValueError, "^jitter: got greyscale=2"),
         ({"jitter": 0.4}, TypeError, "^jitter: got float"),
         ({"amp": torch.float32}, ValueError, "^amp: got torch.float32"),

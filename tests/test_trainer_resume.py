@@ -79,6 +79,14 @@ def test_checkpoint_of_an_optimizer_of_other_parameters_is_refused(tmp_path, fus
     refuses(other, tmp_path / "run.pt", r"optimiser's state has body\.0\.bias where .*1\.weight")
 
 
+def test_checkpoint_of_an_optimizer_of_other_groups_is_refused(tmp_path):
+    make_trainer().save(tmp_path / "run.pt")
+    other = make_trainer()
+    groups = [{"params": [parameter]} for parameter in other.student.parameters()]
+    other.optimizer = torch.optim.Adam(groups)
+    refuses(other, tmp_path / "run.pt", r"it has 1 parameter groups, the optimiser 6\)")
+
+
 def test_a_checkpoint_without_the_names_of_parameters_is_resumed(tmp_path):
     trainer, resumed = make_trainer(), make_trainer()
     trainer.step(*make_batch())

@@ -214,3 +214,19 @@ def test_an_optimiser_whose_state_turned_fused_off_is_not_trusted_to_skip():
     assert skipping.can_skip(fused) and not skipping.can_skip(plain)
     fused.load_state_dict(plain.state_dict())
     assert not skipping.can_skip(fused)
+
+
+def test_an_optimiser_skips_only_where_all_its_groups_are_fused():
+    groups = [{"params": [nn.Parameter(torch.zeros(2))], "fused": fused} for fused in (True, False)]
+    assert not skipping.can_skip(torch.optim.Adam(groups))
+
+
+def test_an_optimiser_that_left_out_a_step_makes_the_next_one():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    weight.grad = torch.ones(2)
+    no_buffers = skipping.Buffers(nn.Identity())
+    skipping.step_where(torch.tensor(False), optimizer, no_buffers, wait=False)
+    assert weight.tolist() == [1, 1]
+    optimizer.step()
+    assert weight.tolist() == [0, 0]

@@ -56,6 +56,16 @@ def test_the_callers_tensors_are_never_written():
     assert_same(list(batch), copies)
 
 
+def test_jitter_has_the_options_that_it_was_given():
+    grey = {"brightness": 0, "contrast": 0, "saturation": 0, "greyscale": 1}
+    source, labels, target = make_batch()
+    trainer = make_trainer(jitter=grey, **STILL)
+    trainer.step(source, labels, target)
+    images = torch.cat([source, target])
+    luma = torch.einsum("nchw,c->nhw", images, torch.tensor([0.299, 0.587, 0.114]))
+    torch.testing.assert_close(trainer.student.seen[0], luma[:, None].expand_as(images))
+
+
 def test_several_passes_of_the_teacher_have_their_own_noise_and_are_averaged():
     trainer = make_trainer(style=None, passes=3, optimizer=torch.optim.SGD)
     source, labels, target = make_batch()
