@@ -63,16 +63,21 @@ def write(address, at, mask, kind, value, ALIGNED: tl.constexpr):
 @triton.jit
 def average(teacher, student, teacher_kind, student_kind, at, mask, decay, ALIGNED: tl.constexpr):
     """As torch.lerp from the nearer end; decay 0 copies, whatever was there."""
-    if teacher_kind == BYTES:
-        value = tl.load(pointer(student, tl.uint8, ALIGNED) + at, mask=mask)
-        tl.store(pointer(teacher, tl.uint8, ALIGNED) + at, value, mask=mask)
-    else:
-        old = read(teacher, at, mask, teacher_kind, ALIGNED)
-        new = read(student, at, mask, student_kind, ALIGNED)
-        near_student = decay < 0.5
-        step = tl.where(near_student, decay, 1.0 - decay).to(tl.float32)
-        mixed = tl.where(near_student, new + step * (old - new), old + step * (new - old))
-        write(teacher, at, mask, teacher_kind, tl.where(decay == 0, new, mixed), ALIGNED)
+    old = read(teacher, at, mask, teacher_kind, ALIGNED)
+    new = read(student, at, mask, student_kind, ALIGNED)
+    near_student = decay < 0.5
+    step = tl.where(near_student, decay, 1.0 - decay).to(tl.float32)
+    mixed = tl.where(near_student, new + step * (old - new), old + step * (new - old))
+    write(teacher, at, mask, teacher_kind, tl.where(decay == 0, new, mixed), ALIGNED)
+
+
+@triton.jit
+def copy(teacher, student, first, count, BLOCK: tl.constexpr):
+    """Byte by byte: buffers are small, and lanes of their own leave the average its layout."""
+    for offset in range(0, count, BLOCK):
+        lanes = offset + tl.arange(0, BLOCK)
+        value = tl.load(pointer(student, tl.uint8, False) + first + lanes, mask=lanes < count)
+        tl.store(pointer(teacher, tl.uint8, False) + first + lanes, value, mask=lanes < count)
 
 
 @triton.jit
@@ -105,7 +110,9 @@ def ema_kernel(
         keeps = (decay == 1) | (decay < 0)
         count = tl.where(keeps, 0, tl.minimum(CHUNK, length - first)).to(tl.int32)
         aligned = (teacher % ALIGNMENT == 0) & (student % ALIGNMENT == 0)
-        if aligned & (count == CHUNK):
+        if teacher_kind == BYTES:
+            copy(teacher, student, first, count, BLOCK)
+        elif aligned & (count == CHUNK):
             for offset in range(0, CHUNK, BLOCK):
                 at = first + offset + lanes
                 average(teacher, student, teacher_kind, student_kind, at, None, decay, True)
