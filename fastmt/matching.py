@@ -139,25 +139,44 @@ def check_memory(pairs: Sequence[Pair]) -> None:
 
 
 def reshard(networks: Iterable[nn.Module]) -> None:
-    """Put FSDP2's parameters back to shards: a forward may have left them gathered."""
+    """Put FSDP's parameters back to shards: a forward may have left them gathered."""
     for module in sharded_modules(networks):
-        module.reshard()
+        _reshard(module)
 
 
 def sharded_modules(networks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules that FSDP2 shards."""
-    modules = [module for network in networks for module in network.modules()]
-    return [m for m in modules if hasattr(m, "reshard") and hasattr(m, "unshard")]
+    """The modules that FSDP2 or its forerunner shards."""
+    modules = (module for network in networks for module in network.modules())
+    fsdp2 = ("reshard", "unshard")
+    return [m for m in modules if _is_forerunner(m) or all(hasattr(m, name) for name in fsdp2)]
+
+
+def _is_forerunner(module: nn.Module) -> bool:
+    return "_fsdp_wrapped_module" in module._modules
+
+
+def _reshard(module: nn.Module) -> None:
+    if not _is_forerunner(module):
+        module.reshard()
+        return
+    # FSDP2's forerunner has no name for it. What a forward has gathered, the next one takes again,
+    # whatever was written into the shards meanwhile.
+    handle = module._handle
+    is_idle = module._is_root is not None and module.training_state.name == "IDLE"
+    if handle is None or not is_idle or not handle.uses_sharded_strategy:
+        return
+    if not handle.needs_unshard():
+        handle.reshard(free_unsharded_flat_param=True)
+        handle._prefetched = False
 
 
 def is_sharded(network: nn.Module) -> bool:
     """Whether FSDP2 or its forerunner shards any part of it."""
-    wrapped = (module._modules.get("_fsdp_wrapped_module") for module in network.modules())
-    return bool(sharded_modules([network])) or any(wrapped)
+    return bool(sharded_modules([network]))
 
 
 class Shards:
-    """The local shards of networks under FSDP2, and whether they lie in the same memory yet.
+    """The local shards of networks under FSDP, and whether they lie in the same memory yet.
 
     A forward gathers the parameters in place of the sharded ones; they are put back first. The
     tensor that stands for a shard is a new one at every look.
@@ -169,12 +188,12 @@ class Shards:
         self.reshard()
         tensors = (t for n in networks for t in (*n.parameters(), *n.buffers()))
         self._sharded = [t for t in tensors if hasattr(t, "placements")]
-        self.any = bool(self._sharded)
+        self.any = bool(self._modules or self._sharded)
         self._seen = self._places()
 
     def reshard(self) -> None:
         for module in self._modules:
-            module.reshard()
+            _reshard(module)
 
     @torch.no_grad()
     def _places(self) -> list[tuple[object, ...]]:

@@ -152,6 +152,20 @@ def forerunner(rank: int, folder: str) -> None:
     teacher.update()
     with FSDP.summon_full_params(teacher.module):
         torch.save((message, list(teacher.module.parameters())), f"{folder}/forerunner{rank}.pt")
+    torch.save(seen_of(student, teacher), f"{folder}/seen{rank}.pt")
+
+
+@torch.no_grad()
+def seen_of(student: nn.Module, teacher: EMATeacher) -> list[torch.Tensor]:
+    """Outputs of the teacher before and after an update, the student before, in, after swapped."""
+    student.eval()  # as the teacher is; each forward leaves the parameters gathered
+    images = torch.ones(2, 5)
+    seen = [teacher(images).clone()]
+    teacher.update()
+    seen += [teacher(images).clone(), student(images).clone()]
+    with teacher.swapped(student):
+        seen.append(student(images).clone())
+    return [*seen, student(images).clone()]
 
 
 def four_ranks(rank: int, folder: str) -> None:
@@ -221,6 +235,14 @@ def test_networks_under_the_forerunner_of_fully_shard_are_followed_where_wrapped
     teacher.update()
     for average, expected in zip(gathered, teacher.parameters(), strict=True):
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_forerunner_has_gathered_is_not_taken_for_what_was_written_since(folder, rank):
+    before, after, own, carried, own_again = torch.load(f"{folder}/seen{rank}.pt")
+    assert not torch.equal(before, after)
+    assert torch.equal(carried, after) and not torch.equal(carried, own)
+    assert torch.equal(own_again, own)
 
 
 def test_networks_that_are_not_sharded_alike_are_refused_by_name(folder):
