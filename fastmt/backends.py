@@ -185,14 +185,15 @@ def explain(function: Callable, *args: object, **kwargs: object) -> Choice:
 
     Args:
         function: a public operation (fastmt.consistency_loss, fastmt.cross_entropy,
-            fastmt.softmax_confidence, fastmt.ema_update_), a module twin of one, or a partial.
+            fastmt.softmax_confidence, fastmt.ema_update_), a module twin of one, or a partial. What
+            else is of fastmt runs up to its first operation: fastmt.segment its network's forward.
 
     Returns:
         Choice(backend, reason).
 
     Raises:
-        Whatever the call itself would raise for its arguments; TypeError if `function` is not an
-        operation of fastmt.
+        Whatever the call itself would raise for its arguments; TypeError if `function` is not of
+        fastmt, or comes to no operation.
     """
     refusal = f"function: got {function!r}, expected an operation of fastmt"
     if not _is_own(function):  # to call it might do anything

@@ -49,8 +49,8 @@ def ema_update_(
     Not differentiable. The teacher's version counters are bumped, so that autograd notices.
 
     Raises:
-        TypeError, ValueError: lengths, shapes or devices that differ, a decay outside [0, 1], a
-        teacher and a student that share storage.
+        TypeError, ValueError: lengths or shapes that differ, a decay outside [0, 1], a teacher and
+        a student that share storage, tensors without memory of their own.
     """
     if isinstance(decay, Tensor):
         if decay.ndim:
@@ -121,8 +121,10 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
     """The positions to average: of pairs that fit each other, tied ones once."""
     if len(teacher) != len(student):
         raise ValueError(f"student: got {len(student)} tensors, expected {len(teacher)} as teacher")
+    for name, tensors in (("teacher", teacher), ("student", student)):
+        _check_memory(name, tensors)
     storages = {storage_of(t) for t in teacher if t.numel()}
-    positions: dict[tuple[int, int], int] = {}
+    positions: dict[int, int] = {}
     for i, (average, value) in enumerate(zip(teacher, student, strict=True)):
         if average.shape != value.shape:
             raise ValueError(
@@ -136,8 +138,20 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
             raise ValueError(f"student[{i}]: shares storage with the teacher; clone one of them")
         if average.numel():
             place = storage_of(average) + average.storage_offset() * average.itemsize
-            positions.setdefault((place, average.numel()), i)
+            first = positions.setdefault(place, i)
+            if teacher[first].numel() != average.numel():
+                raise ValueError(
+                    f"teacher[{i}]: shares memory with teacher[{first}], which has another size; "
+                    "give one of them"
+                )
     return list(positions.values())
+
+
+def _check_memory(name: str, tensors: list[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "on the meta device" if tensor.is_meta else tensor.layout
+            raise TypeError(f"{name}[{i}]: is {kind}, expected a dense tensor with memory")
 
 
 def _row(position: int, average: Tensor, value: Tensor) -> Row:

@@ -23,7 +23,8 @@ BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
 class EMATeacher(Counting):
     """A copy of the student whose parameters are the moving average of the student's.
 
-    After update t = 0, 1, ... the teacher is a_t * teacher + (1 - a_t) * student.
+    After update t = 0, 1, ... the teacher is a_t * teacher + (1 - a_t) * student. That goes for
+    frozen parameters too, whose average stays as it is until they are loaded or trained after all.
 
     Args:
         student: the network to follow; wrappers (DistributedDataParallel, torch.compile) are looked
