@@ -9,6 +9,7 @@ import pytest
 import torch
 from operands import DTYPES, random_logits
 from test_ema import *  # noqa: F403
+from test_ema_memory import *  # noqa: F403
 from tolerances import assert_average_close
 from torch import nn
 
