@@ -103,12 +103,17 @@ def test_decay_1_leaves_the_teacher_as_it_is():
     assert torch.equal(teacher, before)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_a_student_that_is_not_finite_shows_in_the_teacher(poison):
-    teacher, student = torch.zeros(40), torch.ones(40)
-    student[7] = poison
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, "every bit set"])
+def test_a_student_that_is_not_finite_shows_in_the_teacher(poison, dtype):
+    teacher, student = torch.zeros(40, dtype=dtype), torch.ones(40, dtype=dtype)
+    if poison == "every bit set":  # a NaN that a carry would make 0
+        student[7:8].view(torch.int32 if dtype == torch.float32 else torch.int16)[:] = -1
+    else:
+        student[7] = poison
     fastmt.ema_update_([teacher], [student], 0.9)
     assert teacher.isfinite().logical_not().nonzero().flatten().tolist() == [7]
+    assert teacher[7].isnan() == student[7].isnan()
 
 
 def test_integer_and_bool_tensors_become_copies():
@@ -162,44 +167,6 @@ def test_decay_is_read_anew_at_each_call():
         decay.fill_(value)
         fastmt.ema_update_([teacher], [student], decay)
         assert torch.equal(teacher, torch.full((3,), expected))
-
-
-def test_values_behind_a_new_data_pointer_are_found():
-    teacher = torch.nn.Parameter(torch.zeros(3))
-    student = torch.nn.Parameter(torch.ones(3))
-    fastmt.ema_update_([teacher], [student], 0.5)
-    student.data = torch.full((3,), 8.0)
-    fastmt.ema_update_([teacher], [student], 0.0)
-    assert torch.equal(teacher.detach(), torch.full((3,), 8.0))
-    teacher.data = torch.zeros(3)
-    fastmt.ema_update_([teacher], [student], 0.5)
-    assert torch.equal(teacher.detach(), torch.full((3,), 4.0))
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_new_shape_behind_the_same_pointer_is_noticed(place):
-    dtypes = (torch.float32, torch.float64)  # what the kernels take, and what they leave
-    teacher, student = ([make(9, dtype=d) for d in dtypes] for make in (torch.zeros, torch.ones))
-    fastmt.ema_update_(teacher, student, 0.5)
-    student[place].data = student[place].data[:1]
-    with pytest.raises(ValueError, match=rf"^student\[{place}\]: got shape \(1\), expected \(9\)"):
-        fastmt.ema_update_(teacher, student, 0.5)
-
-
-def test_a_new_dtype_behind_the_same_pointer_is_noticed():
-    teacher, student = torch.zeros(100), torch.ones(200)[:100]
-    fastmt.ema_update_([teacher], [student], 0.5)
-    student.data = student.data.view(torch.float16)[:100].fill_(3)
-    fastmt.ema_update_([teacher], [student], 0.0)
-    assert torch.equal(teacher, torch.full((100,), 3.0))
-
-
-def test_new_strides_behind_the_same_pointer_are_noticed():
-    teacher, student = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
-    fastmt.ema_update_([teacher], [student], 0.5)
-    student.data = student.data.as_strided((3, 4), (1, 3))
-    fastmt.ema_update_([teacher], [student], 0.0)
-    assert torch.equal(teacher, student)
 
 
 def test_tensors_freed_and_made_again_are_never_mistaken():
@@ -264,22 +231,6 @@ def test_more_lists_in_turn_than_are_remembered_are_each_averaged():
             fastmt.ema_update_(teacher, student, 0.5)
     for i, (teacher,) in enumerate(teachers):
         assert torch.equal(teacher, torch.full((5,), 0.75 * i))
-
-
-def test_tensors_that_become_tied_are_averaged_once():
-    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
-    fastmt.ema_update_(teacher, student, 0.0)
-    teacher[1].data = teacher[0].data.zero_()
-    fastmt.ema_update_(teacher, student, 0.5)
-    assert torch.equal(teacher[1], torch.full((8,), 0.5))
-
-
-def test_memory_that_is_gone_is_never_touched(kernels):
-    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
-    fastmt.ema_update_(teacher, student, 0.5)
-    student[1].untyped_storage().resize_(0)
-    with pytest.raises((RuntimeError, ValueError)):
-        fastmt.ema_update_(teacher, student, 0.5)
 
 
 def test_no_tensors_are_no_work():

@@ -38,7 +38,8 @@ def test_images_more_than_2_31_elements_apart_give_the_same_results(size):
 
     def results(move):
         z = move(student).requires_grad_()
-        loss = fastmt.consistency_loss(z, move(teacher), threshold=0.5, size=size)
+        maps = {"valid": move(labels != 3), "pixel_weight": move(labels.half())}
+        loss = fastmt.consistency_loss(z, move(teacher), threshold=0.5, size=size, **maps)
         supervised = fastmt.cross_entropy(z, move(labels.to(torch.uint8)))
         gradients = [torch.autograd.grad(value, z)[0] for value in (loss, supervised)]
         confidence = fastmt.softmax_confidence(move(teacher), size=size)

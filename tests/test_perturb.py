@@ -70,6 +70,16 @@ def test_noise_of_the_kernel_is_that_of_the_reference(kernels, shape, dtype, lay
     torch.testing.assert_close(noisy, expected, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("clamp", [False, True])
+def test_noise_on_what_is_not_finite_is_that_of_the_reference(kernels, clamp, dtype):
+    images = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5, 3.0, -3.0], dtype=dtype)
+    noisy = gaussian_noise(images, clamp=clamp, generator=seeded())
+    with backend("eager"):
+        expected = gaussian_noise(images, clamp=clamp, generator=seeded())
+    torch.testing.assert_close(noisy, expected, equal_nan=True)
+
+
 def test_noise_is_bitwise_the_same_for_every_number_of_threads(kernels):
     images = torch.rand(3, 200, 333)
     one = gaussian_noise(images, generator=seeded())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from operands import DTYPES, random_logits
@@ -167,20 +165,6 @@ def test_a_nan_score_never_passes(kind, members, strict):
     assert gradient[1, :, 4].all()
 
 
-def test_the_score_of_classes_nearly_alike_is_never_below_zero():
-    teacher = random_logits((1, 19, 400), 0, 1e-4)
-    for kind, members in itertools.product(KINDS, (1, 2)):
-        score = fastmt.softmax_confidence([teacher] * members, kind=kind).score
-        assert (score >= 0).all(), kind
-
-
-def test_certain_members_score_exactly_1_also_where_their_number_has_no_exact_inverse():
-    teacher = torch.tensor([[7.0, -200.0]])
-    for kind in ("max_prob", "margin"):
-        score = fastmt.softmax_confidence([teacher] * 41, kind=kind).score
-        assert score == 1, kind  # in float32, 41 * (1 / 41) is more
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("function", [fastmt.consistency_loss, fastmt.reference.consistency_loss])
 def test_nothing_selected_is_zero_also_beside_a_nan_teacher(loss, function):
@@ -301,6 +285,7 @@ def test_an_infinite_weight_of_a_class_without_labels_is_harmless(size):
     logits, labels = student_logits(), torch.ones(2, *size, dtype=torch.uint8)
     labels[:, 2:5] = 3
     shares = torch.bincount(labels.flatten(), minlength=5) / labels.numel()
+    labels[:, 5] = 255  # which kernels read as class 0
     values = [
         fastmt.cross_entropy(logits, labels, class_weight=weight, normalize="weight")
         for weight in (1 / shares, (1 / shares).nan_to_num(posinf=1.0))

@@ -10,6 +10,7 @@ import torch
 from entries import assert_entries_are_updated
 from operands import DTYPES, random_logits
 from test_ema import *  # noqa: F403
+from test_ema_memory import *  # noqa: F403
 from test_ema_refused import *  # noqa: F403
 from tolerances import assert_average_close
 from torch import nn

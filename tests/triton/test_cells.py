@@ -98,7 +98,7 @@ def test_consistency_is_that_of_interpolated_logits(
     student = laid_out(random_logits((batch, classes, *low), seed, 4.0, dtypes[0]), layouts[0])
     shape = (batch, classes, *(teacher_low or low))
     teachers = [
-        laid_out(random_logits(shape, seed + 1 + i, 4.0, dtypes[1 + i % 2]), layouts[1])
+        laid_out(random_logits(shape, seed + 1 + i, 4.0, dtypes[1 + i % 2]), layouts[1 + i % 2])
         for i in range(members)
     ]
     score, valid = decided(teachers, size, align_corners, kind)

@@ -224,7 +224,11 @@ def test_sums_of_many_programs_are_taken_in_two_steps(monkeypatch):
     labels = random_labels(shape, 0)
     expected = everything(student, teacher, labels)
     monkeypatch.setattr(sums, "FEW", 2)
+    monkeypatch.setattr(sums, "BLOCK", 2)  # programs that one adds up in the first step
     assert_same(expected, everything(student, teacher, labels))
+    labels[0, 2], labels[0, 1000] = 9, 7
+    with pytest.raises(ValueError, match="^labels: got label 7"):
+        fastmt.cross_entropy(student, labels)
 
 
 def test_a_wrong_label_is_read_as_no_class_and_poisons_loss_and_gradient():

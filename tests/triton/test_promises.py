@@ -3,4 +3,5 @@
 from __future__ import annotations
 
 from test_autograd import *  # noqa: F403
+from test_scores import *  # noqa: F403
 from test_semantics import *  # noqa: F403

@@ -1,0 +1,73 @@
+"""The moving average of tensors whose memory changes after they were averaged once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_ema import implementation  # noqa: F401
+
+import fastmt
+
+
+def test_values_behind_a_new_data_pointer_are_found():
+    teacher = torch.nn.Parameter(torch.zeros(3))
+    student = torch.nn.Parameter(torch.ones(3))
+    fastmt.ema_update_([teacher], [student], 0.5)
+    student.data = torch.full((3,), 8.0)
+    fastmt.ema_update_([teacher], [student], 0.0)
+    assert torch.equal(teacher.detach(), torch.full((3,), 8.0))
+    teacher.data = torch.zeros(3)
+    fastmt.ema_update_([teacher], [student], 0.5)
+    assert torch.equal(teacher.detach(), torch.full((3,), 4.0))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_new_shape_behind_the_same_pointer_is_noticed(place):
+    dtypes = (torch.float32, torch.float64)  # what the kernels take, and what they leave
+    teacher, student = ([make(9, dtype=d) for d in dtypes] for make in (torch.zeros, torch.ones))
+    fastmt.ema_update_(teacher, student, 0.5)
+    student[place].data = student[place].data[:1]
+    with pytest.raises(ValueError, match=rf"^student\[{place}\]: got shape \(1\), expected \(9\)"):
+        fastmt.ema_update_(teacher, student, 0.5)
+
+
+def test_a_new_dtype_behind_the_same_pointer_is_noticed():
+    teacher, student = torch.zeros(100), torch.ones(200)[:100]
+    fastmt.ema_update_([teacher], [student], 0.5)
+    student.data = student.data.view(torch.float16)[:100].fill_(3)
+    fastmt.ema_update_([teacher], [student], 0.0)
+    assert torch.equal(teacher, torch.full((100,), 3.0))
+
+
+def test_new_strides_behind_the_same_pointer_are_noticed():
+    teacher, student = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
+    fastmt.ema_update_([teacher], [student], 0.5)
+    student.data = student.data.as_strided((3, 4), (1, 3))
+    fastmt.ema_update_([teacher], [student], 0.0)
+    assert torch.equal(teacher, student)
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_memory_that_becomes_shared_is_refused(offset):
+    teacher, student = [torch.zeros(16)[:8], torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+    fastmt.ema_update_(teacher, student, 0.5)
+    student[1].data = teacher[0].as_strided((8,), (1,), offset)
+    with pytest.raises(ValueError, match=r"^student\[1\]: shares storage"):
+        fastmt.ema_update_(teacher, student, 0.5)
+
+
+def test_tensors_that_become_tied_are_averaged_once():
+    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+    fastmt.ema_update_(teacher, student, 0.0)
+    teacher[1].data = teacher[0].data.zero_()
+    fastmt.ema_update_(teacher, student, 0.5)
+    assert torch.equal(teacher[1], torch.full((8,), 0.5))
+
+
+@pytest.mark.parametrize("left", [0, 4])
+def test_memory_that_is_gone_is_never_touched(left, kernels):
+    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+    fastmt.ema_update_(teacher, student, 0.5)
+    student[1].untyped_storage().resize_(left)
+    with pytest.raises((RuntimeError, ValueError)):
+        fastmt.ema_update_(teacher, student, 0.5)
