@@ -141,6 +141,11 @@ def check_images(name: str, images: Tensor, device: torch.device, like: Tensor, 
 
 def check_range(name: str, images: Tensor) -> None:
     """Images in [0, 1]; waits for the device, so for a first step only. NaN passes."""
+    if images.ndim != 4:
+        raise ValueError(
+            f"{name}: got shape {shape(images)}, expected (N, C, H, W) for style and jitter; "
+            "volumes take style=None and jitter=None"
+        )
     low, high = (float(value) for value in images.aminmax())
     if low < -_TOLERANCE or high > 1 + _TOLERANCE:
         raise ValueError(

@@ -32,6 +32,7 @@ def _replace(index, change):
         (_replace(0, lambda x: (x * 255).byte()), TypeError, "source_images: got torch.uint8"),
         (_replace(0, lambda x: x * 255), ValueError, r"source_images: got values .* \[0, 1\]"),
         (_replace(2, lambda x: x - 1), ValueError, "target_images: got values"),
+        ([x[..., None] for x in make_batch()], ValueError, "source_images: .*style=None"),
         (_replace(2, lambda x: x[..., :8]), ValueError, "target_images: .*source_images"),
         (_replace(2, lambda x: x.double()), ValueError, "target_images: got torch.float64"),
         (_replace(2, lambda x: x.to("meta")), ValueError, "target_images: got images on meta"),
