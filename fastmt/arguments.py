@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from numbers import Real
 
 import torch
@@ -91,7 +91,7 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 def ensemble(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """The detached members of an ensemble: one tensor of logits, or a sequence of equal N and C."""
-    is_one = isinstance(logits, Tensor) or not isinstance(logits, Iterable)
+    is_one = isinstance(logits, Tensor | Mapping) or not isinstance(logits, Iterable)
     members = [logits] if is_one else list(logits)
     if not members:
         raise ValueError(f"{name}: got an empty sequence, expected at least one tensor of logits")

@@ -40,7 +40,7 @@ def consistency_loss(
 
     Args:
         student: logits (N, C, *spatial); float32, bfloat16, float16 or float64, any strides.
-            Differentiable once.
+            Differentiable once. A sigmoid's one channel z is torch.cat([zeros_like(z), z], 1).
         teacher: logits of the same N and C, or a sequence of them, whose softmaxes are averaged.
             Never receives a gradient.
         loss: "mse" sum (p-q)^2; "kl" KL(q||p); "soft_ce" -sum q log p; "ce" -log p[argmax q];

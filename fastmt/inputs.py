@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,10 +90,10 @@ def check_scheduler(scheduler: object | None, optimizer: torch.optim.Optimizer) 
             f"scheduler: got {_kind(scheduler)}, expected a scheduler of `optimizer`, as those of "
             "torch.optim.lr_scheduler"
         )
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    if scheduler is not None and not _steps_alone(scheduler):
         raise TypeError(
-            "scheduler: got ReduceLROnPlateau, expected one that is stepped without a metric; step "
-            "this one in the training loop"
+            f"scheduler: got {_kind(scheduler)}, expected one that is stepped without a metric or "
+            "an epoch; step this one in the training loop"
         )
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("scheduler: got one of another optimizer, expected one of `optimizer`")
@@ -144,6 +145,11 @@ def check_images(name: str, images: Tensor, device: torch.device, like: Tensor, 
 
 def check_range(name: str, images: Tensor) -> None:
     """Images in [0, 1]; waits for the device, so for a first step only. NaN passes."""
+    if images.ndim != 4:
+        raise ValueError(
+            f"{name}: got shape {shape(images)}, expected (N, C, H, W) for style and jitter; "
+            "volumes take style=None and jitter=None"
+        )
     low, high = (float(value) for value in images.aminmax())
     if low < -_TOLERANCE or high > 1 + _TOLERANCE:
         raise ValueError(
@@ -238,6 +244,14 @@ def _dtypes(network: nn.Module) -> list[torch.dtype]:
     """Of the weights, each once."""
     dtypes = (p.dtype for p in network.parameters() if p.is_floating_point())
     return list(dict.fromkeys(dtypes))
+
+
+def _steps_alone(scheduler: object) -> bool:
+    """Whether its step() takes no argument that has to be given, as far as its class tells."""
+    step = getattr(type(scheduler), "step", None)
+    required = list(inspect.signature(step).parameters.values())[1:] if step is not None else []
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.default is not p.empty or p.kind in variable for p in required)
 
 
 def _kind(value: object) -> str:

@@ -35,7 +35,13 @@ class Buffers:
         for held, name, buffer in self._replaced():
             held[name] = buffer
         for buffers, kept in self._kept:
-            torch._foreach_copy_(buffers, kept.unbind())
+            try:
+                torch._foreach_copy_(buffers, kept.unbind())
+            except RuntimeError as error:
+                raise ValueError(
+                    "student: a forward gave a buffer another size, as observers of quantisation "
+                    "do at the first; let it see a batch before the trainer is made"
+                ) from error
 
     @torch.no_grad()
     def put_back_unless(self, finite: Tensor) -> None:

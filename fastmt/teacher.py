@@ -55,7 +55,8 @@ class EMATeacher(Counting):
             is made at the next update(), or when this module is called, saved, copied or moved.
             Whatever else reads it (`module`, parameters(), buffers()) has to call flush() before.
 
-    Starts in eval mode. `module` is the averaged network; forward runs it without gradient.
+    Starts in eval mode, until train() of a module that holds it sets it like its other children.
+    `module` is the averaged network; forward runs it without gradient.
     `calls` and `updates` count update() and those that averaged. Where only a GPU knows that some
     were skipped, they are left out once progress(), state_dict() or current_decay() has asked it.
 

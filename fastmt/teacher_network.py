@@ -87,7 +87,7 @@ def check_wide(network: nn.Module, rounding: str | None) -> None:
         if parameter.dtype in HALVES and rounding is None:
             raise TypeError(
                 f"teacher: {name!r} is {parameter.dtype}, expected float32 or float64; in half "
-                "precision the average does not move"
+                "precision the average moves only with rounding='stochastic' or 'kahan'"
             )
 
 

@@ -126,9 +126,10 @@ class MeanTeacher:
         """One update of student and teacher.
 
         Args:
-            source_images: (N, 3, H, W), floating point; in [0, 1] where style or jitter is used.
-            source_labels: (N, H, W), uint8 or int64, 255 (the loss's ignore_index) is ignored.
-            target_images: (M, 3, H, W), unlabelled; M = N with class mixing.
+            source_images: (N, C, *spatial), floating point; for style or jitter 2-D, in [0, 1],
+                and for jitter with C = 3.
+            source_labels: (N, *spatial), uint8 or int64, 255 (the loss's ignore_index) is ignored.
+            target_images: (M, C, *spatial), unlabelled; M = N with class mixing.
 
         A loss or gradient that is not finite leaves student, buffers, optimiser state and teacher
         as they were and counts as skipped; step, schedules and random numbers move on. A step that

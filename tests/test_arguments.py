@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("either")
 CONFIDENCE = [
     ((None,), {}, TypeError, "logits: got NoneType"),
     (([],), {}, ValueError, "logits: got an empty sequence"),
+    (({"out": Z},), {}, TypeError, "logits: got dict, expected a tensor of logits"),
     ((Z.long(),), {}, TypeError, "logits: got torch.int64, expected float32"),
     ((Z.to_sparse(),), {}, TypeError, "logits: got layout torch.sparse_coo"),
     ((torch.zeros(3),), {}, ValueError, r"logits: got shape \(3\), expected \(N, C"),
@@ -45,6 +46,7 @@ CONSISTENCY = [
     ((Z, Z.to("meta")), {}, ValueError, "teacher: got a tensor on meta, expected cpu"),
     ((Z, None), {}, TypeError, "teacher: got NoneType"),
     ((Z, []), {}, ValueError, "teacher: got an empty sequence"),
+    ((Z, {"out": Z}), {}, TypeError, "teacher: got dict, expected a tensor of logits"),
     ((Z, Z.int()), {}, TypeError, "teacher: got torch.int32"),
     ((Z.bool(), Z), {}, TypeError, "student: got torch.bool"),
     ((None, Z), {}, TypeError, "student: got NoneType"),

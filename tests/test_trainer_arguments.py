@@ -42,6 +42,7 @@ def _replace(index, change):
         (_replace(0, lambda x: (x * 255).byte()), TypeError, "source_images: got torch.uint8"),
         (_replace(0, lambda x: x + 0.1), ValueError, r"source_images: got values .* \[0, 1\]"),
         (_replace(2, lambda x: x - 0.1), ValueError, "target_images: got values"),
+        ([x[..., None] for x in make_batch()], ValueError, "source_images: .*style=None"),
         (_replace(2, lambda x: x[..., :8]), ValueError, "target_images: .*source_images"),
         (_replace(2, lambda x: x.double()), ValueError, "target_images: got torch.float64"),
         (_replace(2, lambda x: x.to("meta")), ValueError, "target_images: got images on meta"),
@@ -181,11 +182,20 @@ def test_losses_that_return_something_else_are_named(losses, message):
         make_trainer(**losses).step(*make_batch())
 
 
+class ByEpoch:
+    """As timm's schedulers, is stepped with the epoch."""
+
+    def step(self, epoch, metric=None):
+        pass
+
+
 def test_a_scheduler_that_a_step_cannot_step_is_named():
     student = Net()
     own, other = (torch.optim.SGD(student.parameters(), lr=0.1) for _ in range(2))
     with pytest.raises(TypeError, match="^scheduler: got ReduceLROnPlateau"):
         MeanTeacher(student, own, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(own))
+    with pytest.raises(TypeError, match="^scheduler: got ByEpoch, .* without .* an epoch"):
+        MeanTeacher(student, own, scheduler=ByEpoch())
     with pytest.raises(ValueError, match="^scheduler: got one of another optimizer"):
         MeanTeacher(student, own, scheduler=ExponentialLR(other, 0.9))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import CLASSES, assert_same, everything, make_batch, make_trainer
+from training import CLASSES, Net, assert_same, everything, make_batch, make_trainer
 
 from fastmt import skipping
 from fastmt.trainer import MeanTeacher
@@ -112,6 +112,29 @@ def test_buffers_that_a_network_replaces_are_put_back_as_well(wait):
     source[0, 0, 3, 3] = math.nan
     assert trainer.step(source, labels, target).item("skipped") == 1
     assert_same(before, everything(trainer))
+
+
+class Observed(Net):
+    """Observes the largest logit of each class, from its first batch on, as PyTorch's observers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.empty(0))
+
+    def forward(self, images):
+        logits = super().forward(images)
+        largest = logits.detach().amax((0, 2, 3))
+        self.largest.resize_(largest.shape).copy_(largest)
+        return logits
+
+
+def test_a_network_whose_buffers_get_their_size_by_a_batch_has_to_see_one_before():
+    network = Observed()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    trainer = MeanTeacher(network, optimizer)
+    with pytest.raises(ValueError, match="^student: .*see a batch before the trainer is made"):
+        trainer.step(*make_batch())
+    assert MeanTeacher(network, optimizer).step(*make_batch()).item("skipped") == 0
 
 
 def test_an_expanded_buffer_stays_as_it_is():

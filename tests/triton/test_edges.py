@@ -12,8 +12,10 @@ import torch
 from operands import random_logits
 from test_consistency import (  # noqa: F401
     test_bce_counts_classes_too_unlikely_to_change_1,
+)
+from test_semantics import (  # noqa: F401
     test_bce_of_a_student_that_excludes_all_classes_but_the_right_one_is_zero,
-    test_bce_of_one_class_is_nan_only_where_a_logit_is_not_finite,
+    test_bce_of_one_class_is_nan_where_its_logit_is_not_finite_and_else_nothing,
 )
 from test_upsampling_borders import (  # noqa: F401, every fifth of the cases
     test_a_logit_leaves_no_trace_where_it_has_no_weight,
