@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -215,32 +216,37 @@ class Structure:
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
-        self._live = list(_dictionaries(networks))
+        modules = [module for network in networks for module in network.modules()]
+        self._live = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._seen = [dict(entries) for entries in self._live]
+        # All three are others once a module's __init__ has run again. A teacher's own would hold,
+        # with its plan, what holds this.
+        own = [vars(module) for module in modules]
+        self._own = [each for each in own if "_parameters" in each and "_plan" not in each]
+        self._held = [each["_parameters"] for each in self._own]
         self._native = None
         if cpp_backend.missing() is None and all(isinstance(e, dict) for e in self._live):
             self._native = native.dictionaries_hold()
-            self._addresses = _addresses(self._live, self._seen)
+            self._addresses = _addresses(self._live, self._seen, self._own)
             self._table, self._next = self._addresses.buffer_info()[0], native.next_entry()
 
     def holds(self) -> bool:
         if self._native is not None:
             return self._native(self._table, self._next)
         try:
-            return self._live == self._seen
+            held = map(operator.is_, self._held, [own.get("_parameters") for own in self._own])
+            return all(held) and self._live == self._seen
         except (RuntimeError, ValueError, TypeError):  # tensors that cannot be compared
             return False
 
 
-def _addresses(live: Sequence[dict], seen: Sequence[dict]) -> array[int]:
+def _addresses(live: Sequence[dict], seen: Sequence[dict], own: Sequence[dict]) -> array[int]:
     """The table that csrc/dictionaries.cpp reads."""
     table = [len(live), *map(id, live)]
     for entries in seen:
         table += [len(entries), *(id(each) for entry in entries.items() for each in entry)]
+    table.append(len(own))
+    for attributes in own:
+        key = next(name for name in attributes if name == "_parameters")  # not interned in all
+        table += [id(attributes), id(key), id(attributes[key])]
     return array("q", table)
-
-
-def _dictionaries(networks: Iterable[nn.Module]) -> Iterator[dict[str, object]]:
-    for network in networks:
-        for module in network.modules():
-            yield from (module._parameters, module._buffers, module._modules)

@@ -36,7 +36,8 @@ class EMATeacher(Counting):
             as it is.
         buffers: "copy" the student's (running statistics belong to the newest weights), "ema"
             averages floating ones, "keep" leaves them, and the student may have others. Integer,
-            bool and float8 buffers are copied unless kept, as are parameters of these types.
+            bool and float8 buffers are copied unless kept, as are parameters of these types. No
+            state dict holds those that are not persistent: their average begins anew.
         update_every: only every so many calls of update() average.
         start: until that many calls the teacher is a plain copy of the student.
         half_life: instead of `decay`: after that many steps (calls of update()) a weight counts
@@ -56,7 +57,8 @@ class EMATeacher(Counting):
             Whatever else reads it (`module`, parameters(), buffers()) has to call flush() before.
 
     Starts in eval mode, until train() of a module that holds it sets it like its other children.
-    `module` is the averaged network; forward runs it without gradient.
+    `module` is the averaged network; forward runs it without gradient. From an update on it holds
+    the student's tensors, which torch.utils.swap_tensors then refuses to swap.
     `calls` and `updates` count update() and those that averaged. Where only a GPU knows that some
     were skipped, they are left out once progress(), state_dict() or current_decay() has asked it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -61,6 +62,10 @@ def replace_module(net: Net) -> None:
     net.first = nn.Linear(3, 4)
 
 
+def initialise_module_again(net: Net) -> None:
+    net.first.__init__(3, 4)
+
+
 def replace_nested_modules(net: Net) -> None:
     net._modules.update(Net()._modules)
     net.tied = net.last.weight
@@ -106,6 +111,7 @@ CHANGES = (
     write_dictionary,
     reorder,
     replace_module,
+    initialise_module_again,
     replace_nested_modules,
     replace_buffer,
     assign_state,
@@ -240,8 +246,10 @@ def test_tensors_that_were_released_hold_no_more():
     assert not native.ema_run()(0, None, None)
 
 
-def test_all_dictionaries_of_a_deep_tree_are_compared():
+@pytest.mark.parametrize("again", [copy.copy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_all_dictionaries_of_a_deep_tree_are_compared(again):
     network = nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()) for _ in range(40)))
+    network = again(network)  # unpickled attributes have names that are not interned
     structure = matching.Structure([network])
     for module in network.modules():
         for entries in (module._parameters, module._buffers, module._modules):
