@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -112,6 +115,17 @@ def test_equal_logits_are_not_confident_and_take_the_first_label(kind, either):
     torch.testing.assert_close(score, torch.full((3, 40), expected), rtol=0, atol=1e-6)
     assert (score >= 0).all()
     assert not label.any()
+
+
+@pytest.mark.parametrize("size", [None, (8, 24)])
+def test_of_several_equal_classes_the_first_is_the_label(size, either):
+    teacher = torch.full((1, 21, 2, 3), -20.0)  # Triton's tiles have 16, 4 and 1 class
+    teacher[:, [3, 9, 17, 20]] = 5.0
+    shares = {"max_prob": 1 / 4, "entropy": 1 - math.log(4) / math.log(21), "margin": 0.0}
+    for (kind, share), members in itertools.product(shares.items(), (1, 2)):
+        score, label = fastmt.softmax_confidence([teacher] * members, kind=kind, size=size)
+        assert (label == 3).all()
+        torch.testing.assert_close(score, torch.full_like(score, share), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])

@@ -150,6 +150,7 @@ def test_every_loss_weight_and_denominator(loss, weight):
     shape = (2, 5, 7, 19)
     student = random_logits(shape, 1)
     members = teachers(shape, [torch.float32], "contiguous", seed=2)
+    _, valid = maps(shape, torch.float32, "contiguous", 3)
     for i, (normalize, kind) in enumerate(itertools.product(NORMALIZATIONS, KINDS)):
         score = reference.softmax_confidence([members[0].double()], kind=kind).score
         assert_consistency_is_the_reference(
@@ -161,6 +162,7 @@ def test_every_loss_weight_and_denominator(loss, weight):
             confidence=kind,
             class_reduction=CLASS_REDUCTIONS[i % 2],
             threshold=threshold_near(score, 0.6),
+            valid=valid if i % 2 else None,
         )
 
 
@@ -199,6 +201,17 @@ def test_student_near_a_confident_teacher(loss, distance):
     members = teachers(shape, [torch.float32], "contiguous", 15.0, seed=2)
     student = members[0] + random_logits(shape, 1, distance)
     assert_consistency_is_the_reference(student, members, loss=loss, threshold=0.9)
+
+
+def test_a_float16_gradient_of_many_pixels_is_not_divided_before_the_loss_scale():
+    student, teacher = (random_logits((1, 3, 20_000), i, 0.02, torch.float16) for i in (1, 2))
+    gradients = []
+    for z, q in ((student, teacher), (student.double(), teacher.double())):
+        z.requires_grad_()
+        run = fastmt.consistency_loss if z.dtype == torch.float16 else reference.consistency_loss
+        loss = run(z, q, loss="kl", weight="none")
+        gradients += torch.autograd.grad(65536 * loss, z)
+    assert_gradient_close(*gradients, torch.float16)
 
 
 def test_bce_counts_classes_too_unlikely_to_change_1():

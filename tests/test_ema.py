@@ -96,6 +96,18 @@ def test_decay_0_copies_the_student_exactly():
         assert torch.equal(average, value)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_half_precision_is_rounded_to_the_nearest_and_between_two_to_the_even(dtype):
+    every = torch.arange(2**15, dtype=torch.int16).view(dtype)
+    every = every[every < 1e38].float()
+    middle = (every[1:] + every[:-1]) / 2
+    bits = middle.view(torch.int32)
+    for value in (middle, (bits - 1).view(torch.float32), (bits + 1).view(torch.float32)):
+        average = torch.zeros(value.shape, dtype=dtype)
+        fastmt.ema_update_([average], [value], 0.0)
+        assert torch.equal(average, value.to(dtype))
+
+
 def test_decay_1_leaves_the_teacher_as_it_is():
     teacher, student = random_logits((40,), 0), random_logits((40,), 1)
     before = teacher.clone()

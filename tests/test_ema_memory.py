@@ -64,9 +64,10 @@ def test_tensors_that_become_tied_are_averaged_once():
     assert torch.equal(teacher[1], torch.full((8,), 0.5))
 
 
-@pytest.mark.parametrize("left", [0, 4])
-def test_memory_that_is_gone_is_never_touched(left, kernels):
-    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+@pytest.mark.parametrize(("offset", "left"), [(0, 0), (0, 4), (8, 40)])
+def test_memory_that_is_gone_is_never_touched(offset, left, kernels):
+    teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(16)[offset:]]
+    student[1] = student[1][:8]
     fastmt.ema_update_(teacher, student, 0.5)
     student[1].untyped_storage().resize_(left)
     with pytest.raises((RuntimeError, ValueError)):

@@ -274,10 +274,11 @@ def test_negative_infinity_of_an_unlabelled_class_is_harmless():
     with torch.no_grad():
         logits[:, 4] = -torch.inf
     labels = torch.ones(2, 9, 11, dtype=torch.uint8)
-    value = fastmt.cross_entropy(logits, labels)
     expected = torch.nn.functional.cross_entropy(logits[:, :4], labels.long())
-    torch.testing.assert_close(value, expected)
-    assert gradient_of(value, logits).isfinite().all()
+    for class_weight in (None, torch.ones(5)):
+        value = fastmt.cross_entropy(logits, labels, class_weight=class_weight)
+        torch.testing.assert_close(value, expected)
+        assert gradient_of(value, logits).isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(9, 11), (18, 22)])

@@ -30,6 +30,7 @@ RATIOS = [  # (low resolution, output) as networks have them, integer scales and
     ((1, 1), (7, 9)),
     ((1, 9), (8, 1)),
     ((40, 5), (40, 9)),
+    ((2, 3), (3, 3000)),
 ]
 
 

@@ -126,6 +126,18 @@ def test_a_large_pixel_weight_leaves_a_wide_range_of_logits_finite(loss):
     assert student.grad.isfinite().all()
 
 
+def test_the_gradients_of_one_cell_add_up_within_the_range_of_float16():
+    logits = torch.zeros(1, 2, 1, 1, dtype=torch.float16, requires_grad=True)
+    labels, weight = torch.zeros(1, 16, 16, dtype=torch.uint8), torch.full((1, 16, 16), 1e3)
+    losses = [fastmt.cross_entropy(logits, labels, pixel_weight=weight)]
+    teacher = torch.tensor([[200.0, 0.0]]).view(1, 2, 1, 1)
+    options = {"loss": "ce", "weight": "none", "pixel_weight": weight}
+    losses.append(fastmt.consistency_loss(logits, teacher, size=(16, 16), **options))
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.flatten().tolist() == [-500, 500]
+
+
 @pytest.mark.parametrize("heights", [(64, 16), (64, 63), (16, 64), (64, 64)])
 def test_neither_loss_nor_gradient_depends_on_how_groups_fall_to_threads(heights):
     high, low = heights

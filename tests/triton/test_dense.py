@@ -74,6 +74,7 @@ def test_consistency_loss_gradient_and_statistics_are_those_of_the_reference(
 def test_every_loss_weight_denominator_and_kind_of_confidence(loss):
     shape = (2, 5, 7, 19)
     student, members = random_logits(shape, 1), teachers(shape, [torch.float32], "contiguous")
+    _, valid = test_consistency.maps(shape, torch.float32, "contiguous", 3)
     cases = itertools.product(WEIGHTS, NORMALIZATIONS)
     for i, (weight, normalize) in enumerate(cases):
         kind = KINDS[i % 3]
@@ -87,6 +88,7 @@ def test_every_loss_weight_denominator_and_kind_of_confidence(loss):
             confidence=kind,
             class_reduction=CLASS_REDUCTIONS[i % 2],
             threshold=threshold_near(score, 0.6),
+            valid=valid if i // 4 % 2 else None,
         )
 
 

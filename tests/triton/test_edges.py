@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from numbers import Number
 
@@ -10,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from operands import random_logits
+from test_confidence import test_of_several_equal_classes_the_first_is_the_label  # noqa: F401
 from test_consistency import (  # noqa: F401
+    test_a_float16_gradient_of_many_pixels_is_not_divided_before_the_loss_scale,
     test_bce_counts_classes_too_unlikely_to_change_1,
 )
 from test_semantics import (  # noqa: F401
@@ -20,6 +21,7 @@ from test_semantics import (  # noqa: F401
 from test_upsampling_borders import (  # noqa: F401, every fifth of the cases
     test_a_logit_leaves_no_trace_where_it_has_no_weight,
     test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other,
+    test_the_gradients_of_one_cell_add_up_within_the_range_of_float16,
     test_the_label_of_a_pixel_that_is_nan_is_that_of_the_reference,
 )
 
@@ -40,18 +42,6 @@ def test_a_certain_teacher_scores_exactly_one(kind, classes, members, size):
     score, label = fastmt.softmax_confidence([teacher] * members, kind=kind, size=size)
     assert (score == 1).all()
     assert not label.any()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [None, (4, 7)])
-def test_of_equal_classes_in_several_tiles_the_first_is_the_label(kind, size):
-    teacher = torch.full((1, 21, 2, 3), -100.0)
-    teacher[:, [3, 9, 17, 20]] = 5.0
-    expected = {"max_prob": 1 / 4, "entropy": 1 - math.log(4) / math.log(21), "margin": 0.0}[kind]
-    for members in (1, 2):
-        score, label = fastmt.softmax_confidence([teacher] * members, kind=kind, size=size)
-        assert (label == 3).all()
-        torch.testing.assert_close(score, torch.full_like(score, expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("number", [np.float32, np.float64, np.int64])
