@@ -193,8 +193,8 @@ def test_what_a_step_reports_is_not_overwritten_by_the_next():
 
 def test_a_batch_that_does_not_fit_the_capture_is_named():
     step = Replayed(make_trainer(), warmup=1)
-    for _ in range(2):
-        step(*make_batch())
+    for count in (4, 2):  # the second is captured
+        step(*make_batch(count=count))
     with pytest.raises(ValueError, match=r"^source_images: got torch.float32 \(4, 3, 12, 16\)"):
         step(*make_batch(count=4))
     source, labels, target = make_batch()

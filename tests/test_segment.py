@@ -131,6 +131,14 @@ def test_tiles_share_a_quarter_unless_told(scales):
     )
 
 
+def test_the_score_is_of_the_kind_and_the_temperature_asked_for():
+    network, pixels = Net(), image(48, 64)
+    score = fastmt.segment(network, pixels, kind="margin", temperature=2.0).score
+    q = softmax_of(network, pixels, (48, 64)).sqrt()  # softmax(z / 2), but for its sum
+    first, second = (q / q.sum(0)).topk(2, dim=0).values
+    torch.testing.assert_close(score.double(), first - second, rtol=0, atol=2e-5)
+
+
 def test_flips_and_scales_are_the_mean_of_their_softmaxes():
     network, pixels = Net(), image(48, 64)
     result = fastmt.segment(network, pixels, flip=True, scales=(1.0, 0.5), divisor=STRIDE)

@@ -148,8 +148,8 @@ def test_a_count_that_was_set_goes_on_from_there(student):
     assert teacher.current_decay() == 1 - 1 / 40
 
 
-def test_saving_a_teacher_leaves_what_was_skipped_out_of_its_counts(student, monkeypatch):
-    for save in (EMATeacher.state_dict, copy.deepcopy):
+def test_saving_or_moving_a_teacher_leaves_what_was_skipped_out_of_its_counts(student, monkeypatch):
+    for save in (EMATeacher.state_dict, copy.deepcopy, EMATeacher.cpu):
         teacher = EMATeacher(student)
         train(teacher, student, by_the_device, monkeypatch)
         assert teacher.calls == len(FINITE)

@@ -20,6 +20,14 @@ def test_a_snapshot_of_the_wanted_average_is_returned_whole():
     assert shares == pytest.approx([0, 0, 1], abs=1e-8)
 
 
+@pytest.mark.parametrize(("time", "end"), [(4, 8), (8, 4)])
+def test_a_snapshot_weighs_what_its_profile_shares_with_the_wanted_one(time, end):
+    # Of (g + 1) s^g / t^(g + 1) with g = 2 and 1: products integrated up to the earlier time.
+    shared = 6 / (time**3 * end**2) * min(time, end) ** 4 / 4
+    (weight,) = posthoc.weights([time], [2.0], end, 1.0)
+    assert weight == pytest.approx(shared / (9 / (5 * time)))
+
+
 def test_two_tracks_give_the_average_of_a_third_length():
     student, steps, wanted = nn.Linear(4, 4), 400, 10.0
     gammas = (6.94, 16.97)

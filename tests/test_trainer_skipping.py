@@ -21,12 +21,13 @@ from fastmt.trainer import MeanTeacher
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
 def test_non_finite_loss_leaves_everything_bitwise_unchanged_and_counts(options, optimizer):
     trainer = make_trainer(optimizer=optimizer, **options)
-    trainer.step(*make_batch(0))
+    first = trainer.step(*make_batch(0))
     before = everything(trainer)
     source, labels, target = make_batch(1)
     source[0, 0, 3, 3] = math.nan
     report = trainer.step(source, labels, target)
     assert not math.isfinite(report.item("loss")) and report.item("skipped") == 1
+    assert first.item("skipped") == 0  # a report stays as it was
     assert_same(before, everything(trainer))
     report = trainer.step(*make_batch(2))
     assert math.isfinite(report.item("loss")) and report.item("skipped") == 1
@@ -241,7 +242,7 @@ def test_an_optimiser_whose_state_turned_fused_off_is_not_trusted_to_skip():
 
 def test_an_optimiser_skips_only_where_all_its_groups_are_fused():
     groups = [{"params": [nn.Parameter(torch.zeros(2))], "fused": fused} for fused in (True, False)]
-    assert not skipping.can_skip(torch.optim.Adam(groups))
+    assert not skipping.can_skip(torch.optim.Adam(groups, fused=True))
 
 
 def test_an_optimiser_that_left_out_a_step_makes_the_next_one():

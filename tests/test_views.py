@@ -15,7 +15,7 @@ from fastmt.consistency import ConsistencyLoss, consistency_loss
 from fastmt.cross_entropy import CrossEntropy, cross_entropy
 
 
-def test_class_mixing_pastes_source_pixels_that_the_teacher_does_not_teach():
+def test_class_mixing_pastes_source_pixels_that_the_labels_teach_and_not_the_teacher():
     calls = []
 
     class Recorded(ConsistencyLoss):
@@ -25,7 +25,8 @@ def test_class_mixing_pastes_source_pixels_that_the_teacher_does_not_teach():
 
     trainer = make_trainer(class_mixing=1.0, consistency=Recorded(threshold=0.0), **STILL)
     source, labels, target = make_batch()
-    trainer.step(source, labels, target)
+    before = copy.deepcopy(trainer.student)
+    report = trainer.step(source, labels, target)
     view = trainer.student.seen[0][2:]
     pasted = (view == source).all(1) & (view != target).all(1)
     assert torch.equal(torch.where(pasted[:, None], source, target), view)
@@ -33,6 +34,9 @@ def test_class_mixing_pastes_source_pixels_that_the_teacher_does_not_teach():
     for image, mask in zip(labels, pasted, strict=True):
         assert len(image[mask].unique()) == 2  # half of four classes
     assert torch.equal(calls[0], ~pasted)
+    logits = before(trainer.student.seen[0]).split(2)
+    known = [labels, labels.masked_fill(~pasted, 255)]
+    torch.testing.assert_close(report.supervised, sum(map(cross_entropy, logits, known)))
 
 
 def test_class_mixing_never_happens_at_probability_zero():
@@ -40,6 +44,16 @@ def test_class_mixing_never_happens_at_probability_zero():
     source, labels, target = make_batch()
     trainer.step(source, labels, target)
     assert torch.equal(trainer.student.seen[0][2:], target)
+
+
+def test_the_noise_is_that_of_the_method_unless_told():
+    trainer = make_trainer()
+    source, labels, target = make_batch(size=(64, 64))
+    trainer.step(source, labels, target)
+    noise = (trainer.student.seen[0][2:] - target).abs()
+    assert noise.max().item() == pytest.approx(0.2)
+    beyond = 1 - math.erf(2 / math.sqrt(2))  # two standard deviations
+    assert (noise > 0.1999).float().mean().item() == pytest.approx(beyond, rel=0.15)
 
 
 def test_the_global_generator_is_never_drawn_from():
