@@ -248,6 +248,10 @@ def ema_update_(
     lost = [None] * len(teacher) if compensation is None else compensation
     for average, value, number, rest in zip(teacher, student, numbers, lost, strict=True):
         average, value = _reals(average, value)
+        is_wide = average.dtype in (torch.float32, torch.float64)
+        if is_wide and rest is None and not isinstance(decay, Tensor) and decay > 0:
+            average.lerp_(value.to(average), 1 - decay)  # the same numbers by one operation
+            continue
         before = average if rest is None else average.float() + rest.float()
         after = _where_counted(decay, _mean(before, value, decay), before)
         rounded = after.to(average.dtype)

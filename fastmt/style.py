@@ -115,14 +115,22 @@ def match_statistics(
     images. Source: Reinhard et al., "Color Transfer between Images", 2001, here in the images' own
     colour space.
     """
-    paired = _pair(source, target, generator).float()
-    pixels = source.float()
-    source_std, source_mean = torch.std_mean(pixels, dim=(-2, -1), correction=0, keepdim=True)
-    target_std, target_mean = torch.std_mean(paired, dim=(-2, -1), correction=0, keepdim=True)
+    paired = _pair(source, target, generator)
+    _, target_mean, target_std = _centred(paired.float())
+    centred, _, source_std = _centred(source.float())
     # A channel flatter than one grey level carries nothing to scale but rounding.
     scale = target_std / source_std.clamp_min(1.0 / 255.0)
-    styled = (pixels - source_mean) * scale + target_mean
-    return styled.clamp(0.0, 1.0).to(source.dtype)
+    return centred.mul_(scale).add_(target_mean).clamp_(0.0, 1.0).to(source.dtype)
+
+
+def _centred(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each channel less its mean, the mean, and the standard deviation.
+
+    PyTorch's own std_mean goes one pixel after the other.
+    """
+    mean = images.mean((-2, -1), keepdim=True)
+    centred = images - mean
+    return centred, mean, centred.square().mean((-2, -1), keepdim=True).sqrt()
 
 
 def as_style(style: str | Style | None) -> Style:

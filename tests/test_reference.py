@@ -232,6 +232,17 @@ def test_no_number_is_copied_to_a_device_which_would_wait_for_it():
         reference.ema_update_([student], [teacher], 0.9)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_decay_averages_the_same_as_a_number_and_as_a_tensor(dtype, decay):
+    value = random_logits((5, 7), 1).T
+    averages = []
+    for given in (decay, torch.tensor(decay, dtype=torch.float64)):
+        averages.append(random_logits((7, 5), 2, dtype=dtype))
+        reference.ema_update_(averages[-1:], [value], given)
+    assert torch.equal(*averages)
+
+
 def test_a_threshold_is_compared_in_the_precision_of_the_scores():
     student, _ = pair((1, 10, 3, 2))
     uniform = torch.zeros_like(student)

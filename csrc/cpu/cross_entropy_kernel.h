@@ -30,8 +30,11 @@ inline double sum_of_weights(const CrossEntropyCall& call, const int32_t* label,
   return sum;
 }
 
+// Without smoothing the loss needs no logit but the label's.
+inline bool is_plain(const CrossEntropyCall& call) { return call.label_smoothing == 0; }
+
 // Turns labels as they come into classes, and weights into 0 where they are ignored; true if any
-// weight is not 0.
+// weight is not 0. Where the loss is plain, the weight of its class is part of a pixel's.
 inline bool weigh_labels(const CrossEntropyCall& call, const int64_t* labels, int count,
                          int32_t* label, float* weight, CrossEntropySums& sums) {
   const int64_t classes = call.classes, ignored = call.ignore_index;
@@ -53,6 +56,9 @@ inline bool weigh_labels(const CrossEntropyCall& call, const int64_t* labels, in
   sums.valid += valid;
   sums.wrong += wrong;
   sums.weight += sum_of_weights(call, label, weight, count, valid);
+  if (call.class_weight && is_plain(call))
+    for (int i = 0; i < count; ++i)
+      weight[i] = weight[i] == 0 ? 0.0f : weight[i] * call.class_weight[label[i]];
   return active;
 }
 
@@ -66,11 +72,6 @@ inline bool label_tile(const CrossEntropyCall& call, int64_t first, int count,
     load_tile(call.pixels, call.pixel_weight, first, count, 1, tile.weight.get(), call.tile);
   return weigh_labels(call, tile.labels.get(), call.tile, tile.label.get(), tile.weight.get(),
                       sums);
-}
-
-// Without class weights and smoothing the loss needs no logit but the label's.
-inline bool is_plain(const CrossEntropyCall& call) {
-  return !call.class_weight && call.label_smoothing == 0;
 }
 
 // Loss of W pixels from their logits, which are used up.

@@ -29,6 +29,11 @@ inline float widen(float16 x) {
   return bit_cast<float>(bit_cast<uint32_t>(finite) | special | uint32_t(x.bits & 0x8000) << 16);
 }
 
+// Chosen as floats: of integers GCC makes branches, and loops around them stay scalar.
+inline uint32_t pick(bool first, uint32_t a, uint32_t b) {
+  return bit_cast<uint32_t>(first ? bit_cast<float>(a) : bit_cast<float>(b));
+}
+
 template <class T>
 inline T narrow(float x);
 template <>
@@ -46,9 +51,9 @@ inline float16 narrow<float16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
   const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t small = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t half = magnitude >= 0x47800000u ? special : small;
+  const uint32_t special = pick(magnitude > 0x7f800000u, 0x7e00u, 0x7c00u);
+  const uint32_t small = pick(magnitude < 0x38800000u, subnormal, normal);
+  const uint32_t half = pick(magnitude >= 0x47800000u, special, small);
   return {uint16_t(half | (bits >> 16 & 0x8000))};
 }
 
