@@ -16,7 +16,6 @@ from test_consistency import (  # noqa: F401
 )
 from test_semantics import (  # noqa: F401
     test_bce_of_a_student_that_excludes_all_classes_but_the_right_one_is_zero,
-    test_bce_of_one_class_is_nan_where_its_logit_is_not_finite_and_else_nothing,
 )
 from test_upsampling_borders import (  # noqa: F401, every fifth of the cases
     test_a_logit_leaves_no_trace_where_it_has_no_weight,
@@ -110,6 +109,19 @@ def test_a_nan_makes_loss_and_gradient_of_its_pixel_nan(loss, at, which):
         assert value.isnan()
         assert gradient[0, :, 0, 0].isnan().all()
     assert gradient[0, :, 1, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_bce_of_one_class_is_nan_only_where_a_logit_is_not_finite(which, poison):
+    logits = {name: torch.zeros(1, 1, 1, 2) for name in ("student", "teacher")}
+    logits[which][..., 1] = poison
+    logits["student"].requires_grad_()
+    value = fastmt.consistency_loss(**logits, loss="bce", weight="none")
+    (gradient,) = torch.autograd.grad(value, logits["student"])
+    assert value.isnan()
+    assert gradient.isnan().tolist() == [[[[False, True]]]]
+    assert gradient[..., 0] == 0
 
 
 @pytest.mark.parametrize("size", [(2, 3), (4, 6)])
