@@ -1,7 +1,8 @@
 """What is timed on a GPU: every backend that serves a call, eager PyTorch and torch.compile.
 
 Each call takes the next of several equal sets of tensors, together larger than the second-level
-cache, so that every call finds its inputs in memory.
+cache, so that every call finds its inputs in memory. A moving average is always of the same
+tensors, as in training; the other ways to make it: `benchmarks.report --cases ema --device cuda`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from benchmarks import (
     models,
 )
 from benchmarks.harness import Case, Work
-from benchmarks.shapes import Shape, vit_large_parameters
+from benchmarks.shapes import (
+    MANY_SMALL,
+    Shape,
+    resnet50_parameters,
+    segformer_b5_parameters,
+    vit_large_parameters,
+)
 from fastmt import backends, reference
 from fastmt.backends import Choice
 
@@ -69,9 +76,13 @@ def cases(which: str = "real") -> list[Case]:
         name = f"{operation} {shape} {_short(dtype)}" + (f" from 1/{stride}" if stride > 1 else "")
         build = partial(builders[operation], shape, dtype, stride)
         found.append(Case(name, group, build, compiled=True))
-    parameters = ((7, 3),) * 5 if tiny else vit_large_parameters()
-    count = f"{sum(map(math.prod, parameters)) / 1e6:.0f} M in {len(parameters)} tensors"
-    for dtype in (torch.float32, torch.bfloat16):
+    large = ((7, 3),) * 5 if tiny else vit_large_parameters()
+    averages = [(large, torch.float32), (large, torch.bfloat16)]
+    if not tiny:
+        smaller = (segformer_b5_parameters(), resnet50_parameters(), MANY_SMALL)
+        averages += [(parameters, torch.float32) for parameters in smaller]
+    for parameters, dtype in averages:
+        count = f"{sum(map(math.prod, parameters)) / 1e6:.0f} M in {len(parameters)} tensors"
         name = f"EMA of {count}, {_short(dtype)} student"
         found.append(Case(name, "moving average", partial(_average, parameters, dtype)))
     return found

@@ -36,8 +36,9 @@ def markdown(result: dict) -> str:
     lines += [
         "",
         f"Medians of {result['rounds']} rounds between CUDA events, in which all variants and a "
-        "large copy take turns, each call on other tensors than the caches hold. GB/s: bytes that "
-        "have to move (benchmarks/models.py) by time; of copy: as a part of the copy's in the same "
+        "large copy take turns, each call on other tensors than the caches hold, but for moving "
+        "averages, which small ones do hold. GB/s: bytes that have to move "
+        "(benchmarks/models.py) by time; of copy: as a part of the copy's in the same "
         "rounds. Memory: peak beyond what is held before the call, the gradient included. A star "
         "marks what auto takes. What is not right in a case is not timed there.",
     ]

@@ -158,9 +158,10 @@ def test_the_bytes_of_each_case_are_those_that_have_to_move():
 
 def test_the_real_cases_have_the_sizes_of_their_names():
     names = [case.name for case in gpu_cases.cases()]
-    assert len(names) == len(set(names)) == 12
+    assert len(names) == len(set(names)) == 15
     assert "consistency 8x19x1024x1024 float32 from 1/8" in names
     assert "EMA of 304 M in 296 tensors, float32 student" in names
+    assert "EMA of 1 M in 1000 tensors, float32 student" in names
 
 
 def test_calls_turn_through_more_memory_than_the_cache_holds():
