@@ -241,7 +241,8 @@ def test_bce_of_one_class_is_nan_where_its_logit_is_not_finite_and_else_nothing(
     value = fastmt.consistency_loss(student, torch.zeros(1, 1, 1, 5), **options)
     gradient = gradient_of(value, student)[0, 0, 0]
     assert value.isnan() and gradient[4].isnan()
-    assert not gradient[1:3].any()
+    if size == (1, 5):  # how far it reaches up-sampled, test_upsampling_borders tells
+        assert not gradient[:4].any()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
