@@ -1,9 +1,10 @@
-"""The kernels of csrc/cuda, compiled for this machine's processor, give what the reference gives.
+"""The kernels of csrc/cuda give what the reference gives: compiled for this machine's processor,
+and on its GPU where there is one.
 
-Their text is the one that nvcc compiles; tests/cuda_on_host runs the launches as loops over blocks
-and threads. That shows wrong indices, formulas, sums, options, layouts, and barriers whose lack
-changes a result. It cannot show what only a GPU has: other schedules of the threads, the vote of a
-warp, the rounding of the exponential unit, nor anything of the machine code.
+For the processor their text is the one that nvcc compiles; tests/cuda_on_host runs the launches as
+loops over blocks and threads. That shows wrong indices, formulas, sums, options, layouts, and
+barriers whose lack changes a result. It cannot show what only a GPU has: other schedules of the
+threads, the vote of a warp, the rounding of the exponential unit, nor anything of the machine code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from entries import assert_entries_are_updated
+from on_gpu import OnGpu
 from operands import (
     DTYPES,
     LAYOUTS,
@@ -93,9 +95,14 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def operations(tmp_path_factory):
+@pytest.fixture(scope="module", params=["host", *["gpu"] * torch.cuda.is_available()])
+def operations(request, tmp_path_factory):
     """The operations of csrc/cuda on CPU tensors."""
+    if request.param == "gpu":
+        if reason := cpp_backend.cuda_missing():
+            pytest.skip(reason)
+        yield OnGpu(torch.ops.fastmt)
+        return
     library = torch.library.Library("fastmt_cuda_on_host", "DEF")
     for name in OPERATIONS:
         schema = str(getattr(torch.ops.fastmt, name).default._schema).removeprefix("fastmt::")
@@ -334,6 +341,8 @@ def test_an_empty_batch_is_no_loss(operations):
 @pytest.mark.parametrize("classes", FIXED)
 def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
     student, teacher = (random_logits((1, classes, 2, 32), seed) for seed in (1, 2))
+    if isinstance(operations, OnGpu):
+        pytest.skip("the host's launches measure it")
     operations.most_shared_bytes()
     assert_consistency(student, [teacher], (4, 256))
     reach = cuda_resources.TILE // 8 + 2

@@ -1,20 +1,24 @@
-"""The Triton kernels under their interpreter; tests/test_triton.py runs this folder in a process.
+"""The Triton kernels under their interpreter, or on a GPU where there is one.
 
-TRITON_INTERPRET has to be set before triton is imported, so the folder is left out elsewhere.
+TRITON_INTERPRET has to be set before triton is imported: tests/test_triton.py runs this folder in a
+process of its own. With neither the folder is left out.
 """
 
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from on_gpu import NAMES, OnGpu
 
 import fastmt
+from fastmt import triton_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 KEPT = 5  # of the cases of a test that was written for the fast kernels, every fifth is run here
 
 
@@ -64,6 +68,19 @@ def pytest_collection_modifyitems(items):
         seen[item.originalname] = seen.get(item.originalname, -1) + 1
         if seen[item.originalname] % KEPT:
             items.remove(item)
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """Without the interpreter, the kernels take tensors of the CPU to a GPU."""
+    if INTERPRETED:
+        return
+    from fastmt import kernels as triton_kernels  # where there is no Triton, this is not reached
+
+    there = OnGpu(SimpleNamespace(**{name: getattr(triton_kernels, name) for name in NAMES}))
+    for name in NAMES:
+        monkeypatch.setattr(triton_kernels, name, getattr(there, name))
+    monkeypatch.setattr(triton_backend, "launch_obstacle", lambda device: None)
 
 
 @pytest.fixture
