@@ -72,7 +72,8 @@ def tiles_of(classes: int, rows_at_once: int, most: int = 3) -> tuple[int, ...]:
 @triton.jit
 def lanes_of(BLOCK: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
     """The pixels of a block, (BLOCK,): VECTOR neighbours in a thread; 64-bit if WIDE."""
-    lanes = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
+    # Both: a hint of contiguity alone leaves the claim that each of them is a multiple of BLOCK.
+    lanes = tl.multiple_of(tl.max_contiguous(tl.arange(0, BLOCK), VECTOR), VECTOR)
     return lanes.to(tl.int64) if WIDE else lanes
 
 

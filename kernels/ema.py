@@ -13,7 +13,8 @@ from fastmt.kernels.launch import launch
 from fastmt.kernels.views import device_of
 
 CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema_table.py
-BLOCK = 2048
+BLOCK = 4096  # elements at once of a full chunk: so many loads under way keep a GPU's memory busy
+SMALL = 1024  # of one that is not full
 # Of the table: addresses of teacher and student, length, types of teacher and student, which of the
 # decays is its, and whether it copies whatever that is.
 COLUMNS = 7
@@ -30,6 +31,12 @@ def row_of(chunk, starts, rows, BLOCK: tl.constexpr):
         ends = tl.load(starts + 1 + lanes, mask=lanes < rows, other=2**62)
         row += tl.sum((ends <= chunk).to(tl.int32), 0)
     return row
+
+
+@triton.jit
+def lanes_of(BLOCK: tl.constexpr):
+    """Four neighbours in a thread: one layout in registers for every dtype."""
+    return tl.multiple_of(tl.max_contiguous(tl.arange(0, BLOCK), 4), 4)
 
 
 @triton.jit
@@ -89,13 +96,14 @@ def ema_kernel(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    SMALL: tl.constexpr,
     LOOKUP: tl.constexpr,
 ):
     """teacher <- decay * teacher + (1 - decay) * student, chunk by chunk.
 
     Decay 1 keeps, whatever the student holds; a negative one changes nothing, copies included.
     """
-    lanes = tl.max_contiguous(tl.arange(0, BLOCK), 4)  # one layout in registers for every dtype
+    lanes, few = lanes_of(BLOCK), lanes_of(SMALL)
     for chunk in range(tl.program_id(0), tl.load(starts + rows), tl.num_programs(0)):
         row = row_of(chunk, starts, rows, LOOKUP)
         entry = table + row.to(tl.int64) * COLUMNS
@@ -111,14 +119,18 @@ def ema_kernel(
         count = tl.where(keeps, 0, tl.minimum(CHUNK, length - first)).to(tl.int32)
         aligned = (teacher % ALIGNMENT == 0) & (student % ALIGNMENT == 0)
         if teacher_kind == BYTES:
-            copy(teacher, student, first, count, BLOCK)
+            copy(teacher, student, first, count, SMALL)
         elif aligned & (count == CHUNK):
             for offset in range(0, CHUNK, BLOCK):
                 at = first + offset + lanes
                 average(teacher, student, teacher_kind, student_kind, at, None, decay, True)
         else:
-            for offset in range(0, count, BLOCK):
-                at = first + offset + lanes
+            whole = tl.where(aligned, count // SMALL * SMALL, 0)
+            for offset in range(0, whole, SMALL):
+                at = first + offset + few
+                average(teacher, student, teacher_kind, student_kind, at, None, decay, True)
+            for offset in range(whole, count, SMALL):
+                at = first + offset + few
                 mask = at < length
                 average(teacher, student, teacher_kind, student_kind, at, mask, decay, False)
 
@@ -133,7 +145,7 @@ def ema_update_(table: Tensor, starts: Tensor, decays: Tensor) -> None:
     with device_of(table):
         launch(
             ema_kernel,
-            programs_on(table.device),
+            programs_on(table.device, 16),  # who is done early makes room for the next
             table,
             starts,
             len(table),
@@ -141,6 +153,7 @@ def ema_update_(table: Tensor, starts: Tensor, decays: Tensor) -> None:
             COLUMNS=COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
+            SMALL=SMALL,
             LOOKUP=1024,
             num_warps=8,
             num_stages=1,
@@ -148,11 +161,11 @@ def ema_update_(table: Tensor, starts: Tensor, decays: Tensor) -> None:
 
 
 @functools.cache
-def programs_on(device: torch.device) -> int:
-    """Enough programs of four or eight warps to fill every multiprocessor."""
+def programs_on(device: torch.device, to_each: int = 8) -> int:
+    """So many programs to each multiprocessor; eight of four warps fill it."""
     if device.type != "cuda":
         return 1
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return to_each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402  where Triton is
 
 from benchmarks import aot  # noqa: E402
+from fastmt import kernels  # noqa: E402
 from fastmt.kernels.cells import PRODUCT_CLASSES, strips_for  # noqa: E402
 
 RESULTS = json.loads((aot.RESULTS / "aot.json").read_text())
@@ -49,6 +52,26 @@ def test_logits_and_gradients_at_output_resolution_move_in_vectors():
             half_loss = row["dtype"] == "bfloat16" and "confidence" not in row["call"]
             assert row["load"] == (8 if half_loss else 16)
             assert row["store"] >= 8
+
+
+@pytest.mark.parametrize("operation", ["consistency", "confidence", "cross_entropy"])
+@pytest.mark.parametrize("shape", [(300, 5), (2, 19, 8, 10)])
+def test_classes_side_by_side_in_memory_are_not_taken_for_aligned(operation, shape):
+    logits = aot.meta(*shape)
+    if logits.ndim == 4:
+        logits = logits.to(memory_format=torch.channels_last)
+    labels = aot.meta(shape[0], *shape[2:], dtype=torch.uint8)
+    with aot.compiling("sm_90") as launches:
+        if operation == "consistency":
+            options = (aot.meta(1), None, None, [0] * 6, 1.0, None, False, True)
+            kernels.consistency_loss(logits, [logits], *options)
+        elif operation == "confidence":
+            kernels.softmax_confidence([logits], 0, 1.0, None, False)
+        else:
+            kernels.cross_entropy(logits, labels, None, None, [255, 1], 0.0, False, True)
+    ptx = launches[0].compiled.asm["ptx"]
+    assert "ld.global" in ptx
+    assert not re.search(r"ld\.global[\w.:]*?\.v[248]\.", ptx)
 
 
 def test_no_kernel_spills():

@@ -8,7 +8,6 @@ namespace fastmt::cuda {
 
 constexpr int EMA_THREADS = 256;
 constexpr int PIECE = 4096;  // elements that a block takes at once: four packs of 16 bytes a thread
-constexpr int PIECES = EMA_CHUNK / PIECE;
 
 template <class T, int V>
 struct alignas(V * sizeof(T)) Pack {
@@ -121,21 +120,23 @@ FASTMT_INLINE int64_t row_of(const int64_t* starts, int64_t rows, int64_t chunk)
   return low;
 }
 
-// How many pieces there are only the device knows, so the blocks take turns.
+// How many chunks there are only the device knows, so the blocks take turns.
 __global__ void __launch_bounds__(EMA_THREADS, 4) ema_kernel(const __grid_constant__ EmaCall call) {
-  const int64_t pieces = call.starts[call.rows] * PIECES;
-  for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
-    const int64_t chunk = piece / PIECES, row = row_of(call.starts, call.rows, chunk);
+  const int64_t chunks = call.starts[call.rows];
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const int64_t row = row_of(call.starts, call.rows, chunk);
     const int64_t* entry = call.table + row * 7;
     const double stated = call.decays[entry[5]];
     const Decay decay(entry[6] && stated >= 0 ? 0 : stated);
     if (decay.keeps) continue;
-    const int64_t begin = (chunk - call.starts[row]) * EMA_CHUNK + piece % PIECES * PIECE;
-    const int64_t rest = entry[2] - begin;
-    if (rest <= 0) continue;
-    const Span span{reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]),
-                    begin, int(rest < PIECE ? rest : PIECE)};
-    update_span(span, Type(entry[3]), Type(entry[4]), decay);
+    const int64_t begin = (chunk - call.starts[row]) * EMA_CHUNK, rest = entry[2] - begin;
+    const int count = int(rest < EMA_CHUNK ? rest : EMA_CHUNK);
+#pragma unroll 1
+    for (int done = 0; done < count; done += PIECE) {
+      const Span span{reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]),
+                      begin + done, count - done < PIECE ? count - done : PIECE};
+      update_span(span, Type(entry[3]), Type(entry[4]), decay);
+    }
   }
 }
 

@@ -62,8 +62,11 @@ def test_chunks_find_their_rows_among_more_than_one_lookup_holds_and_empty_ones(
 
 
 def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypatch):
+    held = []  # or lists of one address, one after the other, would share a place
+
     def update(elements):
-        fastmt.ema_update_([torch.zeros(elements)], [torch.ones(elements)], 0.9)
+        held.append((torch.zeros(elements), torch.ones(elements)))
+        fastmt.ema_update_(*([tensor] for tensor in held[-1]), 0.9)
         return weakref.ref(next(reversed(ema_table._tables.values())).table.rows)
 
     forgotten = update(3)
