@@ -2,9 +2,10 @@
 
 python -m benchmarks.gpu --out DIR [--only TEXT] [--no-compile] [--minutes 7]
 
-Only what gives the reference's result in the very case is timed. A check that fails, of an option,
-of graphs or of waits, is told above the times and spoils no other: GPUs are lent for minutes. What
-is left out, a backend or a case, has its reason in the results.
+Only what gives the reference's result in the very case is timed, on the GPU and as a call
+(gpu_times). A check that fails, of an option, of graphs or of waits, is told above the times and
+spoils no other: GPUs are lent for minutes. What is left out, a backend or a case, has its reason in
+the results. They are written after each step, and cases are measured anew with torch.compile last.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import faulthandler
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_cases, gpu_checks, gpu_report, harness, machine
+from benchmarks import gpu_cases, gpu_checks, gpu_report, gpu_times, harness, machine
 from benchmarks.gpu_cases import GpuWork
 from benchmarks.harness import COPY, Case
 
 ROUNDS = 15
+HOST_BOUND = ("small",)  # groups in which the time of the call counts, not that on the GPU
 MINUTES = 7  # after which nothing begins
-_SECONDS_TO_COMPILE = 90  # that a case with torch.compile may need
+_SECONDS_TO_COMPILE = 60  # that the first case with torch.compile may need
+_LEAST_SECONDS_TO_COMPILE = 30  # and any later one, a quarter more than the longest before it
 _MINUTES_TO_END = 1  # that what has begun in time may take beyond it
 
 
@@ -72,11 +74,15 @@ def measure(
         torch.compiler.reset()
     work = case.build(device, case.compiled and with_compile)
     errors, failed = right_ones(work)
-    memory = {name: machine.peak_extra_bytes(work.runner(name), device) for name in errors}
     copy, copied = machine.copy(device, copy_bytes)
     runs = {**{name: work.runner(name) for name in errors}, COPY: copy}
-    seconds = harness.interleave(runs, device, rounds=rounds, sample_seconds=sample_seconds)
-    copies = statistics.median(seconds.pop(COPY))
+    memory = {name: machine.peak_extra_bytes(run, device) for name, run in runs.items()}
+    launches = {name: _launches(run, device) for name, run in runs.items()}
+    times = gpu_times.interleave(
+        runs, launches, device, rounds=rounds, sample_seconds=sample_seconds
+    )
+    counts = gpu_times.CALL if case.group in HOST_BOUND else gpu_times.DEVICE
+    copy_rate = _rate(copied, times.pop(COPY).median(counts))
     return {
         "name": case.name,
         "group": case.group,
@@ -84,20 +90,31 @@ def measure(
         "reasons": {name: choice.reason for name, choice in work.choices.items()},
         "left_out": work.left_out | failed,
         "bytes": work.bytes,
-        "copy_gb_per_s": copied / copies / 1e9,
+        "counts": counts,
+        "copy_gb_per_s": copy_rate,
         "variants": {
             name: {
-                "median_s": statistics.median(samples),
-                "gb_per_s": work.bytes / statistics.median(samples) / 1e9,
-                "of_copy": work.bytes / statistics.median(samples) / (copied / copies),
-                "launches": _launches(work, name, device),
+                gpu_times.DEVICE: own.median(gpu_times.DEVICE),
+                gpu_times.CALL: own.median(gpu_times.CALL),
+                "gb_per_s": (rate := _rate(work.bytes, own.median(counts))),
+                "of_copy": rate and copy_rate and rate / copy_rate,
+                "launches": launches[name],
                 "peak_extra_bytes": memory[name],
                 "error": errors[name],
-                "samples_s": samples,
+                "samples": dataclasses.asdict(own),
             }
-            for name, samples in seconds.items()
+            for name, own in times.items()
         },
     }
+
+
+def _rate(nbytes: int, seconds: float | None) -> float | None:
+    """GB/s."""
+    return None if seconds is None else nbytes / seconds / 1e9
+
+
+def _launches(run: Callable, device: torch.device) -> int | None:
+    return machine.launches(run) if device.type == "cuda" else None
 
 
 def right_ones(work: GpuWork) -> tuple[dict[str, float], dict[str, str]]:
@@ -122,10 +139,6 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _launches(work: GpuWork, name: str, device: torch.device) -> int | None:
-    return machine.launches(work.runner(name)) if device.type == "cuda" else None
-
-
 def run(
     device: torch.device, clock: Clock, *, only: str, with_compile: bool, save: Callable
 ) -> dict[str, object]:
@@ -142,9 +155,13 @@ def run(
     # Then anew with torch.compile, as many as there is time for, what fastmt is for first: a case
     # without it says more than none.
     headline = sorted(cases, key=lambda case: case.group != "up-sampled")
+    needed, longest = _SECONDS_TO_COMPILE, 0.0
     for case in headline if with_compile else ():
         if case.compiled and any(done["name"] == case.name for done in result["cases"]):
-            attempt(result, case, device, clock, save, with_compile=True)
+            before = clock.left()
+            if attempt(result, case, device, clock, save, with_compile=True, needed=needed):
+                longest = max(longest, before - clock.left())
+                needed = max(_LEAST_SECONDS_TO_COMPILE, 1.25 * longest)
     return result
 
 
@@ -156,21 +173,31 @@ def attempt(
     save: Callable,
     *,
     with_compile: bool,
-) -> None:
-    """Measure a case in place of what is known of it, or say why not."""
+    needed: float = 0,
+) -> bool:
+    """Measure a case in place of what is known of it, or say why not; whether it was begun.
+
+    What is known stays until all of it is measured anew: a variant that then fails has its reason.
+    """
     name = f"{case.name}, torch.compile" if with_compile else case.name
-    if clock.left() < (_SECONDS_TO_COMPILE if with_compile else 0):
+    if clock.left() < needed:
         result["left_out"][name] = f"the {clock.minutes:g} minutes are over"
-        return
+        return False
     print(f"{name}, {clock.left():.0f} s left", file=sys.stderr, flush=True)
     try:
+        torch.cuda.empty_cache()  # raises after a kernel's fault, as everything does from then on
         measured = measure(case, device, with_compile=with_compile)
         known = {done["name"]: done for done in result["cases"]}
-        result["cases"] = [*(known | {case.name: measured}).values()]
+        before = known.get(case.name, {"variants": {}})
+        lost = [v for v in before["variants"] if v not in measured["variants"]]
+        if lost:
+            result["left_out"][name] = measured["left_out"][lost[0]]
+        else:
+            result["cases"] = [*(known | {case.name: measured}).values()]
     except Exception as error:
         result["left_out"][name] = _told(error)
     save(result)
-    torch.cuda.empty_cache()
+    return True
 
 
 def exit_status(result: dict[str, object]) -> int:
@@ -202,17 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     # A kernel that hangs cannot be left out: this tells where it does, and what was saved stays.
     faulthandler.dump_traceback_later(60 * (options.minutes + _MINUTES_TO_END), exit=True)
-
-    def save(result: dict[str, object]) -> None:
-        (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-
     try:
         result = run(
             torch.device("cuda", torch.cuda.current_device()),
             Clock(options.minutes),
             only=options.only,
             with_compile=not options.no_compile,
-            save=save,
+            save=partial(gpu_report.save, out=options.out),
         )
     finally:
         faulthandler.cancel_dump_traceback_later()

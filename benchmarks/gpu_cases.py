@@ -56,26 +56,47 @@ def cases(which: str = "real") -> list[Case]:
     """The comparisons, or ("tiny") the same at sizes for a test on a CPU."""
     tiny = which == "tiny"
     large, small = (TINY, TINY) if tiny else (LARGE, SMALL)
+    single, half = torch.float32, torch.bfloat16
+    losses = [
+        _loss("dense", "consistency", large, half, compiled=True),
+        _loss("dense", "consistency", large, single),
+        _loss("dense", "confidence", large, half),
+        _loss("dense", "confidence", large, single),
+        _loss("dense", "cross-entropy", large, half, labels=torch.uint8),
+        _loss("up-sampled", "consistency", large, single, 8, compiled=True),
+        _loss("up-sampled", "consistency", large, single, 4),
+        _loss("up-sampled", "confidence", large, single, 8, compiled=True),
+        _loss("up-sampled", "cross-entropy", large, single, 4, compiled=True),
+        _loss("small", "consistency", small, single, compiled=True),
+        _loss("small", "confidence", small, single, compiled=True),
+        _loss("small", "cross-entropy", small, single, compiled=True),
+    ]
+    return [*losses, *_averages(tiny)]
+
+
+def _loss(
+    group: str,
+    operation: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    stride: int = 1,
+    compiled: bool = False,
+    **options: torch.dtype,
+) -> Case:
+    """A loss or score; few are `compiled`, each of which takes as long as many that are not."""
     builders = {
         "consistency": _consistency,
         "confidence": _confidence,
         "cross-entropy": _cross_entropy,
     }
-    losses = [
-        ("dense", "consistency", large, torch.bfloat16, 1),
-        ("dense", "consistency", large, torch.float32, 1),
-        ("dense", "confidence", large, torch.bfloat16, 1),
-        ("dense", "confidence", large, torch.float32, 1),
-        ("up-sampled", "consistency", large, torch.float32, 8),
-        ("up-sampled", "confidence", large, torch.float32, 8),
-        ("up-sampled", "cross-entropy", large, torch.float32, 4),
-        *(("small", operation, small, torch.float32, 1) for operation in builders),
-    ]
+    name = f"{operation} {shape} {_short(dtype)}" + (f" from 1/{stride}" if stride > 1 else "")
+    name += "".join(f", {_short(value)} {what}" for what, value in options.items())
+    build = partial(builders[operation], shape, dtype, stride, **options)
+    return Case(name, group, build, compiled=compiled)
+
+
+def _averages(tiny: bool) -> list[Case]:
     found = []
-    for group, operation, shape, dtype, stride in losses:
-        name = f"{operation} {shape} {_short(dtype)}" + (f" from 1/{stride}" if stride > 1 else "")
-        build = partial(builders[operation], shape, dtype, stride)
-        found.append(Case(name, group, build, compiled=True))
     large = ((7, 3),) * 5 if tiny else vit_large_parameters()
     averages = [(large, torch.float32), (large, torch.bfloat16)]
     if not tiny:
@@ -201,21 +222,31 @@ def _confidence(
 
 
 def _cross_entropy(
-    shape: Shape, dtype: torch.dtype, stride: int, device: torch.device, compiled: bool
+    shape: Shape,
+    dtype: torch.dtype,
+    stride: int,
+    device: torch.device,
+    compiled: bool,
+    labels: torch.dtype = torch.int64,
 ) -> GpuWork:
     low = shape.lowered(stride)
     logits = inputs.logits(low, dtype=dtype, device=device, seed=0).requires_grad_()
-    labels = inputs.labels(shape, device=device, seed=1)
+    targets = inputs.labels(shape, device=device, seed=1).to(labels)
     return _compared(
         fastmt.cross_entropy,
-        bench_cross_entropy.eager,
+        bench_cross_entropy.eager if labels == torch.int64 else _eager_cross_entropy,
         _gradient,
-        _sets([logits, labels], device),
+        _sets([logits, targets], device),
         compiled,
-        expected=partial(bench_cross_entropy.expected_of, logits, labels),
+        expected=partial(bench_cross_entropy.expected_of, logits, targets),
         tolerance=harness.TOLERANCE[dtype],
-        bytes=models.cross_entropy(logits, labels),
+        bytes=models.cross_entropy(logits, targets),
     )
+
+
+def _eager_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """In float32, as under autocast, and with labels of the only dtype PyTorch takes for images."""
+    return bench_cross_entropy.eager(logits.float(), labels.long())
 
 
 def _average(

@@ -6,6 +6,7 @@ A check raises AssertionError, or whatever goes wrong on the way.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -137,7 +138,8 @@ def a_captured_loss_follows_threshold_weight_and_decay(device: torch.device) -> 
     def compute() -> tuple[Tensor, Tensor]:
         loss = weight * fastmt.consistency_loss(student, teacher, threshold=threshold)
         fastmt.ema_update_([average], [value], decay)
-        return loss, torch.autograd.grad(loss, student)[0]
+        # Without its graph, which would keep the leaf's node on the stream of the capture.
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
 
     _on_a_side_stream(compute, device)
     graph = torch.cuda.CUDAGraph()
@@ -268,7 +270,9 @@ def batch(device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def waiting_is_an_error(device: torch.device) -> Iterator[None]:
     """A host that waits for the device raises in this context."""
     torch.cuda.synchronize(device)
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # it is a prototype: PyTorch says so, once
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from fastmt.selftest import TOLERANCE as TOLERANCE
 from fastmt.selftest import error
 
 FUSED, COPY = "fused", "copy"
+Name, Sample = TypeVar("Name"), TypeVar("Sample")
 
 
 class WrongResult(RuntimeError):
@@ -99,22 +102,30 @@ def interleave(
     sample_seconds: float,
 ) -> dict[str, list[float]]:
     """Seconds per call of each run, one figure a round; short calls repeat to `sample_seconds`."""
-    repeats = {name: _repeats(run, device, sample_seconds) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+    samplers = {name: sampler(run, device, sample_seconds) for name, run in runs.items()}
+    return in_turns(samplers, rounds)
+
+
+def in_turns(samplers: dict[Name, Callable[[], Sample]], rounds: int) -> dict[Name, list[Sample]]:
+    """One sample of each in every round, in an order that turns."""
+    samples: dict[Name, list[Sample]] = {name: [] for name in samplers}
+    names = list(samplers)
     gc.collect()
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            seconds[name].append(_seconds(runs[name], device, repeats[name]))
-    return seconds
+            samples[name].append(samplers[name]())
+    return samples
 
 
-def _repeats(run: Callable[[], object], device: torch.device, sample_seconds: float) -> int:
+def sampler(
+    run: Callable[[], object], device: torch.device, sample_seconds: float
+) -> Callable[[], float]:
+    """A call that times as many runs, one after the other, as take `sample_seconds`."""
     for _ in range(2):
         run()
     once = min(_seconds(run, device, 1) for _ in range(3))
-    return max(1, round(sample_seconds / once))
+    return partial(_seconds, run, device, max(1, round(sample_seconds / once)))
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:

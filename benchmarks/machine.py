@@ -70,7 +70,8 @@ def launches(call: Callable[[], object]) -> int | None:
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    # There is one cycle, so nothing to accumulate: without it some versions warn that they do not.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         call()
         torch.cuda.synchronize()
     on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from test_captured import Replayed
@@ -45,6 +47,35 @@ def test_the_checks_hold_every_operation_and_the_behaviour_of_a_gpu():
     for operation in selftest.PLAIN:
         assert sum(name.startswith(f"{operation}, ") for name in names) >= 3
     assert {check.__name__ for check in gpu_checks.BEHAVIOUR} <= set(names)
+
+
+def test_a_captured_loss_leaves_no_graph_on_the_stream_of_its_capture(monkeypatch):
+    computed = []
+
+    def computes(compute, device):
+        computed.extend(compute())
+        raise StopIteration
+
+    monkeypatch.setattr(gpu_checks, "_on_a_side_stream", computes)
+    with pytest.raises(StopIteration):
+        gpu_checks.a_captured_loss_follows_threshold_weight_and_decay(CPU)
+    assert len(computed) == 2 and not [t for t in computed if t.requires_grad]
+
+
+def test_waiting_is_an_error_without_a_word_about_prototypes(monkeypatch, recwarn):
+    modes = []
+
+    def set_mode(mode):
+        modes.append(mode)
+        if mode == "error":
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with gpu_checks.waiting_is_an_error(CPU):
+        assert modes == ["error"] and not recwarn.list
+        warnings.warn("another", stacklevel=1)
+    assert [str(warning.message) for warning in recwarn.list] == ["another"]
 
 
 def test_the_check_of_replays_takes_no_gradient_that_a_gpu_sums_in_any_order():
