@@ -27,7 +27,7 @@ HEADER = (
     "shared bytes",
     "warps of an SM",
 )
-TILE, PITCH, MAX_ROWS, QUANTITIES = 128, 129, 32, 5  # as in csrc/cuda
+TILE, PITCH, MAX_ROWS, QUANTITIES = 128, 132, 32, 5  # as in csrc/cuda
 REGISTERS = 64 * 1024  # of a multiprocessor; a quarter of it for each of its schedulers
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a multiprocessor
 RESERVED = 1024  # shared bytes that the driver takes for each block
@@ -37,7 +37,7 @@ def shared_bytes(classes: int, grids: int, reach: int) -> int:
     """What a block of a kernel with a constant number of classes asks for, as in gradient.h."""
     rows, sums_and_weights = 2 * classes * PITCH, (QUANTITIES + 1) * TILE
     tables = grids * (3 * MAX_ROWS + 2 * TILE) + reach + 1
-    return 4 * ((rows + sums_and_weights + 1) // 2 * 2 + tables)
+    return 4 * ((rows + sums_and_weights + 3) // 4 * 4 + tables)
 
 
 def warps(registers: int, threads: int, shared: int, architecture: str) -> int | None:

@@ -74,21 +74,25 @@ struct Row {
 // What a block works out once about its tile, in shared memory: the divisions that it takes to
 // place a row or a column are far from free. Grid 0 gets the gradient, the others are the teachers.
 struct Tile {
+  float* t;        // [grid][tile]: of the columns
+  int32_t* index;  // [grid][tile]
   Row* row;        // [grid][MAX_ROWS]
-  At* column;      // [grid][tile]
   int32_t* start;  // [reach + 1]: the first column of the tile in each of its cells, by grid 0
   int tile;
 
   FASTMT_INLINE Tile(const Cells& cells, float* shared)
-      : row(reinterpret_cast<Row*>(shared)),
-        column(reinterpret_cast<At*>(row + cells.grids * MAX_ROWS)),
-        start(reinterpret_cast<int32_t*>(column + cells.grids * cells.tile)),
+      : t(shared),
+        index(reinterpret_cast<int32_t*>(t + cells.grids * cells.tile)),
+        row(reinterpret_cast<Row*>(index + cells.grids * cells.tile)),
+        start(reinterpret_cast<int32_t*>(row + cells.grids * MAX_ROWS)),
         tile(cells.tile) {}
 
-  FASTMT_INLINE void put(int index, const Grid& grid, const Place& place) const {
-    column[index * tile + threadIdx.x] = locate(grid.columns, place.column);
+  FASTMT_INLINE void put(int number, const Grid& grid, const Place& place) const {
+    const At at = locate(grid.columns, place.column);
+    t[number * tile + threadIdx.x] = at.t;
+    index[number * tile + threadIdx.x] = at.index;
     for (int i = threadIdx.x; i < place.rows; i += blockDim.x)
-      row[index * MAX_ROWS + i] = Row(grid, place.first_row, i);
+      row[number * MAX_ROWS + i] = Row(grid, place.first_row, i);
   }
 
   FASTMT_INLINE void put_starts(const Cells& cells, const Place& place) const {
@@ -104,8 +108,9 @@ struct Tile {
   }
 
   FASTMT_INLINE Row row_at(int grid, int i) const { return row[grid * MAX_ROWS + i]; }
-  FASTMT_INLINE At column_at(int grid) const { return column[grid * tile + threadIdx.x]; }
-  FASTMT_INLINE float column_t(int x) const { return column[x].t; }
+  FASTMT_INLINE At column_at(int grid) const {
+    return {index[grid * tile + threadIdx.x], t[grid * tile + threadIdx.x]};
+  }
 
   static FASTMT_BOTH int64_t floats_of(const Cells& cells) {
     return int64_t(cells.grids) * (3 * MAX_ROWS + 2 * cells.tile) + cells.reach + 1;

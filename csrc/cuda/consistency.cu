@@ -9,9 +9,11 @@ template <int C>
 auto kernel_of(const ConsistencyCells& call) {
   const Loss loss = Loss(call.loss);
   if (loss == Loss::bce) return cells_consistency_loop_kernel;
-  const bool powers = (loss == Loss::mse || loss == Loss::ce) && Kind(call.kind) != Kind::entropy &&
-                      call.members == 1;
-  return powers ? cells_consistency_powers_kernel<C> : cells_consistency_logits_kernel<C>;
+  if (Kind(call.kind) == Kind::entropy || call.members > 1)
+    return cells_consistency_logits_kernel<C>;
+  if (loss == Loss::mse) return cells_consistency_powers_kernel<C>;
+  if (loss == Loss::ce) return cells_consistency_ce_powers_kernel<C>;
+  return cells_consistency_logits_kernel<C>;
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, in
 
 // The weight of a pixel. "ratio" is 1 here: its factor is only known when every pixel has been
 // counted.
-FASTMT_INLINE float weigh(const ConsistencyCells& call, const Block& block, int i,
+FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, int i,
                           const Teacher& teacher, bool valid) {
   if (!valid) return 0;
   const Weight kind = Weight(call.weight);
@@ -48,7 +48,7 @@ FASTMT_INLINE float scaled_weight(const ConsistencyCells& call, float weight) {
 }
 
 FASTMT_INLINE Block block_of(const ConsistencyCells& call, int rows, float* shared) {
-  const Block block(call.cells, Shared(call.cells, rows), shared);
+  Block block(call.cells, Shared(call.cells, rows), shared);
   for (int m = 0; m < call.members; ++m) block.tile.put(m + 1, call.teacher[m], block.place);
   __syncthreads();
   return block;
@@ -60,21 +60,18 @@ struct constant {
 };
 
 template <int C>
-FASTMT_INLINE Teacher believe(const ConsistencyCells& call, Powers<C>& teacher) {
+FASTMT_INLINE Teacher believe(const ConsistencyCells& call, Loss loss, Powers<C>& teacher) {
   const Column y = teacher.at();
   if (Kind(call.kind) == Kind::margin) return teacher_of_powers<Kind::margin, true>(y, C);
-  return call.threshold_by_label || Loss(call.loss) == Loss::ce
+  return call.threshold_by_label || loss == Loss::ce
              ? teacher_of_powers<Kind::max_prob, true>(y, C)
              : teacher_of_powers<Kind::max_prob, false>(y, C);
 }
 
-// "mse" and "ce" of one teacher scored by "max_prob" or "margin". Registers of a thread: power and
-// ratio of two networks and two sums of the gradient, 6 C; what is left bounds the blocks that fit.
-template <int C>
-__global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
-    cells_consistency_powers_kernel(const __grid_constant__ ConsistencyCells call) {
-  extern __shared__ float shared[];
-  const Block block = block_of(call, 2 * C, shared);
+// One teacher scored by "max_prob" or "margin".
+template <Loss LOSS, int C>
+FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
+  Block block = block_of(call, 2 * C, shared);
   const Place& place = block.place;
   const Tile& tile = block.tile;
   const Grid& grid = call.cells.first;
@@ -86,7 +83,7 @@ __global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
     const bool valid = is_valid(call, place, i);
     teacher.go_to(call.teacher[0], place.image, teacher_column, tile.row_at(1, i),
                   call.inverse_temperature);
-    const Teacher belief = believe(call, teacher);
+    const Teacher belief = believe(call, LOSS, teacher);
     const float weight = weigh(call, block, i, belief, valid);
     if (!any(weight != 0.0f)) {
       student.skip();
@@ -96,20 +93,31 @@ __global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
     student.go_to(grid, place.image, student_column, row, 1.0f);
     if (weight == 0.0f) continue;
     const float scaled = scaled_weight(call, weight);
-    const auto value = [&](auto which) {
-      constexpr Loss LOSS = which.value;
-      const Across across(grid, place.image, student_column());
-      const Student state =
-          student_of<LOSS == Loss::ce>(student, grid, across, row.at, belief.label);
-      return loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
-                                  scaled * call.gradient_scale, corners.at(row.at.t), C);
-    };
-    block.tally.add(Sums::loss,
-                    scaled * (Loss(call.loss) == Loss::mse ? value(constant<Loss::mse>())
-                                                           : value(constant<Loss::ce>())));
+    const Across across(grid, place.image, student_column());
+    const Student state =
+        student_of<LOSS == Loss::ce>(student, grid, across, row.at, belief.label);
+    const float value = loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
+                                             scaled * call.gradient_scale, corners.at(row.at.t), C);
+    block.tally.add(Sums::loss, scaled * value);
   }
   if (call.cells.partial) put_corners(block, corners);
   block.tally.put(call.cells);
+}
+
+// "mse". Registers of a thread: power and ratio of two networks and two sums of the gradient, 6 C;
+// what is left bounds the blocks that fit.
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
+    cells_consistency_powers_kernel(const __grid_constant__ ConsistencyCells call) {
+  extern __shared__ float shared[];
+  walk_powers<Loss::mse, C>(call, shared);
+}
+
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
+    cells_consistency_ce_powers_kernel(const __grid_constant__ ConsistencyCells call) {
+  extern __shared__ float shared[];
+  walk_powers<Loss::ce, C>(call, shared);
 }
 
 // The teachers of the pixel in row i: their probabilities are y * inverse; `scratch` is used up.
@@ -165,7 +173,7 @@ FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher&
 
 // The pixel in row i from its logits; its weight.
 template <bool WITH_BCE, class Gradient>
-FASTMT_INLINE float visit(const ConsistencyCells& call, const Block& block, int i, Column z,
+FASTMT_INLINE float visit(const ConsistencyCells& call, Block& block, int i, Column z,
                           Column y, Gradient gradient, int classes) {
   const bool valid = is_valid(call, block.place, i);
   const Teacher belief = look(call, block, i, y, z, classes);
@@ -186,7 +194,7 @@ template <int C>
 __global__ void __launch_bounds__(FIXED_TILE, 2)
     cells_consistency_logits_kernel(const __grid_constant__ ConsistencyCells call) {
   extern __shared__ float shared[];
-  const Block block = block_of(call, 2 * C, shared);
+  Block block = block_of(call, 2 * C, shared);
   const SharedCorners<C> corners(block);
   float z[C], y[C];
   for (int i = 0; i < block.place.rows; ++i) {
@@ -203,7 +211,7 @@ __global__ void __launch_bounds__(256, 2)
     cells_consistency_loop_kernel(const __grid_constant__ ConsistencyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;
-  const Block block = block_of(call, 2 * classes, shared);
+  Block block = block_of(call, 2 * classes, shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
   const Column y{z.at + int64_t(classes) * block.pitch, block.pitch};
   if (call.cells.partial) clear_rows(block);

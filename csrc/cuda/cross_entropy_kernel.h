@@ -21,7 +21,7 @@ struct Labelled {
   int32_t label;
   float weight;
 
-  FASTMT_INLINE Labelled(const CrossEntropyCells& call, const Block& block, int i)
+  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, int i)
       : label(0), weight(0) {
     const Place& place = block.place;
     const int32_t row = place.first_row + i;
@@ -43,7 +43,8 @@ struct Labelled {
 // Names the lowest label out of range, where the block has counted any.
 FASTMT_INLINE void put_wrong_label(const CrossEntropyCells& call, const Block& block) {
   const Place& place = block.place;
-  if (threadIdx.x != 0 || block.tally.own[LabelSums::wrong * block.tally.tile] == 0) return;
+  __syncthreads();
+  if (threadIdx.x != 0 || block.tally.shared[LabelSums::wrong * blockDim.x] == 0) return;
   int64_t lowest = INT64_MAX;
   for (int32_t row = place.first_row; row < place.first_row + place.rows; ++row)
     for (int32_t column = place.first_column; column < place.last_column; ++column) {
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_powers_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   const Grid& grid = call.cells.first;
-  const Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  Block block(call.cells, Shared(call.cells, 2 * C), shared);
   __syncthreads();
   const auto column_at = [&] { return block.tile.column_at(0); };
   Powers<C> student;
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
 }
 
 template <class Gradient>
-FASTMT_INLINE float visit(const CrossEntropyCells& call, const Block& block, int i, Column z,
+FASTMT_INLINE float visit(const CrossEntropyCells& call, Block& block, int i, Column z,
                           float mean_weight, Gradient gradient, int classes) {
   const Labelled pixel(call, block, i);
   if (pixel.weight == 0.0f) return pixel.weight;
@@ -126,7 +127,7 @@ template <int C>
 __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_logits_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
-  const Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  Block block(call.cells, Shared(call.cells, 2 * C), shared);
   __syncthreads();
   const float mean_weight = mean_class_weight(call);
   const SharedCorners<C> corners(block);
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(256, 2)
     cells_cross_entropy_loop_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;
-  const Block block(call.cells, Shared(call.cells, classes), shared);
+  Block block(call.cells, Shared(call.cells, classes), shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
   __syncthreads();
   const float mean_weight = mean_class_weight(call);

@@ -61,6 +61,11 @@ FASTMT_INLINE void with_type(Type type, F f) {
     f(constant_type<float16>());
 }
 
+struct alignas(16) Four {
+  float at[4];
+};
+FASTMT_INLINE const Four& four_at(const float* at) { return *reinterpret_cast<const Four*>(at); }
+
 #if defined(__CUDACC__)
 FASTMT_INLINE float exp2_unit(float x) {
   float y;

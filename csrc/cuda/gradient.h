@@ -7,82 +7,113 @@
 namespace fastmt::cuda {
 
 // Where the number of classes is constant: columns of a block, at most, and the distance between
-// rows of them in shared memory, odd, so that threads read down the rows without bank conflicts.
-constexpr int FIXED_TILE = 128, FIXED_PITCH = FIXED_TILE + 1;
+// rows of them in shared memory, so that threads read down the rows in packs without bank conflicts.
+constexpr int FIXED_TILE = 128, FIXED_PITCH = FIXED_TILE + 4;
 
-// The gradient of a column and class, as two sums over rows: of g, and of t g for the lower one.
+// The gradient of a column and class, as sums over rows for the low-resolution rows above and below.
 struct Corner {
-  float &both, &lower;
-  float t;
+  float &upper, &lower;
+  float above, below;  // the shares of the two rows
+
   FASTMT_INLINE void operator=(float gradient) const {
-    both += gradient;
-    lower += t * gradient;
+    upper += above * gradient;
+    lower += below * gradient;
+  }
+  FASTMT_INLINE void operator=(Product gradient) const {
+    upper += above * gradient.factor * gradient.value;
+    lower += below * gradient.factor * gradient.value;
   }
 };
 
 // The sums of a column in registers.
 template <int C>
 struct Corners {
-  float both[C], lower[C];
+  float upper[C], lower[C];
 
   struct Row {
     Corners& corners;
     float t;
-    FASTMT_INLINE Corner operator[](int c) const { return {corners.both[c], corners.lower[c], t}; }
+    FASTMT_INLINE Corner operator[](int c) const {
+      return {corners.upper[c], corners.lower[c], 1 - t, t};
+    }
   };
   FASTMT_INLINE Row at(float t) { return {*this, t}; }
 };
 
+// The gradients of neighbouring columns, summed for the low-resolution columns at their sides.
+struct Run {
+  float both, right;
+
+  FASTMT_INLINE Run() : both(0), right(0) {}
+  FASTMT_INLINE void add(float t, float gradient) {
+    both += gradient;
+    right += t * gradient;
+  }
+  FASTMT_INLINE float left() const { return both - right; }
+};
+
+// Of columns `begin` to `end` of a row that starts at a multiple of 16 bytes.
+FASTMT_INLINE Run run_of(const float* t, const float* row, int begin, int end) {
+  Run run;
+  int x = begin;
+  for (; x < end && x % 4 != 0; ++x) run.add(t[x], row[x]);
+  for (; x + 4 <= end; x += 4) {
+    const Four shares = four_at(t + x), gradients = four_at(row + x);
+    FASTMT_UNROLL
+    for (int i = 0; i < 4; ++i) run.add(shares.at[i], gradients.at[i]);
+  }
+  for (; x < end; ++x) run.add(t[x], row[x]);
+  return run;
+}
+
 // The transposed interpolation along the columns of a tile: put(j, k, sum) for each low-resolution
-// column j of the tile and each of K rows of `value(k, column)`. Threads are neighbours in k,
-// always the same one for the same (j, k), and every sum runs in the order of the columns.
-template <class Value, class Put>
-FASTMT_INLINE void join_columns(const Cells& cells, const Tile& tile, int K, Value value, Put put) {
+// column j of the tile and each of K rows, whose columns run(k, begin, end) sums. Threads are
+// neighbours in k, always the same one for the same (j, k), and every sum runs in the order of the
+// columns.
+template <class RunOf, class Put>
+FASTMT_INLINE void join_columns(const Cells& cells, const Tile& tile, int K, RunOf run, Put put) {
   const int parts = int(blockDim.x) > K ? int(blockDim.x) / K : 1;
   for (int task = threadIdx.x; task < parts * K; task += blockDim.x) {
     const int k = task % K, part = task / K;
     const int begin = cells.reach * part / parts, end = cells.reach * (part + 1) / parts;
-    float before = 0;
-    if (begin > 0)
-      for (int x = tile.start[begin - 1]; x < tile.start[begin]; ++x)
-        before += tile.column_t(x) * value(k, x);
+    float before = begin > 0 ? run(k, tile.start[begin - 1], tile.start[begin]).right : 0.0f;
     for (int j = begin; j < end; ++j) {
-      float both = 0, right = 0;
-      for (int x = tile.start[j]; x < tile.start[j + 1]; ++x) {
-        const float gradient = value(k, x);
-        both += gradient;
-        right += tile.column_t(x) * gradient;
-      }
-      put(j, k, before + (both - right));
-      before = right;
+      const Run own = run(k, tile.start[j], tile.start[j + 1]);
+      put(j, k, before + own.left());
+      before = own.right;
     }
   }
 }
 
-// What the columns of a block add to its sums, [quantity][tile] in shared memory: too cold for
-// registers.
+// What the columns of a block add to its sums.
 struct Tally {
-  float* own;
-  int tile;
+  static constexpr int RUNS = 16;
+  float* shared;  // [quantity][tile]
+  float sum[QUANTITIES];
 
-  FASTMT_INLINE explicit Tally(float* shared) : own(shared + threadIdx.x), tile(blockDim.x) {
-    for (int n = 0; n < QUANTITIES; ++n) own[n * tile] = 0;
-  }
-  FASTMT_INLINE void add(int quantity, float value) const { own[quantity * tile] += value; }
+  FASTMT_INLINE explicit Tally(float* shared) : shared(shared), sum{} {}
+  FASTMT_INLINE void add(int quantity, float value) { sum[quantity] += value; }
 
-  // The sums over the threads, in a fixed order, to sums[quantity][block].
+  // The sums over the threads, in a fixed order, to sums[quantity][block]: RUNS sums of every
+  // RUNS-th column each, then the sum of these, which also stays in the first column.
   FASTMT_INLINE void put(const Cells& cells) const {
-    int half = 1;
-    while (2 * half < tile) half *= 2;
-    for (; half > 0; half /= 2) {
-      __syncthreads();
-      if (int(threadIdx.x) < half && int(threadIdx.x) + half < tile)
-        for (int n = 0; n < QUANTITIES; ++n) own[n * tile] += own[n * tile + half];
-    }
-    if (threadIdx.x == 0)
-      for (int n = 0; n < QUANTITIES; ++n)
-        cells.sums[n * cells.blocks() + int64_t(blockIdx.x)] = own[n * tile];
+    const int tile = int(blockDim.x), own = int(threadIdx.x);
+    for (int n = 0; n < QUANTITIES; ++n) shared[n * tile + own] = sum[n];
     __syncthreads();
+    for (int task = own; task < QUANTITIES * RUNS; task += tile) {
+      const int first = task % RUNS;
+      float* columns = shared + task / RUNS * tile;
+      float total = 0;
+      for (int x = first; x < tile; x += RUNS) total += columns[x];
+      if (first < tile) columns[first] = total;
+    }
+    __syncthreads();
+    for (int n = own; n < QUANTITIES; n += tile) {
+      float total = 0;
+      for (int x = 0; x < RUNS && x < tile; ++x) total += shared[n * tile + x];
+      shared[n * tile] = total;
+      cells.sums[n * cells.blocks() + int64_t(blockIdx.x)] = total;
+    }
   }
 };
 
@@ -95,7 +126,7 @@ struct Shared {
       : pitch(is_fixed(cells.classes) ? FIXED_PITCH : cells.tile | 1),
         tallies(rows * pitch),
         weights(tallies + QUANTITIES * cells.tile),
-        tile((weights + cells.tile + 1) / 2 * 2),
+        tile((weights + cells.tile + 3) / 4 * 4),
         end(tile + Tile::floats_of(cells)) {}
 };
 
@@ -129,37 +160,35 @@ struct Block {
   }
 };
 
-// The sums of a column in shared memory, [both, lower][C], for pixels that need the registers.
+// The sums of a column in shared memory, [upper, lower][C], for pixels that need the registers.
 template <int C>
 struct SharedCorners {
-  float *both, *lower;
+  float *upper, *lower;
 
   struct Row {
     const SharedCorners& corners;
     float t;
     FASTMT_INLINE Corner operator[](int c) const {
-      return {corners.both[c * FIXED_PITCH], corners.lower[c * FIXED_PITCH], t};
+      return {corners.upper[c * FIXED_PITCH], corners.lower[c * FIXED_PITCH], 1 - t, t};
     }
   };
   FASTMT_INLINE explicit SharedCorners(const Block& block)
-      : both(block.rows + threadIdx.x), lower(both + C * FIXED_PITCH) {
-    for (int c = 0; c < C; ++c) both[c * FIXED_PITCH] = lower[c * FIXED_PITCH] = 0;
+      : upper(block.rows + threadIdx.x), lower(upper + C * FIXED_PITCH) {
+    for (int c = 0; c < C; ++c) upper[c * FIXED_PITCH] = lower[c * FIXED_PITCH] = 0;
   }
   FASTMT_INLINE Row at(float t) const { return {*this, t}; }
 };
 
-// Leaves the corners of every column of the tile, [both, lower][C] in shared memory, in the block's
+// Leaves the corners of every column of the tile, [upper, lower][C] in shared memory, in the block's
 // partial gradient.
 template <int C>
 FASTMT_INLINE void put_corners(const Block& block) {
   __syncthreads();
   float* partial = block.partial();
-  const float* both = block.rows;
-  const float* lower = both + C * FIXED_PITCH;
   join_columns(
       block.cells, block.tile, 2 * C,
-      [&](int k, int x) {
-        return both[k * FIXED_PITCH + x] - (k < C ? lower[k * FIXED_PITCH + x] : 0.0f);
+      [&](int k, int begin, int end) {
+        return run_of(block.tile.t, block.rows + k * FIXED_PITCH, begin, end);
       },
       [&](int j, int k, float sum) { partial[j * 2 * C + k] = sum; });
 }
@@ -168,7 +197,7 @@ template <int C>
 FASTMT_INLINE void put_corners(const Block& block, const Corners<C>& corners) {
   FASTMT_UNROLL
   for (int c = 0; c < C; ++c) {
-    block.rows[c * FIXED_PITCH + threadIdx.x] = corners.both[c];
+    block.rows[c * FIXED_PITCH + threadIdx.x] = corners.upper[c];
     block.rows[(C + c) * FIXED_PITCH + threadIdx.x] = corners.lower[c];
   }
   put_corners<C>(block);
@@ -181,8 +210,12 @@ FASTMT_INLINE void put_row(const Block& block, float t) {
   float* partial = block.partial();
   join_columns(
       block.cells, block.tile, classes,
-      [&](int c, int x) {
-        return block.weights[x] == 0.0f ? 0.0f : block.rows[c * block.pitch + x];
+      [&](int c, int begin, int end) {
+        Run run;
+        for (int x = begin; x < end; ++x)
+          if (block.weights[x] != 0.0f)
+            run.add(block.tile.t[x], block.rows[c * block.pitch + x]);
+        return run;
       },
       [&](int j, int c, float sum) {
         float* at = partial + j * 2 * classes + c;
@@ -197,7 +230,7 @@ FASTMT_INLINE void clear_rows(const Block& block) {
   const int classes = block.cells.classes;
   float* partial = block.partial();
   join_columns(
-      block.cells, block.tile, classes, [](int, int) { return 0.0f; },
+      block.cells, block.tile, classes, [](int, int, int) { return Run(); },
       [&](int j, int c, float) {
         partial[j * 2 * classes + c] = 0;
         partial[j * 2 * classes + classes + c] = 0;
