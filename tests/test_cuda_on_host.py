@@ -346,7 +346,7 @@ def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
     operations.most_shared_bytes()
     assert_consistency(student, [teacher], (4, 256))
     reach = cuda_resources.TILE // 8 + 2
-    assert operations.most_shared_bytes() == cuda_resources.shared_bytes(classes, 2, reach)
+    assert operations.most_shared_bytes() == cuda_resources.shared_bytes(classes, 2, reach, True)
 
 
 def update(operations, teachers, students, decay):

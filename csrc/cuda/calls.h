@@ -85,6 +85,7 @@ struct ConsistencyCells {
   Cells cells;
   Grid teacher[MAX_TEACHERS];
   Map pixel_weight, valid;
+  int32_t teacher_reach;  // low-resolution columns that a tile touches of the first one
   int32_t members, loss, kind, weight;
   bool class_mean, strict, threshold_by_label;
   float inverse_temperature, gradient_scale;
@@ -141,5 +142,8 @@ FASTMT_BOTH constexpr bool is_fixed(int classes) { return classes == 19 || class
 // Fills in how a call is shared out among blocks. Of any other class count a thread keeps `columns`
 // times the classes in shared memory.
 void plan(Cells& cells, int columns);
+
+// Low-resolution columns that a tile touches, at most.
+int32_t reach_of(const Axis& columns, int32_t tile);
 
 }  // namespace fastmt::cuda

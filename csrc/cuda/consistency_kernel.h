@@ -4,6 +4,7 @@
 
 #include "cuda/cells.h"
 #include "cuda/gradient.h"
+#include "cuda/powers.h"
 
 namespace fastmt::cuda {
 
@@ -74,14 +75,24 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
   Block block = block_of(call, 2 * C, shared);
   const Place& place = block.place;
   const Tile& tile = block.tile;
-  const Grid& grid = call.cells.first;
+  const Grid &student_grid = call.cells.first, &teacher_grid = call.teacher[0];
   const auto student_column = [&] { return tile.column_at(0); };
   const auto teacher_column = [&] { return tile.column_at(1); };
+  const Stage<C> student_stage(block.stage, call.cells.reach, tile.first(0));
+  const Stage<C> teacher_stage(block.stage + call.cells.reach * Stage<C>::COLUMN,
+                               call.teacher_reach, tile.first(1));
+  student_stage.bring(student_grid, place.image, tile.row_at(0, 0).at.index);
   Powers<C> student, teacher;
   Corners<C> corners{};
   for (int i = 0; i < place.rows; ++i) {
     const bool valid = is_valid(call, place, i);
-    teacher.go_to(call.teacher[0], place.image, teacher_column, tile.row_at(1, i),
+    const Row row = tile.row_at(0, i), of_teacher = tile.row_at(1, i);
+    if (of_teacher.move == Move::enter) {
+      if (i > 0) __syncthreads();
+      teacher_stage.bring(teacher_grid, place.image, of_teacher.at.index);
+      __syncthreads();
+    }
+    teacher.go_to(teacher_stage, teacher_column, of_teacher, teacher_grid.step(),
                   call.inverse_temperature);
     const Teacher belief = believe(call, LOSS, teacher);
     const float weight = weigh(call, block, i, belief, valid);
@@ -89,13 +100,11 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
       student.skip();
       continue;
     }
-    const Row row = tile.row_at(0, i);
-    student.go_to(grid, place.image, student_column, row, 1.0f);
+    student.go_to(student_stage, student_column, row, student_grid.step(), 1.0f);
     if (weight == 0.0f) continue;
     const float scaled = scaled_weight(call, weight);
-    const Across across(grid, place.image, student_column());
-    const Student state =
-        student_of<LOSS == Loss::ce>(student, grid, across, row.at, belief.label);
+    const Student state = student_of<LOSS == Loss::ce>(student, student_stage, student_column,
+                                                       row.at, belief.label);
     const float value = loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
                                              scaled * call.gradient_scale, corners.at(row.at.t), C);
     block.tally.add(Sums::loss, scaled * value);

@@ -4,6 +4,7 @@
 
 #include "cuda/cells.h"
 #include "cuda/gradient.h"
+#include "cuda/powers.h"
 
 namespace fastmt::cuda {
 
@@ -87,6 +88,9 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
   __syncthreads();
   const auto column_at = [&] { return block.tile.column_at(0); };
+  const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0));
+  stage.bring(grid, block.place.image, block.tile.row_at(0, 0).at.index);
+  __syncthreads();
   Powers<C> student;
   Corners<C> corners{};
   for (int i = 0; i < block.place.rows; ++i) {
@@ -96,10 +100,9 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
       continue;
     }
     const Row row = block.tile.row_at(0, i);
-    student.go_to(grid, block.place.image, column_at, row, 1.0f);
+    student.go_to(stage, column_at, row, grid.step(), 1.0f);
     if (pixel.weight == 0.0f) continue;
-    const Across across(grid, block.place.image, column_at());
-    const Student state = student_of<true>(student, grid, across, row.at, pixel.label);
+    const Student state = student_of<true>(student, stage, column_at, row.at, pixel.label);
     const float value = ce_pixel(student.at(), state, pixel.label,
                                  pixel.weight * call.gradient_scale, corners.at(row.at.t), C);
     block.tally.add(LabelSums::loss, pixel.weight * value);

@@ -118,7 +118,7 @@ struct Tally {
 };
 
 // Shared memory of a block, in floats: rows of values whose columns are joined, tallies, a weight
-// for each column, the tile.
+// for each column, the tile. A multiple of 16 bytes, behind which stages may lie.
 struct Shared {
   int64_t pitch, tallies, weights, tile, end;
 
@@ -127,7 +127,7 @@ struct Shared {
         tallies(rows * pitch),
         weights(tallies + QUANTITIES * cells.tile),
         tile((weights + cells.tile + 3) / 4 * 4),
-        end(tile + Tile::floats_of(cells)) {}
+        end((tile + Tile::floats_of(cells) + 3) / 4 * 4) {}
 };
 
 inline int64_t shared_bytes(const Cells& cells, int rows) {
@@ -138,7 +138,7 @@ inline int64_t shared_bytes(const Cells& cells, int rows) {
 struct Block {
   const Cells& cells;
   Place place;
-  float *rows, *weights;  // [row][pitch], [tile]
+  float *rows, *weights, *stage;  // [row][pitch], [tile]
   int pitch;
   Tile tile;
   Tally tally;
@@ -148,6 +148,7 @@ struct Block {
         place(cells),
         rows(shared),
         weights(shared + layout.weights),
+        stage(shared + layout.end),
         pitch(int(layout.pitch)),
         tile(cells, shared + layout.tile),
         tally(shared + layout.tallies) {

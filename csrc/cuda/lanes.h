@@ -40,8 +40,6 @@ FASTMT_INLINE bool any(bool here) { return __any_sync(0xffffffffu, here); }  // 
 // e^x by the exponential unit: -inf gives 0, NaN stays NaN. Off by 2 ulp and half an ulp of x / ln
 // 2, for x <= 0 at most 2e-7 of the largest probability.
 FASTMT_INLINE floats exp(floats x) { return exp2_unit(x * 1.44269504f); }
-// e^x within 2 ulp for any x: the error of a ratio grows with every pixel that it is multiplied to.
-FASTMT_INLINE floats exact_exp(floats x) { return expf(x); }
 FASTMT_INLINE floats log(floats x) { return logf(x); }
 
 #include "pixel.h"

@@ -1,0 +1,137 @@
+// The exponentials of a column of output pixels. Down it the logits are a line, so their exponentials
+// are a geometric progression: two exps a class where a walk starts, one multiplication a pixel, and
+// no registers for the corners, which the block keeps in shared memory.
+#pragma once
+
+#include "cuda/cells.h"
+
+namespace fastmt::cuda {
+
+// The low-resolution logits around the rows of a tile, in shared memory: [column][above, below][C],
+// read in packs by threads of which neighbours want the same ones.
+template <int C>
+struct Stage {
+  static constexpr int ROW = (C + 3) / 4 * 4, COLUMN = 2 * ROW + 4;  // clear of bank conflicts
+  float* at;
+  int columns, first;  // how many, and the low-resolution column of the first
+
+  FASTMT_INLINE Stage(float* at, int columns, int first)
+      : at(at), columns(columns), first(first) {}
+
+  // Brings the logits of low-resolution rows `row` and row + 1. Its threads meet before it is read.
+  FASTMT_INLINE void bring(const Grid& grid, int64_t image, int32_t row) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int64_t down = row + 1 < grid.rows.size ? grid.row : 0;
+    with_type(grid.type, [&](auto type) {
+      using T = typename decltype(type)::type;
+      for (int j = lane; j < columns; j += 32) {
+        const int32_t column = first + j < grid.columns.size ? first + j : grid.columns.size - 1;
+        const T* from = static_cast<const T*>(grid.data) + image * grid.image + row * grid.row +
+                        column * grid.column + warp * grid.channel;
+        float* to = at + j * COLUMN;
+#pragma unroll 5
+        for (int c = warp; c < C; c += warps, from += warps * grid.channel) {
+          to[c] = widen(from[0]);
+          to[ROW + c] = widen(from[down]);
+        }
+      }
+    });
+  }
+
+  FASTMT_INLINE Between<int> across(At column) const {
+    return {{column.index - first, column.t}, COLUMN};
+  }
+  FASTMT_INLINE float logit(const Between<int>& across, const Between<int>& down, int c) const {
+    const float* above = at + across.first + down.first + c;
+    const float* below = above + down.next;
+    return down.mix(across.mix(above[0], above[across.next]),
+                    across.mix(below[0], below[across.next]));
+  }
+  static int64_t bytes(int64_t columns) { return columns * COLUMN * int64_t(sizeof(float)); }
+};
+
+template <int C>
+struct Powers {
+  float column[C];  // exp(scale * (logit - top)), the pixel.h kind of Powers
+  float ratio[C];
+  float top;
+  bool walks;
+  static constexpr float REACH = 60.0f;  // exp(60) times a large weight is still finite
+
+  FASTMT_INLINE Powers() : walks(false) {}
+  FASTMT_INLINE Column at() { return {column, 1}; }
+
+  // To a row from the one above it; `column_at` says where the thread's column lies, and is asked
+  // where a walk starts.
+  template <class F>
+  FASTMT_INLINE void go_to(const Stage<C>& stage, F column_at, Row row, float step, float scale) {
+    if (!walks || row.move <= Move::start) return start(stage, column_at(), row.at, step, scale);
+    if (row.move == Move::keep) return;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; ++c) column[c] *= ratio[c];
+  }
+  // Leaves a row out.
+  FASTMT_INLINE void skip() { walks = false; }
+
+  FASTMT_INLINE void start(const Stage<C>& stage, At column_at, At row, float step, float scale) {
+    constexpr float per_octave = 1.44269504f;
+    const Between<int> across = stage.across(column_at);
+    float low = INFINITY, not_finite = 0;
+    top = -INFINITY;
+    each_corner(stage, across, [&](int c, float above, float below) {
+      const float rise = below - above;
+      top = max(top, max(above, below));
+      low = min(low, min(above, below));
+      not_finite += 0 * rise;
+      column[c] = above + row.t * rise;
+      ratio[c] = exp2_unit(rise * (step * scale * per_octave));
+    });
+    walks = (top - low) * scale + not_finite < REACH;
+    if (!walks) interpolate(stage, across, row);
+    const float slope = scale * per_octave, shift = top * slope;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; ++c) column[c] = exp2_unit(fmaf(column[c], slope, -shift));
+  }
+
+ private:
+  // f(c, above, below): the logits of a column in the two rows of the stage.
+  template <class F>
+  static FASTMT_INLINE void each_corner(const Stage<C>& stage, const Between<int>& across, F f) {
+    const float *left = stage.at + across.first, *right = left + across.next;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; c += 4) {
+      const Four above[2] = {four_at(left + c), four_at(right + c)};
+      const Four below[2] = {four_at(left + Stage<C>::ROW + c), four_at(right + Stage<C>::ROW + c)};
+      FASTMT_UNROLL
+      for (int i = 0; i < 4 && c + i < C; ++i)
+        f(c + i, across.mix(above[0].at[i], above[1].at[i]),
+          across.mix(below[0].at[i], below[1].at[i]));
+    }
+  }
+
+  // The logits of one row, and the largest of them.
+  FASTMT_INLINE void interpolate(const Stage<C>& stage, const Between<int>& across, At row) {
+    const Between<int> down({0, row.t}, Stage<C>::ROW);
+    top = -INFINITY;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; ++c) {
+      column[c] = stage.logit(across, down, c);
+      top = max(top, column[c]);
+    }
+  }
+};
+
+// A student from its exponentials, of temperature 1.
+template <bool WITH_LABEL, int C, class F>
+FASTMT_INLINE Student student_of(Powers<C>& powers, const Stage<C>& stage, F column_at, At row,
+                                 int32_t label) {
+  Student student = student_of_powers<false>(powers.at(), label, C);
+  if constexpr (WITH_LABEL) {
+    // From the logit: a power may be too small.
+    const Between<int> down({0, row.t}, Stage<C>::ROW);
+    student.chosen = stage.logit(stage.across(column_at()), down, label) - powers.top;
+  }
+  return student;
+}
+
+}  // namespace fastmt::cuda
