@@ -29,7 +29,6 @@ struct Place {
   int32_t first_row, rows;            // output rows
   int32_t first_column, last_column;  // of the tile
   int32_t column;                     // of the thread; threads beyond the last one repeat it
-  bool inside;
 
   FASTMT_INLINE explicit Place(const Cells& cells) {
     uint32_t rest = blockIdx.x;
@@ -45,10 +44,9 @@ struct Place {
     const int32_t width = cells.first.columns.out;
     first_column = tile * cells.tile;
     last_column = first_column + cells.tile < width ? first_column + cells.tile : width;
-    const int32_t own = first_column + int32_t(threadIdx.x);
-    inside = own < last_column;
-    column = inside ? own : last_column - 1;
+    column = inside() ? first_column + int32_t(threadIdx.x) : last_column - 1;
   }
+  FASTMT_INLINE bool inside() const { return first_column + this_thread() < last_column; }
 };
 
 // An output row between low-resolution ones, and how exponentials get there from the row before:
@@ -93,26 +91,35 @@ struct Tile {
     const At at = locate(grid.columns, place.column);
     t[number * tile + threadIdx.x] = at.t;
     index[number * tile + threadIdx.x] = at.index;
-    for (int i = threadIdx.x; i < place.rows; i += blockDim.x)
-      row[number * MAX_ROWS + i] = Row(grid, place.first_row, i);
+    each_of_warp(number, place.rows,
+                 [&](int i) { row[number * MAX_ROWS + i] = Row(grid, place.first_row, i); });
   }
 
   FASTMT_INLINE void put_starts(const Cells& cells, const Place& place) const {
     const Axis& columns = cells.first.columns;
-    const int64_t index = locate(columns, place.first_column).index;
-    for (int j = threadIdx.x; j <= cells.reach; j += blockDim.x) {
+    each_of_warp(cells.grids, cells.reach + 1, [&](int j) {
+      const int64_t index = locate(columns, place.first_column).index;
       const int32_t first = columns.first(index + j), last = place.last_column;
       start[j] = (first < place.first_column ? place.first_column
                   : first > last             ? last
                                              : first) -
                  place.first_column;
-    }
+    });
+  }
+
+  // f(i) for each i below `count`, by the threads of one warp: the others have tables of their own.
+  template <class F>
+  FASTMT_INLINE void each_of_warp(int warp, int count, F f) const {
+    const int lanes = blockDim.x < 32 ? blockDim.x : 32, warps = (blockDim.x + 31) / 32;
+    if (int(threadIdx.x) / 32 != warp % warps) return;
+    for (int i = threadIdx.x % 32; i < count; i += lanes) f(i);
   }
 
   FASTMT_INLINE Row row_at(int grid, int i) const { return row[grid * MAX_ROWS + i]; }
   FASTMT_INLINE int32_t first(int grid) const { return index[grid * tile]; }
   FASTMT_INLINE At column_at(int grid) const {
-    return {index[grid * tile + threadIdx.x], t[grid * tile + threadIdx.x]};
+    const int own = grid * tile + this_thread();
+    return {index[own], t[own]};
   }
 
   static FASTMT_BOTH int64_t floats_of(const Cells& cells) {
@@ -165,14 +172,19 @@ FASTMT_INLINE void interpolate(const Grid& grid, const Across& across, At row, i
   });
 }
 
+// Of numbers that are not negative, which takes a multiplication less for each.
+FASTMT_INLINE int64_t offset_in(const Map& map, int64_t image, int32_t row, int32_t column) {
+  return uint32_t(image) * map.image + uint32_t(row) * map.row + uint32_t(column) * map.column;
+}
+
 FASTMT_INLINE float float_at(const Map& map, int64_t image, int32_t row, int32_t column) {
-  const int64_t offset = image * map.image + row * map.row + column * map.column;
+  const int64_t offset = offset_in(map, image, row, column);
   return static_cast<const float*>(map.data)[offset];
 }
 
 // A byte or a 64-bit integer.
 FASTMT_INLINE int64_t integer_at(const Map& map, int64_t image, int32_t row, int32_t column) {
-  const int64_t offset = image * map.image + row * map.row + column * map.column;
+  const int64_t offset = offset_in(map, image, row, column);
   if (map.type == Type::uint8) return static_cast<const uint8_t*>(map.data)[offset];
   return static_cast<const int64_t*>(map.data)[offset];
 }

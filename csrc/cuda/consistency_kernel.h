@@ -17,29 +17,33 @@ struct Sums {
 // Whether the thread's pixel in row i counts; asked for long before it is needed.
 FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, int i) {
   const Map& valid = call.valid;
-  return place.inside &&
+  return place.inside() &&
          (!valid.data || integer_at(valid, place.image, place.first_row + i, place.column));
 }
 
-// The weight of a pixel. "ratio" is 1 here: its factor is only known when every pixel has been
+// The weight of a pixel, whose `limit` is that of the first class, asked for before it is needed. "ratio" is 1 here: its factor is only known when every pixel has been
 // counted.
 FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, int i,
-                          const Teacher& teacher, bool valid) {
+                          const Teacher& teacher, bool valid, float limit) {
   if (!valid) return 0;
   const Weight kind = Weight(call.weight);
-  const float limit = call.threshold[call.threshold_by_label ? teacher.label : 0];
-  const bool passing = call.strict ? teacher.score > limit : teacher.score >= limit;
+  if (call.threshold_by_label) limit = call.threshold[teacher.label];
+  const bool passing = teacher.score > limit || (!call.strict && teacher.score == limit);
   float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
   if (kind == Weight::confidence && passing) weight = teacher.score;
   if (call.pixel_weight.data && weight != 0.0f) {
     const Place& place = block.place;
     weight *= float_at(call.pixel_weight, place.image, place.first_row + i, place.column);
   }
-  block.tally.add(Sums::valid, 1);
-  block.tally.add(Sums::selected, passing);
+  block.tally.count(true, passing);
   block.tally.add(Sums::score, teacher.score);
   block.tally.add(Sums::weight, weight);
   return weight;
+}
+
+FASTMT_INLINE void put_sums(Block& block) {
+  block.tally.add_counts(Sums::valid, Sums::selected);
+  block.tally.put(block.cells);
 }
 
 // The weight of a pixel with the share of one class in it.
@@ -78,10 +82,12 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
   const Grid &student_grid = call.cells.first, &teacher_grid = call.teacher[0];
   const auto student_column = [&] { return tile.column_at(0); };
   const auto teacher_column = [&] { return tile.column_at(1); };
-  const Stage<C> student_stage(block.stage, call.cells.reach, tile.first(0));
+  const Stage<C> student_stage(block.stage, call.cells.reach, tile.first(0),
+                               LOSS == Loss::ce ? block.weights : nullptr);
   const Stage<C> teacher_stage(block.stage + call.cells.reach * Stage<C>::COLUMN,
-                               call.teacher_reach, tile.first(1));
-  student_stage.bring(student_grid, place.image, tile.row_at(0, 0).at.index);
+                               call.teacher_reach, tile.first(1), nullptr);
+  if (place.rows > 0)  // a band may have none
+    student_stage.bring(student_grid, place.image, tile.row_at(0, 0).at.index);
   Powers<C> student, teacher;
   Corners<C> corners{};
   for (int i = 0; i < place.rows; ++i) {
@@ -94,8 +100,9 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
     }
     teacher.go_to(teacher_stage, teacher_column, of_teacher, teacher_grid.step(),
                   call.inverse_temperature);
+    const float limit = call.threshold[0];
     const Teacher belief = believe(call, LOSS, teacher);
-    const float weight = weigh(call, block, i, belief, valid);
+    const float weight = weigh(call, block, i, belief, valid, limit);
     if (!any(weight != 0.0f)) {
       student.skip();
       continue;
@@ -110,7 +117,7 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
     block.tally.add(Sums::loss, scaled * value);
   }
   if (call.cells.partial) put_corners(block, corners);
-  block.tally.put(call.cells);
+  put_sums(block);
 }
 
 // "mse". Registers of a thread: power and ratio of two networks and two sums of the gradient, 6 C;
@@ -185,8 +192,9 @@ template <bool WITH_BCE, class Gradient>
 FASTMT_INLINE float visit(const ConsistencyCells& call, Block& block, int i, Column z,
                           Column y, Gradient gradient, int classes) {
   const bool valid = is_valid(call, block.place, i);
+  const float limit = call.threshold[0];
   const Teacher belief = look(call, block, i, y, z, classes);
-  const float weight = weigh(call, block, i, belief, valid);
+  const float weight = weigh(call, block, i, belief, valid, limit);
   if (weight == 0.0f) return weight;
   const Across across(call.cells.first, block.place.image, block.tile.column_at(0));
   interpolate(call.cells.first, across, block.tile.row_at(0, i).at, classes, z);
@@ -211,7 +219,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 2)
     visit<false>(call, block, i, Column{z, 1}, Column{y, 1}, gradient, C);
   }
   if (call.cells.partial) put_corners<C>(block);
-  block.tally.put(call.cells);
+  put_sums(block);
 }
 
 // Any number of classes: the columns of the tile lie in shared memory, [classes][tile], and the
@@ -228,7 +236,7 @@ __global__ void __launch_bounds__(256, 2)
     block.weights[threadIdx.x] = visit<true>(call, block, i, z, y, z, classes);
     if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at.t);
   }
-  block.tally.put(call.cells);
+  put_sums(block);
 }
 
 }  // namespace fastmt::cuda

@@ -27,7 +27,7 @@ struct Labelled {
     const Place& place = block.place;
     const int32_t row = place.first_row + i;
     const int64_t given = integer_at(call.labels, place.image, row, place.column);
-    if (!place.inside || given == call.ignore_index) return;
+    if (!place.inside() || given == call.ignore_index) return;
     if (is_wrong(call, given)) {
       block.tally.add(LabelSums::wrong, 1);
       return;
@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
   __syncthreads();
   const auto column_at = [&] { return block.tile.column_at(0); };
-  const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0));
-  stage.bring(grid, block.place.image, block.tile.row_at(0, 0).at.index);
+  const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0), block.weights);
+  if (block.place.rows > 0)  // a band may have none
+    stage.bring(grid, block.place.image, block.tile.row_at(0, 0).at.index);
   __syncthreads();
   Powers<C> student;
   Corners<C> corners{};

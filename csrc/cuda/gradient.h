@@ -52,16 +52,20 @@ struct Run {
   FASTMT_INLINE float left() const { return both - right; }
 };
 
-// Of columns `begin` to `end` of a row that starts at a multiple of 16 bytes.
+// Of columns `begin` to `end` of a row that starts at a multiple of 16 bytes. No loop is unrolled:
+// cells are short, and what a block does once is bound by its instructions.
 FASTMT_INLINE Run run_of(const float* t, const float* row, int begin, int end) {
   Run run;
   int x = begin;
+#pragma unroll 1
   for (; x < end && x % 4 != 0; ++x) run.add(t[x], row[x]);
+#pragma unroll 1
   for (; x + 4 <= end; x += 4) {
     const Four shares = four_at(t + x), gradients = four_at(row + x);
     FASTMT_UNROLL
     for (int i = 0; i < 4; ++i) run.add(shares.at[i], gradients.at[i]);
   }
+#pragma unroll 1
   for (; x < end; ++x) run.add(t[x], row[x]);
   return run;
 }
@@ -76,10 +80,11 @@ FASTMT_INLINE void join_columns(const Cells& cells, const Tile& tile, int K, Run
   for (int task = threadIdx.x; task < parts * K; task += blockDim.x) {
     const int k = task % K, part = task / K;
     const int begin = cells.reach * part / parts, end = cells.reach * (part + 1) / parts;
-    float before = begin > 0 ? run(k, tile.start[begin - 1], tile.start[begin]).right : 0.0f;
-    for (int j = begin; j < end; ++j) {
+    float before = 0;
+#pragma unroll 1
+    for (int j = begin > 0 ? begin - 1 : 0; j < end; ++j) {
       const Run own = run(k, tile.start[j], tile.start[j + 1]);
-      put(j, k, before + own.left());
+      if (j >= begin) put(j, k, before + own.left());
       before = own.right;
     }
   }
@@ -90,9 +95,15 @@ struct Tally {
   static constexpr int RUNS = 16;
   float* shared;  // [quantity][tile]
   float sum[QUANTITIES];
+  int32_t counts;  // of two kinds of rows, 16 bits each
 
-  FASTMT_INLINE explicit Tally(float* shared) : shared(shared), sum{} {}
+  FASTMT_INLINE explicit Tally(float* shared) : shared(shared), sum{}, counts(0) {}
   FASTMT_INLINE void add(int quantity, float value) { sum[quantity] += value; }
+  FASTMT_INLINE void count(bool first, bool second) { counts += int(first) + (int(second) << 16); }
+  FASTMT_INLINE void add_counts(int first, int second) {
+    add(first, float(counts & 0xffff));
+    add(second, float(counts >> 16));
+  }
 
   // The sums over the threads, in a fixed order, to sums[quantity][block]: RUNS sums of every
   // RUNS-th column each, then the sum of these, which also stays in the first column.
@@ -104,6 +115,7 @@ struct Tally {
       const int first = task % RUNS;
       float* columns = shared + task / RUNS * tile;
       float total = 0;
+#pragma unroll 8
       for (int x = first; x < tile; x += RUNS) total += columns[x];
       if (first < tile) columns[first] = total;
     }

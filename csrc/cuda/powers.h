@@ -7,32 +7,46 @@
 
 namespace fastmt::cuda {
 
-// The low-resolution logits around the rows of a tile, in shared memory: [column][above, below][C],
-// read in packs by threads of which neighbours want the same ones.
+// The low-resolution logits around the rows of a tile, in shared memory: for each column [above,
+// below][C], read in packs by threads of which neighbours want the same ones, and the range of each
+// quarter of them.
 template <int C>
 struct Stage {
-  static constexpr int ROW = (C + 3) / 4 * 4, COLUMN = 2 * ROW + 4;  // clear of bank conflicts
+  static constexpr int ROW = (C + 3) / 4 * 4, TOPS = 2 * ROW, LOWS = TOPS + 4;
+  static constexpr int COLUMN = LOWS + 8;  // clear of bank conflicts
+  static constexpr int QUARTERS = 4;
   float* at;
   int columns, first;  // how many, and the low-resolution column of the first
+  float* shifts;       // [tile]: the logit that powers of a thread are relative to, if asked for
 
-  FASTMT_INLINE Stage(float* at, int columns, int first)
-      : at(at), columns(columns), first(first) {}
+  FASTMT_INLINE Stage(float* at, int columns, int first, float* shifts)
+      : at(at), columns(columns), first(first), shifts(shifts) {}
 
   // Brings the logits of low-resolution rows `row` and row + 1. Its threads meet before it is read.
-  FASTMT_INLINE void bring(const Grid& grid, int64_t image, int32_t row) const {
+  FASTMT_INLINE void bring(const Grid& grid, int32_t image, int32_t row) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int64_t down = row + 1 < grid.rows.size ? grid.row : 0;
     with_type(grid.type, [&](auto type) {
       using T = typename decltype(type)::type;
       for (int j = lane; j < columns; j += 32) {
         const int32_t column = first + j < grid.columns.size ? first + j : grid.columns.size - 1;
-        const T* from = static_cast<const T*>(grid.data) + image * grid.image + row * grid.row +
-                        column * grid.column + warp * grid.channel;
+        const T* from = static_cast<const T*>(grid.data) + uint32_t(image) * grid.image +
+                        uint32_t(row) * grid.row + uint32_t(column) * grid.column +
+                        uint32_t(warp) * grid.channel;
         float* to = at + j * COLUMN;
+        float top = -INFINITY, low = INFINITY, not_finite = 0;
 #pragma unroll 5
         for (int c = warp; c < C; c += warps, from += warps * grid.channel) {
-          to[c] = widen(from[0]);
-          to[ROW + c] = widen(from[down]);
+          const float above = widen(from[0]), below = widen(from[down]);
+          to[c] = above;
+          to[ROW + c] = below;
+          top = max(top, max(above, below));
+          low = min(low, min(above, below));
+          not_finite += 0 * (above + below);
+        }
+        for (int quarter = warp; quarter < QUARTERS; quarter += warps) {
+          to[TOPS + quarter] = top;
+          to[LOWS + quarter] = not_finite == 0 ? low : -INFINITY;
         }
       }
     });
@@ -47,6 +61,24 @@ struct Stage {
     return down.mix(across.mix(above[0], above[across.next]),
                     across.mix(below[0], below[across.next]));
   }
+  // The largest and the least of a thread's corners; the least is -inf where one is not finite.
+  FASTMT_INLINE float top(const Between<int>& across) const {
+    float top = -INFINITY;
+    each_of_two(across, TOPS, [&](float value) { top = max(top, value); });
+    return top;
+  }
+  FASTMT_INLINE float low(const Between<int>& across) const {
+    float low = INFINITY;
+    each_of_two(across, LOWS, [&](float value) { low = min(low, value); });
+    return low;
+  }
+  template <class F>
+  FASTMT_INLINE void each_of_two(const Between<int>& across, int offset, F f) const {
+    const float* left = at + across.first + offset;
+    const Four values[2] = {four_at(left), four_at(left + across.next)};
+    FASTMT_UNROLL
+    for (int i = 0; i < 8; ++i) f(values[i / 4].at[i % 4]);
+  }
   static int64_t bytes(int64_t columns) { return columns * COLUMN * int64_t(sizeof(float)); }
 };
 
@@ -54,7 +86,6 @@ template <int C>
 struct Powers {
   float column[C];  // exp(scale * (logit - top)), the pixel.h kind of Powers
   float ratio[C];
-  float top;
   bool walks;
   static constexpr float REACH = 60.0f;  // exp(60) times a large weight is still finite
 
@@ -76,18 +107,15 @@ struct Powers {
   FASTMT_INLINE void start(const Stage<C>& stage, At column_at, At row, float step, float scale) {
     constexpr float per_octave = 1.44269504f;
     const Between<int> across = stage.across(column_at);
-    float low = INFINITY, not_finite = 0;
-    top = -INFINITY;
     each_corner(stage, across, [&](int c, float above, float below) {
       const float rise = below - above;
-      top = max(top, max(above, below));
-      low = min(low, min(above, below));
-      not_finite += 0 * rise;
       column[c] = above + row.t * rise;
       ratio[c] = exp2_unit(rise * (step * scale * per_octave));
     });
-    walks = (top - low) * scale + not_finite < REACH;
-    if (!walks) interpolate(stage, across, row);
+    float top = stage.top(across);
+    walks = (top - stage.low(across)) * scale < REACH;
+    if (!walks) top = interpolate(stage, across, row);
+    if (stage.shifts) stage.shifts[this_thread()] = top;
     const float slope = scale * per_octave, shift = top * slope;
     FASTMT_UNROLL
     for (int c = 0; c < C; ++c) column[c] = exp2_unit(fmaf(column[c], slope, -shift));
@@ -110,14 +138,15 @@ struct Powers {
   }
 
   // The logits of one row, and the largest of them.
-  FASTMT_INLINE void interpolate(const Stage<C>& stage, const Between<int>& across, At row) {
+  FASTMT_INLINE float interpolate(const Stage<C>& stage, const Between<int>& across, At row) {
     const Between<int> down({0, row.t}, Stage<C>::ROW);
-    top = -INFINITY;
+    float top = -INFINITY;
     FASTMT_UNROLL
     for (int c = 0; c < C; ++c) {
       column[c] = stage.logit(across, down, c);
       top = max(top, column[c]);
     }
+    return top;
   }
 };
 
@@ -129,7 +158,7 @@ FASTMT_INLINE Student student_of(Powers<C>& powers, const Stage<C>& stage, F col
   if constexpr (WITH_LABEL) {
     // From the logit: a power may be too small.
     const Between<int> down({0, row.t}, Stage<C>::ROW);
-    student.chosen = stage.logit(stage.across(column_at()), down, label) - powers.top;
+    student.chosen = stage.logit(stage.across(column_at()), down, label) - stage.shifts[this_thread()];
   }
   return student;
 }
