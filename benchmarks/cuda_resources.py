@@ -38,7 +38,7 @@ def shared_bytes(classes: int, grids: int, reach: int, staged: bool) -> int:
 
     Grids of the same size; `staged` as in powers.h.
     """
-    rows, sums_and_weights = 2 * classes * PITCH, (QUANTITIES + 1) * TILE
+    rows, sums_and_weights = 2 * classes * PITCH, (QUANTITIES + 2) * TILE
     tables = grids * (3 * MAX_ROWS + 2 * TILE) + reach + 1
     column = 2 * pack(classes) + 12 if staged else 0
     return 4 * (pack(pack(rows + sums_and_weights) + tables) + grids * reach * column)

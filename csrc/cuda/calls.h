@@ -19,12 +19,16 @@ constexpr int MAX_TEACHERS = 16;
 constexpr int QUANTITIES = 5;  // that a call sums over its pixels, at most
 constexpr int MAX_ROWS = 32;   // output rows that one block walks
 
-// floor(n / d), by a reciprocal and one correction: a division of 64-bit integers is a function
-// call on a GPU, and calls make registers spill.
-FASTMT_BOTH int64_t floor_divide(int64_t n, int64_t d, double reciprocal) {
-  int64_t quotient = int64_t(double(n) * reciprocal);
-  quotient -= quotient * d > n;
-  quotient += (quotient + 1) * d <= n;
+// floor(n / d) and what remains, by a reciprocal and one correction: a division of 64-bit integers
+// is a function call on a GPU, and calls make registers spill.
+struct Quotient {
+  int64_t floor, rest;
+};
+FASTMT_BOTH Quotient floor_divide(int64_t n, int64_t d, double reciprocal) {
+  Quotient quotient{int64_t(double(n) * reciprocal), 0};
+  quotient.rest = n - quotient.floor * d;
+  if (quotient.rest < 0) --quotient.floor, quotient.rest += d;
+  if (quotient.rest >= d) ++quotient.floor, quotient.rest -= d;
   return quotient;
 }
 
@@ -44,7 +48,7 @@ struct Axis {
     if (index > highest()) return out;
     const int64_t behind = index * divisor - offset + scale - 1;
     if (behind < scale) return 0;
-    const int64_t position = floor_divide(behind, scale, per_scale);
+    const int64_t position = floor_divide(behind, scale, per_scale).floor;
     return position > out ? out : int32_t(position);
   }
 };

@@ -17,10 +17,11 @@ FASTMT_INLINE At locate(const Axis& axis, int64_t output) {
   int64_t position = axis.scale * output + axis.offset;
   const int64_t last = int64_t(axis.size - 1) * axis.divisor;
   position = position < 0 ? 0 : position > last ? last : position;
-  const int64_t floor = floor_divide(position, axis.divisor, axis.per_divisor);
-  const int32_t index = floor < axis.highest() ? int32_t(floor) : axis.highest();
+  const Quotient at = floor_divide(position, axis.divisor, axis.per_divisor);
   // Beyond the border t is exactly 1, so that such a pixel leaves the inner neighbour alone.
-  return {index, float(double(position - index * axis.divisor) * axis.per_divisor)};
+  const bool beyond = at.floor > axis.highest();
+  const int64_t rest = beyond ? at.rest + axis.divisor : at.rest;
+  return {beyond ? axis.highest() : int32_t(at.floor), float(double(rest) * axis.per_divisor)};
 }
 
 // Where a block and its thread are.

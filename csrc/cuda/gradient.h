@@ -52,22 +52,26 @@ struct Run {
   FASTMT_INLINE float left() const { return both - right; }
 };
 
-// Of columns `begin` to `end` of a row that starts at a multiple of 16 bytes. No loop is unrolled:
-// cells are short, and what a block does once is bound by its instructions.
-FASTMT_INLINE Run run_of(const float* t, const float* row, int begin, int end) {
-  Run run;
+// add(i, t, gradient) of row i of two, for columns `begin` to `end` in order; rows start at multiples
+// of 16 bytes. No loop is unrolled: cells are short, and code that runs once a block is slow to fetch.
+template <class F>
+FASTMT_INLINE void each_column(const float* t, const float* const (&rows)[2], int begin, int end,
+                               F add) {
   int x = begin;
+  const auto one = [&] {
+    for (int i = 0; i < 2; ++i) add(i, t[x], rows[i][x]);
+  };
 #pragma unroll 1
-  for (; x < end && x % 4 != 0; ++x) run.add(t[x], row[x]);
+  for (; x < end && x % 4 != 0; ++x) one();
 #pragma unroll 1
   for (; x + 4 <= end; x += 4) {
-    const Four shares = four_at(t + x), gradients = four_at(row + x);
+    const Four shares = four_at(t + x), gradients[2] = {four_at(rows[0] + x), four_at(rows[1] + x)};
     FASTMT_UNROLL
-    for (int i = 0; i < 4; ++i) run.add(shares.at[i], gradients.at[i]);
+    for (int n = 0; n < 4; ++n)
+      for (int i = 0; i < 2; ++i) add(i, shares.at[n], gradients[i].at[n]);
   }
 #pragma unroll 1
-  for (; x < end; ++x) run.add(t[x], row[x]);
-  return run;
+  for (; x < end; ++x) one();
 }
 
 // The transposed interpolation along the columns of a tile: put(j, k, sum) for each low-resolution
@@ -129,7 +133,7 @@ struct Tally {
   }
 };
 
-// Shared memory of a block, in floats: rows of values whose columns are joined, tallies, a weight
+// Shared memory of a block, in floats: rows of values whose columns are joined, tallies, two weights
 // for each column, the tile. A multiple of 16 bytes, behind which stages may lie.
 struct Shared {
   int64_t pitch, tallies, weights, tile, end;
@@ -138,7 +142,7 @@ struct Shared {
       : pitch(is_fixed(cells.classes) ? FIXED_PITCH : cells.tile | 1),
         tallies(rows * pitch),
         weights(tallies + QUANTITIES * cells.tile),
-        tile((weights + cells.tile + 3) / 4 * 4),
+        tile((weights + 2 * cells.tile + 3) / 4 * 4),
         end((tile + Tile::floats_of(cells) + 3) / 4 * 4) {}
 };
 
@@ -150,7 +154,7 @@ inline int64_t shared_bytes(const Cells& cells, int rows) {
 struct Block {
   const Cells& cells;
   Place place;
-  float *rows, *weights, *stage;  // [row][pitch], [tile]
+  float *rows, *weights, *stage;  // [row][pitch], [2][tile]
   int pitch;
   Tile tile;
   Tally tally;
@@ -193,17 +197,40 @@ struct SharedCorners {
 };
 
 // Leaves the corners of every column of the tile, [upper, lower][C] in shared memory, in the block's
-// partial gradient.
+// partial gradient. A thread joins both rows of one class in a part of the cells; what the last of
+// them gives to the column at its right goes through shared memory.
 template <int C>
 FASTMT_INLINE void put_corners(const Block& block) {
+  const uint32_t parts = blockDim.x / C, reach = block.cells.reach, own = threadIdx.x;
+  const uint32_t c = own % C, part = own / C, each = (reach + parts - 1) / parts;
+  const uint32_t begin = part * each, end = begin + each < reach ? begin + each : reach;
+  const float* const rows[2] = {block.rows + c * FIXED_PITCH, block.rows + (C + c) * FIXED_PITCH};
+  float* partial = block.partial() + c;
+  float first[2] = {}, before[2] = {};
   __syncthreads();
-  float* partial = block.partial();
-  join_columns(
-      block.cells, block.tile, 2 * C,
-      [&](int k, int begin, int end) {
-        return run_of(block.tile.t, block.rows + k * FIXED_PITCH, begin, end);
-      },
-      [&](int j, int k, float sum) { partial[j * 2 * C + k] = sum; });
+  const bool works = part < parts && begin < end;
+  if (works) {
+#pragma unroll 1
+    for (uint32_t j = begin; j < end; ++j) {
+      Run runs[2];
+      each_column(block.tile.t, rows, block.tile.start[j], block.tile.start[j + 1],
+                  [&](int i, float t, float gradient) { runs[i].add(t, gradient); });
+      for (int i = 0; i < 2; ++i) {
+        const float sum = before[i] + runs[i].left();
+        if (j == begin)
+          first[i] = sum;
+        else
+          partial[(j * 2 + i) * C] = sum;
+        before[i] = runs[i].right;
+      }
+    }
+  }
+  float* edge = block.weights + 2 * own;
+  for (int i = 0; i < 2; ++i) edge[i] = before[i];
+  __syncthreads();
+  if (!works) return;
+  for (int i = 0; i < 2; ++i)
+    partial[(begin * 2 + i) * C] = first[i] + (part > 0 ? edge[i - 2 * C] : 0.0f);
 }
 
 template <int C>
