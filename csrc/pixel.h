@@ -2,10 +2,11 @@
 //
 // `floats` is one value for each pixel that is worked on at once (a vector on the CPU), `ints` its
 // integer twin and mask; select, max, exp, log, quotient (a / b, exactly 1 where they are equal),
-// inverse_of (1 / a of a sum of exponentials) and the constants come from the including file. A `Column` is the C values of those pixels: column[c] is a
-// reference to `floats`. A `Gradient` takes what is assigned to gradient[c], once for each c, and may be
-// the column of the logits itself. `Powers` are exponentials exp(z[c] - shift), for a shift that no
-// class's logit lies above or far below: each is read once, in order, and stands in a column afterwards.
+// inverse_of (1 / a of a sum of exponentials) and the constants come from the including file. A
+// `Column` is the C values of those pixels: column[c] is a reference to `floats`. A `Gradient` takes
+// what is assigned to gradient[c], floats or a `Product`, once for each c, and may be the column of
+// the logits itself. `Powers` are exponentials exp(z[c] - shift), for a shift that no class's logit
+// lies above or far below: each is read once, in order, and stands in a column afterwards.
 
 enum class Kind { max_prob, entropy, margin };
 enum class Loss { mse, kl, soft_ce, ce, bce, js };

@@ -21,8 +21,8 @@ FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, in
          (!valid.data || integer_at(valid, place.image, place.first_row + i, place.column));
 }
 
-// The weight of a pixel, whose `limit` is that of the first class, asked for before it is needed. "ratio" is 1 here: its factor is only known when every pixel has been
-// counted.
+// The weight of a pixel; `limit` is the threshold of the first class, asked for long before. "ratio"
+// is 1 here: its factor is only known when every pixel has been counted.
 FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, int i,
                           const Teacher& teacher, bool valid, float limit) {
   if (!valid) return 0;

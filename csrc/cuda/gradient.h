@@ -7,10 +7,10 @@
 namespace fastmt::cuda {
 
 // Where the number of classes is constant: columns of a block, at most, and the distance between
-// rows of them in shared memory, so that threads read down the rows in packs without bank conflicts.
+// rows of them in shared memory, so that threads read packs down the rows without bank conflicts.
 constexpr int FIXED_TILE = 128, FIXED_PITCH = FIXED_TILE + 4;
 
-// The gradient of a column and class, as sums over rows for the low-resolution rows above and below.
+// The gradient of a column and class, summed for the low-resolution rows above and below.
 struct Corner {
   float &upper, &lower;
   float above, below;  // the shares of the two rows
@@ -52,8 +52,9 @@ struct Run {
   FASTMT_INLINE float left() const { return both - right; }
 };
 
-// add(i, t, gradient) of row i of two, for columns `begin` to `end` in order; rows start at multiples
-// of 16 bytes. No loop is unrolled: cells are short, and code that runs once a block is slow to fetch.
+// add(i, t, gradient) of row i of two, for columns `begin` to `end` in order; rows start at
+// multiples of 16 bytes. No loop is unrolled: cells are short, and what runs once a block is slow to
+// fetch.
 template <class F>
 FASTMT_INLINE void each_column(const float* t, const float* const (&rows)[2], int begin, int end,
                                F add) {
@@ -133,8 +134,8 @@ struct Tally {
   }
 };
 
-// Shared memory of a block, in floats: rows of values whose columns are joined, tallies, two weights
-// for each column, the tile. A multiple of 16 bytes, behind which stages may lie.
+// Shared memory of a block, in floats: rows of values whose columns are joined, tallies, two
+// weights for each column, the tile. A multiple of 16 bytes, behind which stages may lie.
 struct Shared {
   int64_t pitch, tallies, weights, tile, end;
 
@@ -196,8 +197,8 @@ struct SharedCorners {
   FASTMT_INLINE Row at(float t) const { return {*this, t}; }
 };
 
-// Leaves the corners of every column of the tile, [upper, lower][C] in shared memory, in the block's
-// partial gradient. A thread joins both rows of one class in a part of the cells; what the last of
+// Leaves the corners of every column of the tile, [upper, lower][C] in shared memory, in the
+// block's partial gradient. A thread joins both rows of one class in a part of the cells; what the last of
 // them gives to the column at its right goes through shared memory.
 template <int C>
 FASTMT_INLINE void put_corners(const Block& block) {

@@ -25,8 +25,8 @@ FASTMT_INLINE ints iselect(ints mask, ints a, ints b) { return mask ? a : b; }
 FASTMT_INLINE floats max(floats a, floats b) { return fmaxf(a, b); }  // the other where one is NaN
 FASTMT_INLINE floats min(floats a, floats b) { return fminf(a, b); }
 
-// By the unit for it, an ulp off, of a number that is neither subnormal nor beyond 2^126: nvcc's own
-// division takes six instructions to serve these too.
+// By the unit for it, an ulp off, of a number that is neither subnormal nor beyond 2^126: nvcc's
+// own division takes six instructions to serve these too.
 FASTMT_INLINE floats inverse_of(floats a) { return inverse_unit(a); }
 FASTMT_INLINE floats quotient(floats a, floats b) {
   const float inverse = inverse_of(b), near = a * inverse;

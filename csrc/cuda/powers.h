@@ -1,6 +1,7 @@
-// The exponentials of a column of output pixels. Down it the logits are a line, so their exponentials
-// are a geometric progression: two exps a class where a walk starts, one multiplication a pixel, and
-// no registers for the corners, which the block keeps in shared memory.
+// The exponentials of a column of output pixels. Down it the logits are a line, so their
+// exponentials are a geometric progression: two exps a class where a walk starts, one
+// multiplication a pixel, and no registers for the corners, which the block keeps in shared memory.
+// Where the logits reach too far apart for that, every row starts anew.
 #pragma once
 
 #include "cuda/cells.h"
@@ -14,7 +15,7 @@ template <int C>
 struct Stage {
   static constexpr int ROW = (C + 3) / 4 * 4, TOPS = 2 * ROW, LOWS = TOPS + 4;
   static constexpr int COLUMN = LOWS + 8;  // clear of bank conflicts
-  static constexpr int QUARTERS = 4;
+  static constexpr int QUARTERS = 4;  // of the classes, one for each warp
   float* at;
   int columns, first;  // how many, and the low-resolution column of the first
   float* shifts;       // [tile]: the logit that powers of a thread are relative to, if asked for
@@ -158,7 +159,8 @@ FASTMT_INLINE Student student_of(Powers<C>& powers, const Stage<C>& stage, F col
   if constexpr (WITH_LABEL) {
     // From the logit: a power may be too small.
     const Between<int> down({0, row.t}, Stage<C>::ROW);
-    student.chosen = stage.logit(stage.across(column_at()), down, label) - stage.shifts[this_thread()];
+    const float logit = stage.logit(stage.across(column_at()), down, label);
+    student.chosen = logit - stage.shifts[this_thread()];
   }
   return student;
 }
