@@ -27,17 +27,25 @@ HEADER = (
     "shared bytes",
     "warps of an SM",
 )
-TILE, PITCH, MAX_ROWS, QUANTITIES = 128, 129, 32, 5  # as in csrc/cuda
+TILE, PITCH, MAX_ROWS, QUANTITIES = 128, 132, 32, 5  # as in csrc/cuda
 REGISTERS = 64 * 1024  # of a multiprocessor; a quarter of it for each of its schedulers
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a multiprocessor
 RESERVED = 1024  # shared bytes that the driver takes for each block
 
 
-def shared_bytes(classes: int, grids: int, reach: int) -> int:
-    """What a block of a kernel with a constant number of classes asks for, as in gradient.h."""
-    rows, sums_and_weights = 2 * classes * PITCH, (QUANTITIES + 1) * TILE
+def shared_bytes(classes: int, grids: int, reach: int, staged: bool) -> int:
+    """What a block of a kernel with a constant number of classes asks for, as in gradient.h.
+
+    Grids of the same size; `staged` as in powers.h.
+    """
+    rows, sums_and_weights = 2 * classes * PITCH, (QUANTITIES + 2) * TILE
     tables = grids * (3 * MAX_ROWS + 2 * TILE) + reach + 1
-    return 4 * ((rows + sums_and_weights + 1) // 2 * 2 + tables)
+    column = 2 * pack(classes) + 12 if staged else 0
+    return 4 * (pack(pack(rows + sums_and_weights) + tables) + grids * reach * column)
+
+
+def pack(values: int) -> int:
+    return -(-values // 4) * 4
 
 
 def warps(registers: int, threads: int, shared: int, architecture: str) -> int | None:
@@ -54,7 +62,7 @@ def row_of(kernel: dict[str, Any]) -> dict[str, Any]:
     name, variant, architecture = (kernel[k] for k in ("kernel", "variant", "architecture"))
     fixed = variant.isdigit()
     grids = 2 if "consistency" in name else 1
-    shared = shared_bytes(int(variant), grids, TILE // 8 + 2) if fixed else None
+    shared = shared_bytes(int(variant), grids, TILE // 8 + 2, "powers" in name) if fixed else None
     fitting = warps(kernel["registers"], TILE, shared, architecture) if shared else None
     values = (name, variant, architecture, kernel["registers"], kernel["spilled"], shared, fitting)
     return dict(zip(HEADER, values, strict=True))

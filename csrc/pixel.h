@@ -1,11 +1,12 @@
 // What happens at one pixel: softmax, score, loss, gradient. Mirrors fastmt/reference.py.
 //
 // `floats` is one value for each pixel that is worked on at once (a vector on the CPU), `ints` its
-// integer twin and mask; select, max, exp, log, quotient (a / b, exactly 1 where they are equal) and the
-// constants come from the including file. A `Column` is the C values of those pixels: column[c] is a
-// reference to `floats`. A `Gradient` takes what is assigned to gradient[c], once for each c, and may be
-// the column of the logits itself. `Powers` are exponentials exp(z[c] - shift), for a shift that no
-// class's logit lies above or far below: each is read once, in order, and stands in a column afterwards.
+// integer twin and mask; select, max, exp, log, quotient (a / b, exactly 1 where they are equal),
+// inverse_of (1 / a of a sum of exponentials) and the constants come from the including file. A
+// `Column` is the C values of those pixels: column[c] is a reference to `floats`. A `Gradient` takes
+// what is assigned to gradient[c], floats or a `Product`, once for each c, and may be the column of
+// the logits itself. `Powers` are exponentials exp(z[c] - shift), for a shift that no class's logit
+// lies above or far below: each is read once, in order, and stands in a column afterwards.
 
 enum class Kind { max_prob, entropy, margin };
 enum class Loss { mse, kl, soft_ce, ce, bce, js };
@@ -72,7 +73,7 @@ FASTMT_INLINE Teacher teacher_pixel(Column y, int classes, float inverse_tempera
     sum += e;
     y[c] = e;
   }
-  Teacher teacher{splat(0), 1.0f / sum, label_of(top, sum)};
+  Teacher teacher{splat(0), inverse_of(sum), label_of(top, sum)};
   if constexpr (KIND == Kind::max_prob) teacher.score = teacher.inverse;
   if constexpr (KIND == Kind::margin) {
     const floats runner_up = exp((top.second - top.first) * inverse_temperature);
@@ -102,7 +103,7 @@ FASTMT_INLINE Teacher teacher_of_powers(Powers y, int classes) {
   }
   const bool is_margin = KIND == Kind::margin && classes > 1;
   // Divided, so that a certain teacher scores exactly 1.
-  return {quotient(is_margin ? top.first - top.second : top.first, sum), 1.0f / sum,
+  return {quotient(is_margin ? top.first - top.second : top.first, sum), inverse_of(sum),
           label_of(top, sum)};
 }
 
@@ -176,11 +177,18 @@ FASTMT_INLINE Student student_of_powers(Powers z, ints label, int classes) {
   return student;
 }
 
+// A gradient as the pixel's factor times a value of the class: what is stored with further factors of
+// the pixel takes one multiplication less.
+struct Product {
+  floats factor, value;
+  FASTMT_INLINE operator floats() const { return factor * value; }
+};
+
 // sum (p - q)^2; its gradient 2 p ((p - q) - sum p (p - q)). Keeps both columns of exponentials.
 template <class Column, class Gradient>
 FASTMT_INLINE floats mse_pixel(Column z, Column y, const Student& student, floats inverse,
                         floats coefficient, Gradient gradient, int classes) {
-  floats p_scale = 1.0f / student.sum;
+  floats p_scale = inverse_of(student.sum);
   floats value = splat(0), mean = splat(0);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
@@ -193,7 +201,7 @@ FASTMT_INLINE floats mse_pixel(Column z, Column y, const Student& student, float
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats e = z[c];
-    gradient[c] = factor * e * ((e * p_scale - mean) - y[c] * inverse);
+    gradient[c] = Product{factor, e * ((e * p_scale - mean) - y[c] * inverse)};
   }
   return value;
 }
@@ -211,7 +219,7 @@ FASTMT_INLINE floats soft_ce_pixel(Column z, Column y, floats inverse, floats co
     z[c] = exp(x);
     sum += z[c];
   }
-  const floats p_scale = 1.0f / sum;
+  const floats p_scale = inverse_of(sum);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c)
     gradient[c] = coefficient * (z[c] * p_scale - y[c] * inverse);
@@ -223,7 +231,7 @@ FASTMT_INLINE floats soft_ce_pixel(Column z, Column y, floats inverse, floats co
 template <class Column, class Gradient>
 FASTMT_INLINE floats ce_pixel(Column z, const Student& student, ints label, floats coefficient,
                        Gradient gradient, int classes) {
-  const floats p_scale = coefficient / student.sum;
+  const floats p_scale = coefficient * inverse_of(student.sum);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;
@@ -325,7 +333,7 @@ template <class Column, class Gradient>
 FASTMT_INLINE floats js_pixel(Column z, Column y, floats inverse, floats coefficient, Gradient gradient,
                        int classes) {
   const Student student = student_pixel<false>(z, isplat(0), classes);
-  const floats p_scale = 1.0f / student.sum;
+  const floats p_scale = inverse_of(student.sum);
   floats value = splat(0), mean = splat(0);
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {

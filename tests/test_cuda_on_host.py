@@ -224,7 +224,9 @@ def test_any_number_of_classes(classes):
 
 
 @pytest.mark.parametrize("classes", [19, 4])
-@pytest.mark.parametrize(("low", "size"), [((3, 5), (210, 300)), ((30, 40), (5, 300))])
+@pytest.mark.parametrize(
+    ("low", "size"), [((3, 5), (210, 300)), ((30, 40), (5, 300)), ((2, 3000), (3, 40))]
+)
 def test_images_of_many_blocks(classes, low, size):
     student, teacher = (random_logits((2, classes, *low), seed, 4.0) for seed in (1, 2))
     assert_consistency(student, [teacher], size, 0.4)
@@ -346,7 +348,7 @@ def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
     operations.most_shared_bytes()
     assert_consistency(student, [teacher], (4, 256))
     reach = cuda_resources.TILE // 8 + 2
-    assert operations.most_shared_bytes() == cuda_resources.shared_bytes(classes, 2, reach)
+    assert operations.most_shared_bytes() == cuda_resources.shared_bytes(classes, 2, reach, True)
 
 
 def update(operations, teachers, students, decay):

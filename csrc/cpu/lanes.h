@@ -114,6 +114,7 @@ FASTMT_INLINE ints iselect(ints mask, ints a, ints b) {
 FASTMT_INLINE floats max(floats a, floats b) { return select(a > b, a, b); }  // b where either is NaN
 FASTMT_INLINE floats min(floats a, floats b) { return select(a < b, a, b); }
 FASTMT_INLINE floats quotient(floats a, floats b) { return a / b; }
+FASTMT_INLINE floats inverse_of(floats a) { return 1.0f / a; }
 
 // On a GPU, where registers are short, what is computed from it anew is not kept from before.
 FASTMT_INLINE floats again(floats x) { return x; }

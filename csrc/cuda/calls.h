@@ -19,12 +19,16 @@ constexpr int MAX_TEACHERS = 16;
 constexpr int QUANTITIES = 5;  // that a call sums over its pixels, at most
 constexpr int MAX_ROWS = 32;   // output rows that one block walks
 
-// floor(n / d), by a reciprocal and one correction: a division of 64-bit integers is a function
-// call on a GPU, and calls make registers spill.
-FASTMT_BOTH int64_t floor_divide(int64_t n, int64_t d, double reciprocal) {
-  int64_t quotient = int64_t(double(n) * reciprocal);
-  quotient -= quotient * d > n;
-  quotient += (quotient + 1) * d <= n;
+// floor(n / d) and what remains, by a reciprocal and one correction: a division of 64-bit integers
+// is a function call on a GPU, and calls make registers spill.
+struct Quotient {
+  int64_t floor, rest;
+};
+FASTMT_BOTH Quotient floor_divide(int64_t n, int64_t d, double reciprocal) {
+  Quotient quotient{int64_t(double(n) * reciprocal), 0};
+  quotient.rest = n - quotient.floor * d;
+  if (quotient.rest < 0) --quotient.floor, quotient.rest += d;
+  if (quotient.rest >= d) ++quotient.floor, quotient.rest -= d;
   return quotient;
 }
 
@@ -44,7 +48,7 @@ struct Axis {
     if (index > highest()) return out;
     const int64_t behind = index * divisor - offset + scale - 1;
     if (behind < scale) return 0;
-    const int64_t position = floor_divide(behind, scale, per_scale);
+    const int64_t position = floor_divide(behind, scale, per_scale).floor;
     return position > out ? out : int32_t(position);
   }
 };
@@ -85,6 +89,7 @@ struct ConsistencyCells {
   Cells cells;
   Grid teacher[MAX_TEACHERS];
   Map pixel_weight, valid;
+  int32_t teacher_reach;  // low-resolution columns that a tile touches of the first one
   int32_t members, loss, kind, weight;
   bool class_mean, strict, threshold_by_label;
   float inverse_temperature, gradient_scale;
@@ -141,5 +146,8 @@ FASTMT_BOTH constexpr bool is_fixed(int classes) { return classes == 19 || class
 // Fills in how a call is shared out among blocks. Of any other class count a thread keeps `columns`
 // times the classes in shared memory.
 void plan(Cells& cells, int columns);
+
+// Low-resolution columns that a tile touches, at most.
+int32_t reach_of(const Axis& columns, int32_t tile);
 
 }  // namespace fastmt::cuda

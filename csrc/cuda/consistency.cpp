@@ -47,6 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
   call.gradient_scale = scale.inside;
   const Gradient gradient(student, call.cells.first, wants_gradient);
   const Scratch scratch(call.cells, student, 1 + call.members, 2, wants_gradient);
+  call.teacher_reach = reach_of(call.teacher[0].columns, call.cells.tile);
 
   const Tensor loss = scalar_like(student), factor = scalar_like(student);
   const Tensor selected = scalar_like(student), mean_score = scalar_like(student);

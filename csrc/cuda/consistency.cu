@@ -5,13 +5,28 @@ namespace fastmt::cuda {
 
 namespace {
 
+using Kernel = void (*)(ConsistencyCells);
+
+// The kernel that walks powers, where one serves the call.
 template <int C>
-auto kernel_of(const ConsistencyCells& call) {
-  const Loss loss = Loss(call.loss);
-  if (loss == Loss::bce) return cells_consistency_loop_kernel;
-  const bool powers = (loss == Loss::mse || loss == Loss::ce) && Kind(call.kind) != Kind::entropy &&
-                      call.members == 1;
-  return powers ? cells_consistency_powers_kernel<C> : cells_consistency_logits_kernel<C>;
+Kernel powers_of(const ConsistencyCells& call) {
+  if (Kind(call.kind) == Kind::entropy || call.members > 1) return nullptr;
+  if (Loss(call.loss) == Loss::mse) return cells_consistency_powers_kernel<C>;
+  if (Loss(call.loss) == Loss::ce) return cells_consistency_ce_powers_kernel<C>;
+  return nullptr;
+}
+
+void start(Kernel kernel, const ConsistencyCells& call, int64_t bytes, Stream stream) {
+  launch(kernel, call.cells.blocks(), call.cells.tile, bytes, stream, call);
+}
+
+template <int C>
+void start_fixed(const ConsistencyCells& call, int64_t bytes, Stream stream) {
+  if (const Kernel powers = powers_of<C>(call)) {
+    const int64_t staged = bytes + Stage<C>::bytes(call.cells.reach + call.teacher_reach);
+    if (staged <= shared_memory_of_block()) return start(powers, call, staged, stream);
+  }
+  start(cells_consistency_logits_kernel<C>, call, bytes, stream);
 }
 
 }  // namespace
@@ -19,12 +34,16 @@ auto kernel_of(const ConsistencyCells& call) {
 void launch_consistency(const ConsistencyCells& call, const Grid& gradient, const Finish& finish,
                         Stream stream) {
   const Cells& cells = call.cells;
-  const auto kernel = cells.classes == 19   ? kernel_of<19>(call)
-                      : cells.classes == 21 ? kernel_of<21>(call)
-                                            : cells_consistency_loop_kernel;
-  if (cells.blocks() > 0)
-    launch(kernel, cells.blocks(), cells.tile, shared_bytes(cells, 2 * cells.classes), stream,
-           call);
+  const int64_t bytes = shared_bytes(cells, 2 * cells.classes);
+  const int fixed = Loss(call.loss) == Loss::bce ? 0 : cells.classes;
+  if (cells.blocks() > 0) {
+    if (fixed == 19)
+      start_fixed<19>(call, bytes, stream);
+    else if (fixed == 21)
+      start_fixed<21>(call, bytes, stream);
+    else
+      start(cells_consistency_loop_kernel, call, bytes, stream);
+  }
   launch_join<FinishConsistency>({cells, gradient, finish, nullptr}, stream);
 }
 

@@ -4,6 +4,7 @@
 
 #include "cuda/cells.h"
 #include "cuda/gradient.h"
+#include "cuda/powers.h"
 
 namespace fastmt::cuda {
 
@@ -16,29 +17,33 @@ struct Sums {
 // Whether the thread's pixel in row i counts; asked for long before it is needed.
 FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, int i) {
   const Map& valid = call.valid;
-  return place.inside &&
+  return place.inside() &&
          (!valid.data || integer_at(valid, place.image, place.first_row + i, place.column));
 }
 
-// The weight of a pixel. "ratio" is 1 here: its factor is only known when every pixel has been
-// counted.
-FASTMT_INLINE float weigh(const ConsistencyCells& call, const Block& block, int i,
-                          const Teacher& teacher, bool valid) {
+// The weight of a pixel; `limit` is the threshold of the first class, asked for long before. "ratio"
+// is 1 here: its factor is only known when every pixel has been counted.
+FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, int i,
+                          const Teacher& teacher, bool valid, float limit) {
   if (!valid) return 0;
   const Weight kind = Weight(call.weight);
-  const float limit = call.threshold[call.threshold_by_label ? teacher.label : 0];
-  const bool passing = call.strict ? teacher.score > limit : teacher.score >= limit;
+  if (call.threshold_by_label) limit = call.threshold[teacher.label];
+  const bool passing = teacher.score > limit || (!call.strict && teacher.score == limit);
   float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
   if (kind == Weight::confidence && passing) weight = teacher.score;
   if (call.pixel_weight.data && weight != 0.0f) {
     const Place& place = block.place;
     weight *= float_at(call.pixel_weight, place.image, place.first_row + i, place.column);
   }
-  block.tally.add(Sums::valid, 1);
-  block.tally.add(Sums::selected, passing);
+  block.tally.count(true, passing);
   block.tally.add(Sums::score, teacher.score);
   block.tally.add(Sums::weight, weight);
   return weight;
+}
+
+FASTMT_INLINE void put_sums(Block& block) {
+  block.tally.add_counts(Sums::valid, Sums::selected);
+  block.tally.put(block.cells);
 }
 
 // The weight of a pixel with the share of one class in it.
@@ -48,7 +53,7 @@ FASTMT_INLINE float scaled_weight(const ConsistencyCells& call, float weight) {
 }
 
 FASTMT_INLINE Block block_of(const ConsistencyCells& call, int rows, float* shared) {
-  const Block block(call.cells, Shared(call.cells, rows), shared);
+  Block block(call.cells, Shared(call.cells, rows), shared);
   for (int m = 0; m < call.members; ++m) block.tile.put(m + 1, call.teacher[m], block.place);
   __syncthreads();
   return block;
@@ -60,56 +65,75 @@ struct constant {
 };
 
 template <int C>
-FASTMT_INLINE Teacher believe(const ConsistencyCells& call, Powers<C>& teacher) {
+FASTMT_INLINE Teacher believe(const ConsistencyCells& call, Loss loss, Powers<C>& teacher) {
   const Column y = teacher.at();
   if (Kind(call.kind) == Kind::margin) return teacher_of_powers<Kind::margin, true>(y, C);
-  return call.threshold_by_label || Loss(call.loss) == Loss::ce
+  return call.threshold_by_label || loss == Loss::ce
              ? teacher_of_powers<Kind::max_prob, true>(y, C)
              : teacher_of_powers<Kind::max_prob, false>(y, C);
 }
 
-// "mse" and "ce" of one teacher scored by "max_prob" or "margin". Registers of a thread: power and
-// ratio of two networks and two sums of the gradient, 6 C; what is left bounds the blocks that fit.
-template <int C>
-__global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
-    cells_consistency_powers_kernel(const __grid_constant__ ConsistencyCells call) {
-  extern __shared__ float shared[];
-  const Block block = block_of(call, 2 * C, shared);
+// One teacher scored by "max_prob" or "margin".
+template <Loss LOSS, int C>
+FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
+  Block block = block_of(call, 2 * C, shared);
   const Place& place = block.place;
   const Tile& tile = block.tile;
-  const Grid& grid = call.cells.first;
+  const Grid &student_grid = call.cells.first, &teacher_grid = call.teacher[0];
   const auto student_column = [&] { return tile.column_at(0); };
   const auto teacher_column = [&] { return tile.column_at(1); };
+  const Stage<C> student_stage(block.stage, call.cells.reach, tile.first(0),
+                               LOSS == Loss::ce ? block.weights : nullptr);
+  const Stage<C> teacher_stage(block.stage + call.cells.reach * Stage<C>::COLUMN,
+                               call.teacher_reach, tile.first(1), nullptr);
+  if (place.rows > 0)  // a band may have none
+    student_stage.bring(student_grid, place.image, tile.row_at(0, 0).at.index);
   Powers<C> student, teacher;
   Corners<C> corners{};
   for (int i = 0; i < place.rows; ++i) {
     const bool valid = is_valid(call, place, i);
-    teacher.go_to(call.teacher[0], place.image, teacher_column, tile.row_at(1, i),
+    const Row row = tile.row_at(0, i), of_teacher = tile.row_at(1, i);
+    if (of_teacher.move == Move::enter) {
+      if (i > 0) __syncthreads();
+      teacher_stage.bring(teacher_grid, place.image, of_teacher.at.index);
+      __syncthreads();
+    }
+    teacher.go_to(teacher_stage, teacher_column, of_teacher, teacher_grid.step(),
                   call.inverse_temperature);
-    const Teacher belief = believe(call, teacher);
-    const float weight = weigh(call, block, i, belief, valid);
+    const float limit = call.threshold[0];
+    const Teacher belief = believe(call, LOSS, teacher);
+    const float weight = weigh(call, block, i, belief, valid, limit);
     if (!any(weight != 0.0f)) {
       student.skip();
       continue;
     }
-    const Row row = tile.row_at(0, i);
-    student.go_to(grid, place.image, student_column, row, 1.0f);
+    student.go_to(student_stage, student_column, row, student_grid.step(), 1.0f);
     if (weight == 0.0f) continue;
     const float scaled = scaled_weight(call, weight);
-    const auto value = [&](auto which) {
-      constexpr Loss LOSS = which.value;
-      const Across across(grid, place.image, student_column());
-      const Student state =
-          student_of<LOSS == Loss::ce>(student, grid, across, row.at, belief.label);
-      return loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
-                                  scaled * call.gradient_scale, corners.at(row.at.t), C);
-    };
-    block.tally.add(Sums::loss,
-                    scaled * (Loss(call.loss) == Loss::mse ? value(constant<Loss::mse>())
-                                                           : value(constant<Loss::ce>())));
+    const Student state = student_of<LOSS == Loss::ce>(student, student_stage, student_column,
+                                                       row.at, belief.label);
+    const float value = loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
+                                             scaled * call.gradient_scale, corners.at(row.at.t), C);
+    block.tally.add(Sums::loss, scaled * value);
   }
   if (call.cells.partial) put_corners(block, corners);
-  block.tally.put(call.cells);
+  put_sums(block);
+}
+
+// "mse". Registers of a thread: power and ratio of two networks and two sums of the gradient, 6 C;
+// what is left bounds the blocks that fit.
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
+    cells_consistency_powers_kernel(const __grid_constant__ ConsistencyCells call) {
+  extern __shared__ float shared[];
+  walk_powers<Loss::mse, C>(call, shared);
+}
+
+template <int C>
+__global__ void __launch_bounds__(FIXED_TILE, C <= 19 ? 3 : 2)
+    cells_consistency_ce_powers_kernel(const __grid_constant__ ConsistencyCells call) {
+  extern __shared__ float shared[];
+  walk_powers<Loss::ce, C>(call, shared);
 }
 
 // The teachers of the pixel in row i: their probabilities are y * inverse; `scratch` is used up.
@@ -165,11 +189,12 @@ FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher&
 
 // The pixel in row i from its logits; its weight.
 template <bool WITH_BCE, class Gradient>
-FASTMT_INLINE float visit(const ConsistencyCells& call, const Block& block, int i, Column z,
+FASTMT_INLINE float visit(const ConsistencyCells& call, Block& block, int i, Column z,
                           Column y, Gradient gradient, int classes) {
   const bool valid = is_valid(call, block.place, i);
+  const float limit = call.threshold[0];
   const Teacher belief = look(call, block, i, y, z, classes);
-  const float weight = weigh(call, block, i, belief, valid);
+  const float weight = weigh(call, block, i, belief, valid, limit);
   if (weight == 0.0f) return weight;
   const Across across(call.cells.first, block.place.image, block.tile.column_at(0));
   interpolate(call.cells.first, across, block.tile.row_at(0, i).at, classes, z);
@@ -186,7 +211,7 @@ template <int C>
 __global__ void __launch_bounds__(FIXED_TILE, 2)
     cells_consistency_logits_kernel(const __grid_constant__ ConsistencyCells call) {
   extern __shared__ float shared[];
-  const Block block = block_of(call, 2 * C, shared);
+  Block block = block_of(call, 2 * C, shared);
   const SharedCorners<C> corners(block);
   float z[C], y[C];
   for (int i = 0; i < block.place.rows; ++i) {
@@ -194,7 +219,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 2)
     visit<false>(call, block, i, Column{z, 1}, Column{y, 1}, gradient, C);
   }
   if (call.cells.partial) put_corners<C>(block);
-  block.tally.put(call.cells);
+  put_sums(block);
 }
 
 // Any number of classes: the columns of the tile lie in shared memory, [classes][tile], and the
@@ -203,7 +228,7 @@ __global__ void __launch_bounds__(256, 2)
     cells_consistency_loop_kernel(const __grid_constant__ ConsistencyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;
-  const Block block = block_of(call, 2 * classes, shared);
+  Block block = block_of(call, 2 * classes, shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
   const Column y{z.at + int64_t(classes) * block.pitch, block.pitch};
   if (call.cells.partial) clear_rows(block);
@@ -211,7 +236,7 @@ __global__ void __launch_bounds__(256, 2)
     block.weights[threadIdx.x] = visit<true>(call, block, i, z, y, z, classes);
     if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at.t);
   }
-  block.tally.put(call.cells);
+  put_sums(block);
 }
 
 }  // namespace fastmt::cuda

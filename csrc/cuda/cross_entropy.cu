@@ -5,10 +5,20 @@ namespace fastmt::cuda {
 
 namespace {
 
+using Kernel = void (*)(CrossEntropyCells);
+
+void start(Kernel kernel, const CrossEntropyCells& call, int64_t bytes, Stream stream) {
+  launch(kernel, call.cells.blocks(), call.cells.tile, bytes, stream, call);
+}
+
 template <int C>
-auto kernel_of(const CrossEntropyCells& call) {
-  return is_plain(call) ? cells_cross_entropy_powers_kernel<C>
-                        : cells_cross_entropy_logits_kernel<C>;
+void start_fixed(const CrossEntropyCells& call, Stream stream) {
+  const int64_t bytes = shared_bytes(call.cells, 2 * C);
+  const int64_t staged = bytes + Stage<C>::bytes(call.cells.reach);
+  if (is_plain(call) && staged <= shared_memory_of_block())
+    start(cells_cross_entropy_powers_kernel<C>, call, staged, stream);
+  else
+    start(cells_cross_entropy_logits_kernel<C>, call, bytes, stream);
 }
 
 }  // namespace
@@ -16,12 +26,14 @@ auto kernel_of(const CrossEntropyCells& call) {
 void launch_cross_entropy(const CrossEntropyCells& call, const Grid& gradient, const Finish& finish,
                           Stream stream) {
   const Cells& cells = call.cells;
-  const auto kernel = cells.classes == 19   ? kernel_of<19>(call)
-                      : cells.classes == 21 ? kernel_of<21>(call)
-                                            : cells_cross_entropy_loop_kernel;
-  const int rows = is_fixed(cells.classes) ? 2 * cells.classes : cells.classes;
-  if (cells.blocks() > 0)
-    launch(kernel, cells.blocks(), cells.tile, shared_bytes(cells, rows), stream, call);
+  if (cells.blocks() > 0) {
+    if (cells.classes == 19)
+      start_fixed<19>(call, stream);
+    else if (cells.classes == 21)
+      start_fixed<21>(call, stream);
+    else
+      start(cells_cross_entropy_loop_kernel, call, shared_bytes(cells, cells.classes), stream);
+  }
   launch_join<FinishCrossEntropy>({cells, gradient, finish, call.wrong_label}, stream);
 }
 

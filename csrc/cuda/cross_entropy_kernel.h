@@ -4,6 +4,7 @@
 
 #include "cuda/cells.h"
 #include "cuda/gradient.h"
+#include "cuda/powers.h"
 
 namespace fastmt::cuda {
 
@@ -21,12 +22,12 @@ struct Labelled {
   int32_t label;
   float weight;
 
-  FASTMT_INLINE Labelled(const CrossEntropyCells& call, const Block& block, int i)
+  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, int i)
       : label(0), weight(0) {
     const Place& place = block.place;
     const int32_t row = place.first_row + i;
     const int64_t given = integer_at(call.labels, place.image, row, place.column);
-    if (!place.inside || given == call.ignore_index) return;
+    if (!place.inside() || given == call.ignore_index) return;
     if (is_wrong(call, given)) {
       block.tally.add(LabelSums::wrong, 1);
       return;
@@ -43,7 +44,8 @@ struct Labelled {
 // Names the lowest label out of range, where the block has counted any.
 FASTMT_INLINE void put_wrong_label(const CrossEntropyCells& call, const Block& block) {
   const Place& place = block.place;
-  if (threadIdx.x != 0 || block.tally.own[LabelSums::wrong * block.tally.tile] == 0) return;
+  __syncthreads();
+  if (threadIdx.x != 0 || block.tally.shared[LabelSums::wrong * blockDim.x] == 0) return;
   int64_t lowest = INT64_MAX;
   for (int32_t row = place.first_row; row < place.first_row + place.rows; ++row)
     for (int32_t column = place.first_column; column < place.last_column; ++column) {
@@ -83,9 +85,13 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_powers_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   const Grid& grid = call.cells.first;
-  const Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  Block block(call.cells, Shared(call.cells, 2 * C), shared);
   __syncthreads();
   const auto column_at = [&] { return block.tile.column_at(0); };
+  const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0), block.weights);
+  if (block.place.rows > 0)  // a band may have none
+    stage.bring(grid, block.place.image, block.tile.row_at(0, 0).at.index);
+  __syncthreads();
   Powers<C> student;
   Corners<C> corners{};
   for (int i = 0; i < block.place.rows; ++i) {
@@ -95,10 +101,9 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
       continue;
     }
     const Row row = block.tile.row_at(0, i);
-    student.go_to(grid, block.place.image, column_at, row, 1.0f);
+    student.go_to(stage, column_at, row, grid.step(), 1.0f);
     if (pixel.weight == 0.0f) continue;
-    const Across across(grid, block.place.image, column_at());
-    const Student state = student_of<true>(student, grid, across, row.at, pixel.label);
+    const Student state = student_of<true>(student, stage, column_at, row.at, pixel.label);
     const float value = ce_pixel(student.at(), state, pixel.label,
                                  pixel.weight * call.gradient_scale, corners.at(row.at.t), C);
     block.tally.add(LabelSums::loss, pixel.weight * value);
@@ -109,7 +114,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
 }
 
 template <class Gradient>
-FASTMT_INLINE float visit(const CrossEntropyCells& call, const Block& block, int i, Column z,
+FASTMT_INLINE float visit(const CrossEntropyCells& call, Block& block, int i, Column z,
                           float mean_weight, Gradient gradient, int classes) {
   const Labelled pixel(call, block, i);
   if (pixel.weight == 0.0f) return pixel.weight;
@@ -126,7 +131,7 @@ template <int C>
 __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_logits_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
-  const Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  Block block(call.cells, Shared(call.cells, 2 * C), shared);
   __syncthreads();
   const float mean_weight = mean_class_weight(call);
   const SharedCorners<C> corners(block);
@@ -143,7 +148,7 @@ __global__ void __launch_bounds__(256, 2)
     cells_cross_entropy_loop_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;
-  const Block block(call.cells, Shared(call.cells, classes), shared);
+  Block block(call.cells, Shared(call.cells, classes), shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
   __syncthreads();
   const float mean_weight = mean_class_weight(call);

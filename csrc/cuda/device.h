@@ -61,6 +61,11 @@ FASTMT_INLINE void with_type(Type type, F f) {
     f(constant_type<float16>());
 }
 
+struct alignas(16) Four {
+  float at[4];
+};
+FASTMT_INLINE const Four& four_at(const float* at) { return *reinterpret_cast<const Four*>(at); }
+
 #if defined(__CUDACC__)
 FASTMT_INLINE float exp2_unit(float x) {
   float y;
@@ -68,8 +73,21 @@ FASTMT_INLINE float exp2_unit(float x) {
   return y;
 }
 
+FASTMT_INLINE float inverse_unit(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 FASTMT_INLINE float opaque(float x) {
   asm("" : "+f"(x));
+  return x;
+}
+
+// threadIdx.x, asked anew: what is made of it takes no registers in between.
+FASTMT_INLINE int this_thread() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
 

@@ -15,8 +15,7 @@ void set_tile(Cells& cells, int32_t tile) {
   const Axis& columns = cells.first.columns;
   cells.tile = tile;
   cells.tiles = (columns.out + tile - 1) / tile;
-  const int64_t crossed = (tile - 1) * columns.scale / columns.divisor;
-  cells.reach = int32_t(std::min<int64_t>(crossed + 3, columns.size));
+  cells.reach = reach_of(columns, tile);
 }
 
 int32_t largest_band(const Axis& rows, int32_t bands) {
@@ -26,6 +25,11 @@ int32_t largest_band(const Axis& rows, int32_t bands) {
 }
 
 }  // namespace
+
+int32_t reach_of(const Axis& columns, int32_t tile) {
+  const int64_t crossed = (tile - 1) * columns.scale / columns.divisor;
+  return int32_t(std::min<int64_t>(crossed + 3, columns.size));
+}
 
 void plan(Cells& cells, int columns) {
   const Axis& rows = cells.first.rows;

@@ -130,7 +130,9 @@ alignas(64) inline float shared[58 * 1024];  // as much as the largest GPU gives
 using Stream = void*;
 
 inline float exp2_unit(float x) { return std::exp2(x); }
+inline float inverse_unit(float x) { return 1 / x; }
 inline float opaque(float x) { return x; }
+inline int this_thread() { return int(threadIdx.x); }
 inline int64_t shared_memory_of_block() { return sizeof shared; }
 inline int processors() { return 2; }
 

@@ -1,0 +1,168 @@
+// The exponentials of a column of output pixels. Down it the logits are a line, so their
+// exponentials are a geometric progression: two exps a class where a walk starts, one
+// multiplication a pixel, and no registers for the corners, which the block keeps in shared memory.
+// Where the logits reach too far apart for that, every row starts anew.
+#pragma once
+
+#include "cuda/cells.h"
+
+namespace fastmt::cuda {
+
+// The low-resolution logits around the rows of a tile, in shared memory: for each column [above,
+// below][C], read in packs by threads of which neighbours want the same ones, and the range of each
+// quarter of them.
+template <int C>
+struct Stage {
+  static constexpr int ROW = (C + 3) / 4 * 4, TOPS = 2 * ROW, LOWS = TOPS + 4;
+  static constexpr int COLUMN = LOWS + 8;  // clear of bank conflicts
+  static constexpr int QUARTERS = 4;  // of the classes, one for each warp
+  float* at;
+  int columns, first;  // how many, and the low-resolution column of the first
+  float* shifts;       // [tile]: the logit that powers of a thread are relative to, if asked for
+
+  FASTMT_INLINE Stage(float* at, int columns, int first, float* shifts)
+      : at(at), columns(columns), first(first), shifts(shifts) {}
+
+  // Brings the logits of low-resolution rows `row` and row + 1. Its threads meet before it is read.
+  FASTMT_INLINE void bring(const Grid& grid, int32_t image, int32_t row) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int64_t down = row + 1 < grid.rows.size ? grid.row : 0;
+    with_type(grid.type, [&](auto type) {
+      using T = typename decltype(type)::type;
+      for (int j = lane; j < columns; j += 32) {
+        const int32_t column = first + j < grid.columns.size ? first + j : grid.columns.size - 1;
+        const T* from = static_cast<const T*>(grid.data) + uint32_t(image) * grid.image +
+                        uint32_t(row) * grid.row + uint32_t(column) * grid.column +
+                        uint32_t(warp) * grid.channel;
+        float* to = at + j * COLUMN;
+        float top = -INFINITY, low = INFINITY, not_finite = 0;
+#pragma unroll 5
+        for (int c = warp; c < C; c += warps, from += warps * grid.channel) {
+          const float above = widen(from[0]), below = widen(from[down]);
+          to[c] = above;
+          to[ROW + c] = below;
+          top = max(top, max(above, below));
+          low = min(low, min(above, below));
+          not_finite += 0 * (above + below);
+        }
+        for (int quarter = warp; quarter < QUARTERS; quarter += warps) {
+          to[TOPS + quarter] = top;
+          to[LOWS + quarter] = not_finite == 0 ? low : -INFINITY;
+        }
+      }
+    });
+  }
+
+  FASTMT_INLINE Between<int> across(At column) const {
+    return {{column.index - first, column.t}, COLUMN};
+  }
+  FASTMT_INLINE float logit(const Between<int>& across, const Between<int>& down, int c) const {
+    const float* above = at + across.first + down.first + c;
+    const float* below = above + down.next;
+    return down.mix(across.mix(above[0], above[across.next]),
+                    across.mix(below[0], below[across.next]));
+  }
+  // The largest and the least of a thread's corners; the least is -inf where one is not finite.
+  FASTMT_INLINE float top(const Between<int>& across) const {
+    float top = -INFINITY;
+    each_of_two(across, TOPS, [&](float value) { top = max(top, value); });
+    return top;
+  }
+  FASTMT_INLINE float low(const Between<int>& across) const {
+    float low = INFINITY;
+    each_of_two(across, LOWS, [&](float value) { low = min(low, value); });
+    return low;
+  }
+  template <class F>
+  FASTMT_INLINE void each_of_two(const Between<int>& across, int offset, F f) const {
+    const float* left = at + across.first + offset;
+    const Four values[2] = {four_at(left), four_at(left + across.next)};
+    FASTMT_UNROLL
+    for (int i = 0; i < 8; ++i) f(values[i / 4].at[i % 4]);
+  }
+  static int64_t bytes(int64_t columns) { return columns * COLUMN * int64_t(sizeof(float)); }
+};
+
+template <int C>
+struct Powers {
+  float column[C];  // exp(scale * (logit - top)), the pixel.h kind of Powers
+  float ratio[C];
+  bool walks;
+  static constexpr float REACH = 60.0f;  // exp(60) times a large weight is still finite
+
+  FASTMT_INLINE Powers() : walks(false) {}
+  FASTMT_INLINE Column at() { return {column, 1}; }
+
+  // To a row from the one above it; `column_at` says where the thread's column lies, and is asked
+  // where a walk starts.
+  template <class F>
+  FASTMT_INLINE void go_to(const Stage<C>& stage, F column_at, Row row, float step, float scale) {
+    if (!walks || row.move <= Move::start) return start(stage, column_at(), row.at, step, scale);
+    if (row.move == Move::keep) return;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; ++c) column[c] *= ratio[c];
+  }
+  // Leaves a row out.
+  FASTMT_INLINE void skip() { walks = false; }
+
+  FASTMT_INLINE void start(const Stage<C>& stage, At column_at, At row, float step, float scale) {
+    constexpr float per_octave = 1.44269504f;
+    const Between<int> across = stage.across(column_at);
+    each_corner(stage, across, [&](int c, float above, float below) {
+      const float rise = below - above;
+      column[c] = above + row.t * rise;
+      ratio[c] = exp2_unit(rise * (step * scale * per_octave));
+    });
+    float top = stage.top(across);
+    walks = (top - stage.low(across)) * scale < REACH;
+    if (!walks) top = interpolate(stage, across, row);
+    if (stage.shifts) stage.shifts[this_thread()] = top;
+    const float slope = scale * per_octave, shift = top * slope;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; ++c) column[c] = exp2_unit(fmaf(column[c], slope, -shift));
+  }
+
+ private:
+  // f(c, above, below): the logits of a column in the two rows of the stage.
+  template <class F>
+  static FASTMT_INLINE void each_corner(const Stage<C>& stage, const Between<int>& across, F f) {
+    const float *left = stage.at + across.first, *right = left + across.next;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; c += 4) {
+      const Four above[2] = {four_at(left + c), four_at(right + c)};
+      const Four below[2] = {four_at(left + Stage<C>::ROW + c), four_at(right + Stage<C>::ROW + c)};
+      FASTMT_UNROLL
+      for (int i = 0; i < 4 && c + i < C; ++i)
+        f(c + i, across.mix(above[0].at[i], above[1].at[i]),
+          across.mix(below[0].at[i], below[1].at[i]));
+    }
+  }
+
+  // The logits of one row, and the largest of them.
+  FASTMT_INLINE float interpolate(const Stage<C>& stage, const Between<int>& across, At row) {
+    const Between<int> down({0, row.t}, Stage<C>::ROW);
+    float top = -INFINITY;
+    FASTMT_UNROLL
+    for (int c = 0; c < C; ++c) {
+      column[c] = stage.logit(across, down, c);
+      top = max(top, column[c]);
+    }
+    return top;
+  }
+};
+
+// A student from its exponentials, of temperature 1.
+template <bool WITH_LABEL, int C, class F>
+FASTMT_INLINE Student student_of(Powers<C>& powers, const Stage<C>& stage, F column_at, At row,
+                                 int32_t label) {
+  Student student = student_of_powers<false>(powers.at(), label, C);
+  if constexpr (WITH_LABEL) {
+    // From the logit: a power may be too small.
+    const Between<int> down({0, row.t}, Stage<C>::ROW);
+    const float logit = stage.logit(stage.across(column_at()), down, label);
+    student.chosen = logit - stage.shifts[this_thread()];
+  }
+  return student;
+}
+
+}  // namespace fastmt::cuda
