@@ -132,7 +132,7 @@ def _check(kernel, calls, constants) -> int:
         for arguments in calls:
             launch(kernel, 1, *arguments, **constants)
     assert len(launches) == len(calls)  # where nothing is launched, nothing is remembered
-    traits = [tuple(map(launching._trait, arguments)) for arguments in calls]
+    traits = [launching._read(arguments)[0] for arguments in calls]
     pairs = list(zip(traits, launches, strict=True))
     for (one, made), (other, also) in itertools.combinations(pairs, 2):
         if one == other:
