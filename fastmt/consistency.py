@@ -146,7 +146,7 @@ def _check_call(
     arguments.check_map("valid", valid, out, (torch.bool,), device)
     classes = student.shape[1]
     if not isinstance(threshold, Tensor):
-        if not isinstance(threshold, Real):
+        if type(threshold) is not float and not isinstance(threshold, Real):
             raise TypeError(
                 f"threshold: got {type(threshold).__name__}, expected a float or a tensor"
             )
