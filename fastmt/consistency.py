@@ -112,16 +112,10 @@ def consistency_loss(
     student, *members = upsampled_before([student, *members], size, align_corners)
     maps = [None if pixel_weight is None else pixel_weight.float(), valid]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
-    value, selected, mean_score = _ConsistencyLoss.apply(
-        backends.operations(choice.backend),
-        student,
-        members,
-        _limits(threshold, student.device),
-        maps,
-        options,
-        (1 / float(temperature), inside, align_corners),
-        wants_gradient,
-    )
+    limits, sampling = _limits(threshold, student.device), (1 / float(temperature), inside)
+    call = (members, limits, *maps, options, *sampling, align_corners)
+    kernels = backends.operations(choice.backend)
+    value, selected, mean_score = _ConsistencyLoss.apply(student, kernels, call, wants_gradient)
     return (value, ConsistencyStats(selected, mean_score)) if return_stats else value
 
 
@@ -186,21 +180,20 @@ class _ConsistencyLoss(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod
-    def forward(ctx, kernels, student, members, limits, maps, options, sampling, wants_gradient):
-        call = (student, members, limits, *maps, options, *sampling)
+    def forward(ctx, student, kernels, call, wants_gradient):
         value, selected, mean_score, scale, gradient = kernels.consistency_loss(
-            *call, wants_gradient
+            student, *call, wants_gradient
         )
         ctx.mark_non_differentiable(selected, mean_score)
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            gradients.keep(ctx, kernels, student, [*members, limits, *maps], gradient, scale)
-            ctx.again = lambda z: kernels.consistency_loss(z, *call[1:], True)[-1]
+            gradients.keep(ctx, kernels, student, [*call[0], *call[1:4]], gradient, scale)
+            ctx.again = lambda z: kernels.consistency_loss(z, *call, True)[-1]
         return value, selected, mean_score
 
     @staticmethod
     def backward(ctx, grad_value, *_):
-        return None, gradients.hand_over(ctx, grad_value), *(None,) * 6
+        return gradients.hand_over(ctx, grad_value), None, None, None
 
 
 class ConsistencyLoss(nn.Module):

@@ -40,13 +40,18 @@ def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
         gradient, scale = ctx.saved_tensors
         return (gradient.float() * (scale * grad_value)).to(gradient.dtype)
     (logits,) = ctx.saved_tensors
-    with torch.no_grad():
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            gradient = _computed_again(ctx, logits)
-        ctx.kernels.scale_(gradient, ctx.scale, grad_value)
-    if torch.is_grad_enabled():  # create_graph=True
-        return _DifferentiableOnce.apply(gradient, logits, grad_value)
+    if not torch.is_grad_enabled():
+        return _scaled(ctx, logits, grad_value)
+    with torch.no_grad():  # create_graph=True
+        gradient = _scaled(ctx, logits, grad_value)
+    return _DifferentiableOnce.apply(gradient, logits, grad_value)
+
+
+def _scaled(ctx: Any, logits: Tensor, grad_value: Tensor) -> Tensor:
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        gradient = _computed_again(ctx, logits)
+    ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     return gradient
 
 
