@@ -112,7 +112,8 @@ def consistency_loss(
     student, *members = upsampled_before([student, *members], size, align_corners)
     maps = [None if pixel_weight is None else pixel_weight.float(), valid]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
-    limits, sampling = _limits(threshold, student.device), (1 / float(temperature), inside)
+    limits = _limits(threshold, student.device, choice.backend)
+    sampling = (1 / float(temperature), inside)
     call = (members, limits, *maps, options, *sampling, align_corners)
     kernels = backends.operations(choice.backend)
     value, selected, mean_score = _ConsistencyLoss.apply(student, kernels, call, wants_gradient)
@@ -169,9 +170,15 @@ def _check_options(
     arguments.check_positive("temperature", temperature)
 
 
-def _limits(threshold: float | Tensor, device: torch.device) -> Tensor:
-    """One threshold, or one for each class, where the kernels read it."""
+def _limits(threshold: float | Tensor, device: torch.device, backend: str) -> Tensor:
+    """One threshold, or one for each class, where the kernels read it.
+
+    A launch of a Triton kernel carries a number itself, which saves filling memory of the device;
+    not as a node of a traced graph, where a tensor of the CPU would rule out CUDA graphs.
+    """
     if not isinstance(threshold, Tensor):
+        if backend == "triton" and not torch.compiler.is_compiling():
+            device = torch.device("cpu")
         return torch.full((1,), threshold, dtype=torch.float32, device=device)
     return threshold.detach().to(device, torch.float32, non_blocking=True).reshape(-1).contiguous()
 

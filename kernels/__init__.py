@@ -81,7 +81,10 @@ def consistency_loss(
     align_corners: bool,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, selected, mean_score, scale, gradient): d loss / d student is scale * gradient."""
+    """(loss, selected, mean_score, scale, gradient): d loss / d student is scale * gradient.
+
+    One threshold in the memory of the host goes to the kernels as a number.
+    """
     student, threshold, pixel_weight = map(as_it_lies, (student, threshold, pixel_weight))
     teacher = tuple(map(as_it_lies, teacher))
     gradient = torch.empty_like(student) if wants_gradient else None
@@ -90,6 +93,7 @@ def consistency_loss(
         return *(student.new_zeros((), dtype=torch.float32) for _ in range(4)), empty
     valid = None if valid is None else valid.view(torch.uint8)
     size, options, by_label = size and tuple(size), tuple(options), threshold.numel() > 1
+    limit = threshold.item() if threshold.is_cpu and not by_label else threshold
     layouts = map(layout_of, (student, pixel_weight, valid, *teacher))
     key = (consistency_loss, size, align_corners, wants_gradient, by_label, options, *layouts)
     maps = (pixel_weight, valid)
@@ -97,7 +101,7 @@ def consistency_loss(
     passes, total = prepared(key, _consistency, *operands)
     with device_of(student):
         partials = student.new_empty((5, passes.programs), dtype=torch.float32)
-        passes.fill(student, gradient, teacher, *maps, threshold, partials, inverse_temperature)
+        passes.fill(student, gradient, teacher, *maps, limit, partials, inverse_temperature)
         return *total(partials), empty
 
 

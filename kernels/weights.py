@@ -17,11 +17,15 @@ def consistency_weight(
     STRICT: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):
-    """The weight of each pixel, and which pixels pass the threshold.
+    """The weight of each pixel, and which pixels pass the threshold: a number, or where it lies.
 
     "ratio" is 1 here: its factor is only known when every pixel has been counted.
     """
-    limit = tl.load(threshold + label) if BY_LABEL else tl.load(threshold)
+    limit = threshold
+    if BY_LABEL:
+        limit = tl.load(threshold + label)
+    elif threshold.dtype.is_ptr():
+        limit = tl.load(threshold)
     passing = keep & (score > limit if STRICT else score >= limit)
     counts = passing if WEIGHT == "mask" or WEIGHT == "confidence" else keep
     base = score if WEIGHT == "confidence" else tl.full(score.shape, 1.0, tl.float32)

@@ -177,6 +177,21 @@ def test_what_is_prepared_for_a_layout_holds_no_tensor(size):
     assert [reference() for reference in held] == [None, None]
 
 
+@compiles
+@pytest.mark.parametrize("size", [None, [32, 32]])
+def test_one_threshold_of_the_host_is_a_number_of_the_launch(size):
+    z, call = aot.meta(1, 3, 16, 16), (None, None, [0] * 6, 1.0, size, False, True)
+    with aot.compiling("sm_90") as launches:
+        for threshold in (torch.tensor([0.5]), aot.meta(1), aot.meta(3)):
+            kernels.consistency_loss(z, [z], threshold, *call)
+    kinds = [
+        made.compiled.src.signature["threshold"]
+        for made in launches
+        if made.kernel.endswith("consistency_kernel")
+    ]
+    assert kinds == ["fp32", "*fp32", "*fp32"]
+
+
 def test_only_so_many_launches_are_remembered(monkeypatch):
     monkeypatch.setattr(launching, "MOST", 4)
     kernel, data = _Kernel(), torch.zeros(16)
