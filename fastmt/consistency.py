@@ -170,15 +170,15 @@ def _check_options(
     arguments.check_positive("temperature", temperature)
 
 
-def _limits(threshold: float | Tensor, device: torch.device, backend: str) -> Tensor:
+def _limits(threshold: float | Tensor, device: torch.device, backend: str) -> Tensor | float:
     """One threshold, or one for each class, where the kernels read it.
 
     A launch of a Triton kernel carries a number itself, which saves filling memory of the device;
-    not as a node of a traced graph, where a tensor of the CPU would rule out CUDA graphs.
+    what is a node of a traced graph takes a tensor.
     """
     if not isinstance(threshold, Tensor):
         if backend == "triton" and not torch.compiler.is_compiling():
-            device = torch.device("cpu")
+            return float(threshold)
         return torch.full((1,), threshold, dtype=torch.float32, device=device)
     return threshold.detach().to(device, torch.float32, non_blocking=True).reshape(-1).contiguous()
 

@@ -13,7 +13,7 @@ def keep(
     ctx: Any,
     kernels: Any,
     logits: Tensor,
-    others: Sequence[Tensor | None],
+    others: Sequence[Tensor | float | None],
     gradient: Tensor,
     scale: Tensor,
 ) -> None:
@@ -29,7 +29,8 @@ def keep(
     # The teacher's logits may be inference tensors, which save_for_backward refuses.
     ctx.save_for_backward(logits)
     ctx.kernels, ctx.gradient, ctx.scale = kernels, gradient, scale
-    ctx.versions = [(x, x._version) for x in others if x is not None and not x.is_inference()]
+    tensors = [x for x in others if isinstance(x, Tensor) and not x.is_inference()]
+    ctx.versions = [(tensor, tensor._version) for tensor in tensors]
 
 
 def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:

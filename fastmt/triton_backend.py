@@ -59,6 +59,7 @@ def _import() -> str | None:
     return None
 
 
+@functools.cache
 def kernels() -> ModuleType:
     return importlib.import_module("fastmt.kernels")
 

@@ -72,7 +72,7 @@ def _confidence(
 def consistency_loss(
     student: Tensor,
     teacher: Sequence[Tensor],
-    threshold: Tensor,
+    threshold: Tensor | float,
     pixel_weight: Tensor | None,
     valid: Tensor | None,
     options: Sequence[int],
@@ -83,25 +83,29 @@ def consistency_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, selected, mean_score, scale, gradient): d loss / d student is scale * gradient.
 
-    One threshold in the memory of the host goes to the kernels as a number.
+    threshold: float32, one or one for each class, or a number, which a launch itself carries.
     """
-    student, threshold, pixel_weight = map(as_it_lies, (student, threshold, pixel_weight))
+    student, pixel_weight = as_it_lies(student), as_it_lies(pixel_weight)
+    if not isinstance(threshold, float):
+        threshold = as_it_lies(threshold)
     teacher = tuple(map(as_it_lies, teacher))
     gradient = torch.empty_like(student) if wants_gradient else None
     empty = student.new_empty(0) if gradient is None else gradient
     if student.numel() == 0:
         return *(student.new_zeros((), dtype=torch.float32) for _ in range(4)), empty
     valid = None if valid is None else valid.view(torch.uint8)
-    size, options, by_label = size and tuple(size), tuple(options), threshold.numel() > 1
-    limit = threshold.item() if threshold.is_cpu and not by_label else threshold
+    size, options = size and tuple(size), tuple(options)
+    limit = "number"
+    if isinstance(threshold, Tensor):
+        limit = "by label" if threshold.numel() > 1 else "one"
     layouts = map(layout_of, (student, pixel_weight, valid, *teacher))
-    key = (consistency_loss, size, align_corners, wants_gradient, by_label, options, *layouts)
+    key = (consistency_loss, size, align_corners, wants_gradient, limit, options, *layouts)
     maps = (pixel_weight, valid)
-    operands = (student, teacher, *maps, by_label, options, size, align_corners, gradient)
+    operands = (student, teacher, *maps, limit, options, size, align_corners, gradient)
     passes, total = prepared(key, _consistency, *operands)
     with device_of(student):
         partials = student.new_empty((5, passes.programs), dtype=torch.float32)
-        passes.fill(student, gradient, teacher, *maps, limit, partials, inverse_temperature)
+        passes.fill(student, gradient, teacher, *maps, threshold, partials, inverse_temperature)
         return *total(partials), empty
 
 
@@ -110,14 +114,14 @@ def _consistency(
     teacher: Sequence[Tensor],
     pixel_weight: Tensor | None,
     valid: Tensor | None,
-    by_label: bool,
+    limit: str,
     options: Sequence[int],
     size: Size,
     align_corners: bool,
     gradient: Tensor | None,
 ) -> tuple[Passes, Callable]:
     pixels = student.shape[0] * math.prod(size or student.shape[2:])
-    call = ConsistencyCall.of(student, teacher, by_label, pixel_weight, valid, options, pixels)
+    call = ConsistencyCall.of(student, teacher, limit, pixel_weight, valid, options, pixels)
     if size is None:
         passes = dense_consistency.prepare(call, student, gradient)
     else:

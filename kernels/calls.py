@@ -40,7 +40,7 @@ class ConsistencyCall:
         cls,
         student: Tensor,
         teacher: Sequence[Tensor],
-        by_label: bool,
+        limit: str,
         pixel_weight: Tensor | None,
         valid: Tensor | None,
         options: Sequence[int],
@@ -61,7 +61,7 @@ class ConsistencyCall:
                 "KIND": KINDS[kind],
                 "WEIGHT": WEIGHTS[weight],
                 "STRICT": bool(strict),
-                "BY_LABEL": by_label,
+                "LIMIT": limit,
                 "SUM_WEIGHTS": NORMALIZATIONS[normalize] == "weight",
             },
         )

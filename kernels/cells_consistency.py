@@ -57,7 +57,7 @@ def cells_consistency_kernel(
     KIND: tl.constexpr,
     WEIGHT: tl.constexpr,
     STRICT: tl.constexpr,
-    BY_LABEL: tl.constexpr,
+    LIMIT: tl.constexpr,
     SUM_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     SHARED: tl.constexpr,
@@ -113,7 +113,7 @@ def cells_consistency_kernel(
             keep = inside & (map_row(valid, valid_strides, image, row, columns, inside) != 0)
             factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
             weight, passing = consistency_weight(
-                score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
+                score, label, keep, factor, threshold, LIMIT, STRICT, WEIGHT
             )
             if SUM_WEIGHTS:
                 weight_sum += weight

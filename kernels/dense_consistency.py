@@ -33,7 +33,7 @@ def consistency_kernel(
     KIND: tl.constexpr,
     WEIGHT: tl.constexpr,
     STRICT: tl.constexpr,
-    BY_LABEL: tl.constexpr,
+    LIMIT: tl.constexpr,
     SUM_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -61,7 +61,7 @@ def consistency_kernel(
     keep = inside & (map_at(valid, strides[-1], place, lanes, inside) != 0)
     factor = map_at(pixel_weight, strides[-2], place, lanes, inside)
     weight, passing = consistency_weight(
-        score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
+        score, label, keep, factor, threshold, LIMIT, STRICT, WEIGHT
     )
     put_sum(partials, 1, weight if SUM_WEIGHTS else tl.zeros_like(weight))
     put_sum(partials, 2, tl.where(keep, score, 0.0))

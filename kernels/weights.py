@@ -13,18 +13,18 @@ def consistency_weight(
     keep,
     pixel_weight,
     threshold,
-    BY_LABEL: tl.constexpr,
+    LIMIT: tl.constexpr,
     STRICT: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):
-    """The weight of each pixel, and which pixels pass the threshold: a number, or where it lies.
+    """The weight of each pixel, and which pixels pass: LIMIT says what the threshold is.
 
     "ratio" is 1 here: its factor is only known when every pixel has been counted.
     """
     limit = threshold
-    if BY_LABEL:
+    if LIMIT == "by label":
         limit = tl.load(threshold + label)
-    elif threshold.dtype.is_ptr():
+    elif LIMIT == "one":
         limit = tl.load(threshold)
     passing = keep & (score > limit if STRICT else score >= limit)
     counts = passing if WEIGHT == "mask" or WEIGHT == "confidence" else keep

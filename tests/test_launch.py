@@ -179,10 +179,10 @@ def test_what_is_prepared_for_a_layout_holds_no_tensor(size):
 
 @compiles
 @pytest.mark.parametrize("size", [None, [32, 32]])
-def test_one_threshold_of_the_host_is_a_number_of_the_launch(size):
+def test_a_threshold_that_is_a_number_is_one_of_the_launch(size):
     z, call = aot.meta(1, 3, 16, 16), (None, None, [0] * 6, 1.0, size, False, True)
     with aot.compiling("sm_90") as launches:
-        for threshold in (torch.tensor([0.5]), aot.meta(1), aot.meta(3)):
+        for threshold in (0.5, aot.meta(1), aot.meta(3)):
             kernels.consistency_loss(z, [z], threshold, *call)
     kinds = [
         made.compiled.src.signature["threshold"]
