@@ -29,6 +29,7 @@ from triton.runtime import driver
 
 from fastmt import kernels
 from fastmt.kernels.calls import KINDS, LOSSES
+from fastmt.kernels.launch import forget
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -76,6 +77,7 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         made = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append(Launch(self.__name__, made))
 
+    forget()  # calls on meta tensors are prepared for whatever device is there
     driver.set_active(_AbsentDevice(TARGETS[target], list(TARGETS).index(target)))
     triton.JITFunction.run = compile_only
     try:

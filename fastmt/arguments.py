@@ -27,7 +27,8 @@ def check_choice(name: str, value: object, options: Sequence[object]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (isinstance(value, Real) and 0 < value < math.inf):
+    is_number = type(value) is float or isinstance(value, Real)  # the latter asks an abstract class
+    if not (is_number and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
 
 
@@ -91,7 +92,10 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 def ensemble(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """The detached members of an ensemble: one tensor of logits, or a sequence of equal N and C."""
-    is_one = isinstance(logits, Tensor | Mapping) or not isinstance(logits, Iterable)
+    if isinstance(logits, Tensor):
+        check_logits(name, logits)
+        return [logits.detach()]
+    is_one = isinstance(logits, Mapping) or not isinstance(logits, Iterable)
     members = [logits] if is_one else list(logits)
     if not members:
         raise ValueError(f"{name}: got an empty sequence, expected at least one tensor of logits")
@@ -121,13 +125,14 @@ def output_shape(
     first_name, first = named_logits[0]
     spatial = first.ndim - 2
     if size is None:
-        for name, logits in named_logits:
+        images, _, *pixels = first.shape
+        for name, logits in named_logits[1:]:
             if logits.shape[2:] != first.shape[2:]:
                 raise ValueError(
                     f"{name}: got spatial size {tuple(logits.shape[2:])}, {first_name} has "
-                    f"{tuple(first.shape[2:])}; give size= to up-sample both"
+                    f"{tuple(pixels)}; give size= to up-sample both"
                 )
-        return (first.shape[0], *first.shape[2:])
+        return (images, *pixels)
     if not isinstance(size, Sequence) or not all(isinstance(n, int | torch.SymInt) for n in size):
         raise TypeError(f"{got} {size!r}, expected a sequence of integers")
     if not 1 <= spatial <= 3:

@@ -131,7 +131,7 @@ def _resolve(
     if name == "eager":
         return Choice("eager", "eager was asked for")
     obstacle = _tensor_obstacle(tensors) or obstacle
-    on_cuda = any(tensor.is_cuda for tensor in tensors)
+    on_cuda = bool(tensors) and tensors[0].is_cuda
     cpp = obstacle or cpp_backend.obstacle(tensors)
     if on_cuda:
         cpp = cpp or cpp_backend.cuda_obstacle(operation, len(tensors), upsampled)
@@ -155,11 +155,12 @@ def operations(backend: str) -> Any:
 def _tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "torch.func (grad, vmap, ...) transforms no kernel"
+    device = tensors[0].device if tensors else None
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"no kernel for tensor subclass {type(tensor).__name__}"
-        if tensor.device != tensors[0].device:
-            return f"tensors on different devices: {tensors[0].device} and {tensor.device}"
+        if tensor.device != device:
+            return f"tensors on different devices: {device} and {tensor.device}"
         if tensor.dtype == torch.float64:
             return "float64 is computed by the reference"
     return None

@@ -112,16 +112,11 @@ def consistency_loss(
     student, *members = upsampled_before([student, *members], size, align_corners)
     maps = [None if pixel_weight is None else pixel_weight.float(), valid]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
-    value, selected, mean_score = _ConsistencyLoss.apply(
-        backends.operations(choice.backend),
-        student,
-        members,
-        _limits(threshold, student.device),
-        maps,
-        options,
-        (1 / float(temperature), inside, align_corners),
-        wants_gradient,
-    )
+    limits = _limits(threshold, student.device, choice.backend)
+    sampling = (1 / float(temperature), inside)
+    call = (members, limits, *maps, options, *sampling, align_corners)
+    kernels = backends.operations(choice.backend)
+    value, selected, mean_score = _ConsistencyLoss.apply(student, kernels, call, wants_gradient)
     return (value, ConsistencyStats(selected, mean_score)) if return_stats else value
 
 
@@ -146,7 +141,7 @@ def _check_call(
     arguments.check_map("valid", valid, out, (torch.bool,), device)
     classes = student.shape[1]
     if not isinstance(threshold, Tensor):
-        if not isinstance(threshold, Real):
+        if type(threshold) is not float and not isinstance(threshold, Real):
             raise TypeError(
                 f"threshold: got {type(threshold).__name__}, expected a float or a tensor"
             )
@@ -175,9 +170,15 @@ def _check_options(
     arguments.check_positive("temperature", temperature)
 
 
-def _limits(threshold: float | Tensor, device: torch.device) -> Tensor:
-    """One threshold, or one for each class, where the kernels read it."""
+def _limits(threshold: float | Tensor, device: torch.device, backend: str) -> Tensor | float:
+    """One threshold, or one for each class, where the kernels read it.
+
+    A launch of a Triton kernel carries a number itself, which saves filling memory of the device;
+    what is a node of a traced graph takes a tensor.
+    """
     if not isinstance(threshold, Tensor):
+        if backend == "triton" and not torch.compiler.is_compiling():
+            return float(threshold)
         return torch.full((1,), threshold, dtype=torch.float32, device=device)
     return threshold.detach().to(device, torch.float32, non_blocking=True).reshape(-1).contiguous()
 
@@ -186,21 +187,20 @@ class _ConsistencyLoss(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod
-    def forward(ctx, kernels, student, members, limits, maps, options, sampling, wants_gradient):
-        call = (student, members, limits, *maps, options, *sampling)
+    def forward(ctx, student, kernels, call, wants_gradient):
         value, selected, mean_score, scale, gradient = kernels.consistency_loss(
-            *call, wants_gradient
+            student, *call, wants_gradient
         )
         ctx.mark_non_differentiable(selected, mean_score)
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            gradients.keep(ctx, kernels, student, [*members, limits, *maps], gradient, scale)
-            ctx.again = lambda z: kernels.consistency_loss(z, *call[1:], True)[-1]
+            gradients.keep(ctx, kernels, student, [*call[0], *call[1:4]], gradient, scale)
+            ctx.again = lambda z: kernels.consistency_loss(z, *call, True)[-1]
         return value, selected, mean_score
 
     @staticmethod
     def backward(ctx, grad_value, *_):
-        return None, gradients.hand_over(ctx, grad_value), *(None,) * 6
+        return gradients.hand_over(ctx, grad_value), None, None, None
 
 
 class ConsistencyLoss(nn.Module):

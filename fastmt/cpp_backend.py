@@ -22,7 +22,7 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
     if reason := missing():
         return reason
     for tensor in tensors:
-        if tensor.device.type not in ("cpu", "cuda"):
+        if not tensor.is_cpu and not tensor.is_cuda:
             return f"no kernel for device {tensor.device.type!r}"
     return None
 

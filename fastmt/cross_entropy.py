@@ -84,9 +84,9 @@ def cross_entropy(
     # Python's own numbers: Triton compiles for none of NumPy's.
     options = [int(ignore_index), NORMALIZATIONS.index(normalize)]
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    smoothing = (float(label_smoothing), align_corners)
+    call = (labels, *weights, options, float(label_smoothing), align_corners)
     kernels = backends.operations(choice.backend)
-    return _CrossEntropy.apply(kernels, logits, labels, weights, options, smoothing, wants_gradient)
+    return _CrossEntropy.apply(logits, kernels, call, wants_gradient)
 
 
 def _check_options(ignore_index: int, normalize: str, label_smoothing: float) -> None:
@@ -129,21 +129,20 @@ class _CrossEntropy(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod
-    def forward(ctx, kernels, logits, labels, weights, options, smoothing, wants_gradient):
-        call = (labels, *weights, options, *smoothing)
+    def forward(ctx, logits, kernels, call, wants_gradient):
         value, scale, gradient, wrong, wrong_label = kernels.cross_entropy(
             logits, *call, wants_gradient
         )
-        _refuse(wrong, wrong_label, logits.shape[1], options[0])
+        _refuse(wrong, wrong_label, logits.shape[1], call[3][0])
         ctx.set_materialize_grads(False)
         if wants_gradient:
-            gradients.keep(ctx, kernels, logits, [labels, *weights], gradient, scale)
+            gradients.keep(ctx, kernels, logits, call[:3], gradient, scale)
             ctx.again = lambda z: kernels.cross_entropy(z, *call, True)[2]
         return value
 
     @staticmethod
     def backward(ctx, grad_value):
-        return None, gradients.hand_over(ctx, grad_value), *(None,) * 5
+        return gradients.hand_over(ctx, grad_value), None, None, None
 
 
 class CrossEntropy(nn.Module):

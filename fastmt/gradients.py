@@ -13,7 +13,7 @@ def keep(
     ctx: Any,
     kernels: Any,
     logits: Tensor,
-    others: Sequence[Tensor | None],
+    others: Sequence[Tensor | float | None],
     gradient: Tensor,
     scale: Tensor,
 ) -> None:
@@ -29,7 +29,8 @@ def keep(
     # The teacher's logits may be inference tensors, which save_for_backward refuses.
     ctx.save_for_backward(logits)
     ctx.kernels, ctx.gradient, ctx.scale = kernels, gradient, scale
-    ctx.versions = [(x, x._version) for x in others if x is not None and not x.is_inference()]
+    tensors = [x for x in others if isinstance(x, Tensor) and not x.is_inference()]
+    ctx.versions = [(tensor, tensor._version) for tensor in tensors]
 
 
 def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
@@ -40,13 +41,18 @@ def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
         gradient, scale = ctx.saved_tensors
         return (gradient.float() * (scale * grad_value)).to(gradient.dtype)
     (logits,) = ctx.saved_tensors
-    with torch.no_grad():
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            gradient = _computed_again(ctx, logits)
-        ctx.kernels.scale_(gradient, ctx.scale, grad_value)
-    if torch.is_grad_enabled():  # create_graph=True
-        return _DifferentiableOnce.apply(gradient, logits, grad_value)
+    if not torch.is_grad_enabled():
+        return _scaled(ctx, logits, grad_value)
+    with torch.no_grad():  # create_graph=True
+        gradient = _scaled(ctx, logits, grad_value)
+    return _DifferentiableOnce.apply(gradient, logits, grad_value)
+
+
+def _scaled(ctx: Any, logits: Tensor, grad_value: Tensor) -> Tensor:
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        gradient = _computed_again(ctx, logits)
+    ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     return gradient
 
 

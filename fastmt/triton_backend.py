@@ -25,7 +25,7 @@ def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
     if operation == "gaussian_noise":
         return "no Triton kernel serves gaussian_noise"
     for tensor in tensors:
-        if not tensor.is_cuda and tensor.device.type != "cpu":
+        if not tensor.is_cuda and not tensor.is_cpu:
             return f"no kernel for device {tensor.device.type!r}"
         if reason := launch_obstacle(tensor.device):
             return reason
@@ -59,6 +59,7 @@ def _import() -> str | None:
     return None
 
 
+@functools.cache
 def kernels() -> ModuleType:
     return importlib.import_module("fastmt.kernels")
 

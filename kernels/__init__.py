@@ -7,7 +7,7 @@ interpreter (TRITON_INTERPRET=1) the same kernels run on CPU tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -22,9 +22,11 @@ from fastmt.kernels import (
     dense_cross_entropy,
     sums,
 )
-from fastmt.kernels.calls import KINDS, WEIGHTS, ConsistencyCall, CrossEntropyCall
+from fastmt.kernels.calls import KINDS, WEIGHTS, ConsistencyCall, CrossEntropyCall, Passes
 from fastmt.kernels.ema import ema_update_, scale_, scale_kernel
+from fastmt.kernels.launch import Launch, layout_of, prepared
 from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
+from fastmt.kernels.views import device_of
 
 __all__ = ["consistency_loss", "cross_entropy", "ema_update_", "scale_", "softmax_confidence"]
 
@@ -41,25 +43,36 @@ def softmax_confidence(
     logits: Sequence[Tensor], kind: int, inverse_temperature: float, size: Size, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
     """(score, label) of each output pixel, (N, *out)."""
-    logits = [as_it_lies(member) for member in logits]
-    first = logits[0]
-    out = (first.shape[0], *(size or first.shape[2:]))
-    score = first.new_empty(out, dtype=torch.float32)
-    label = first.new_empty(out, dtype=torch.int64)
+    logits = tuple(map(as_it_lies, logits))
+    first, size = logits[0], size and tuple(size)
+    score = first.new_empty((first.shape[0], *(size or first.shape[2:])), dtype=torch.float32)
+    label = torch.empty_like(score, dtype=torch.int64)
     if score.numel() == 0:
         return score, label
-    call = (logits, KINDS[kind], inverse_temperature)
-    if size is None:
-        dense_confidence.confidence(*call, score, label)
-    else:
-        cells_confidence.confidence(*call, align_corners, score, label)
+    key = (softmax_confidence, kind, size, align_corners, *map(layout_of, logits))
+    launch = prepared(key, _confidence, logits, KINDS[kind], score, label, size, align_corners)
+    with device_of(first):
+        launch(logits, score, label, inverse_temperature)
     return score, label
+
+
+def _confidence(
+    logits: Sequence[Tensor],
+    kind: str,
+    score: Tensor,
+    label: Tensor,
+    size: Size,
+    align_corners: bool,
+) -> Launch:
+    if size is None:
+        return dense_confidence.prepare(logits, kind, score, label)
+    return cells_confidence.prepare(logits, kind, score, label, align_corners)
 
 
 def consistency_loss(
     student: Tensor,
     teacher: Sequence[Tensor],
-    threshold: Tensor,
+    threshold: Tensor | float,
     pixel_weight: Tensor | None,
     valid: Tensor | None,
     options: Sequence[int],
@@ -68,23 +81,53 @@ def consistency_loss(
     align_corners: bool,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, selected, mean_score, scale, gradient): d loss / d student is scale * gradient."""
-    student, threshold, pixel_weight = map(as_it_lies, (student, threshold, pixel_weight))
-    teacher = [as_it_lies(member) for member in teacher]
+    """(loss, selected, mean_score, scale, gradient): d loss / d student is scale * gradient.
+
+    threshold: float32, one or one for each class, or a number, which a launch itself carries.
+    """
+    student, pixel_weight = as_it_lies(student), as_it_lies(pixel_weight)
+    if not isinstance(threshold, float):
+        threshold = as_it_lies(threshold)
+    teacher = tuple(map(as_it_lies, teacher))
+    gradient = torch.empty_like(student) if wants_gradient else None
+    empty = student.new_empty(0) if gradient is None else gradient
+    if student.numel() == 0:
+        return *(student.new_zeros((), dtype=torch.float32) for _ in range(4)), empty
+    valid = None if valid is None else valid.view(torch.uint8)
+    size, options = size and tuple(size), tuple(options)
+    limit = "number"
+    if isinstance(threshold, Tensor):
+        limit = "by label" if threshold.numel() > 1 else "one"
+    layouts = map(layout_of, (student, pixel_weight, valid, *teacher))
+    key = (consistency_loss, size, align_corners, wants_gradient, limit, options, *layouts)
+    maps = (pixel_weight, valid)
+    operands = (student, teacher, *maps, limit, options, size, align_corners, gradient)
+    passes, total = prepared(key, _consistency, *operands)
+    with device_of(student):
+        partials = student.new_empty((5, passes.programs), dtype=torch.float32)
+        passes.fill(student, gradient, teacher, *maps, threshold, partials, inverse_temperature)
+        return *total(partials), empty
+
+
+def _consistency(
+    student: Tensor,
+    teacher: Sequence[Tensor],
+    pixel_weight: Tensor | None,
+    valid: Tensor | None,
+    limit: str,
+    options: Sequence[int],
+    size: Size,
+    align_corners: bool,
+    gradient: Tensor | None,
+) -> tuple[Passes, Callable]:
     pixels = student.shape[0] * math.prod(size or student.shape[2:])
-    gradient = torch.empty_like(student) if wants_gradient else student.new_empty(0)
-    if pixels == 0:
-        return *(student.new_zeros((), dtype=torch.float32) for _ in range(4)), gradient
-    call = ConsistencyCall.of(
-        student, teacher, threshold, pixel_weight, valid, options, inverse_temperature, pixels
-    )
-    filled = gradient if wants_gradient else None
+    call = ConsistencyCall.of(student, teacher, limit, pixel_weight, valid, options, pixels)
     if size is None:
-        partials = dense_consistency.consistency(call, student, filled)
+        passes = dense_consistency.prepare(call, student, gradient)
     else:
-        partials = cells_consistency.consistency(call, student, tuple(size), align_corners, filled)
-    normalize, ratio = NORMALIZATIONS[options[5]], WEIGHTS[options[3]] == "ratio"
-    return *sums.consistency_total(partials, call.scale, pixels, normalize, ratio), gradient
+        passes = cells_consistency.prepare(call, student, size, align_corners, gradient)
+    how = (NORMALIZATIONS[options[5]], WEIGHTS[options[3]] == "ratio")
+    return passes, sums.prepare_consistency_total(passes.programs, call.scale, pixels, *how)
 
 
 def cross_entropy(
@@ -102,23 +145,41 @@ def cross_entropy(
     d loss / d logits is scale * gradient; a label out of range makes both NaN.
     """
     logits, pixel_weight, class_weight = map(as_it_lies, (logits, pixel_weight, class_weight))
-    pixels, (ignore_index, normalize) = labels.numel(), options
-    gradient = torch.empty_like(logits) if wants_gradient else logits.new_empty(0)
-    if pixels == 0:
+    gradient = torch.empty_like(logits) if wants_gradient else None
+    empty = logits.new_empty(0) if gradient is None else gradient
+    if labels.numel() == 0:
         loss, scale = (logits.new_zeros((), dtype=torch.float32) for _ in range(2))
         wrong, wrong_label = (logits.new_zeros((), dtype=torch.int64) for _ in range(2))
-        return loss, scale, gradient, wrong, wrong_label
+        return loss, scale, empty, wrong, wrong_label
+    options, plain = tuple(options), class_weight is None and label_smoothing == 0
+    layouts = map(layout_of, (logits, labels, pixel_weight))
+    key = (cross_entropy, align_corners, wants_gradient, plain, options, *layouts)
+    operands = (logits, labels, pixel_weight, plain, options, align_corners, gradient)
+    passes, total = prepared(key, _cross_entropy, *operands)
+    with device_of(logits):
+        partials = logits.new_empty((4, passes.programs), dtype=torch.float32)
+        lowest = logits.new_empty(passes.programs, dtype=torch.int64)
+        weights = (pixel_weight, class_weight)
+        passes.fill(logits, gradient, labels, *weights, partials, lowest, label_smoothing)
+        loss, outside, wrong, wrong_label = total(partials, lowest)
+    return loss, outside, empty, wrong, wrong_label
+
+
+def _cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    plain: bool,
+    options: Sequence[int],
+    align_corners: bool,
+    gradient: Tensor | None,
+) -> tuple[Passes, Callable]:
+    pixels, (ignore_index, normalize) = labels.numel(), options
     scale = GradientScale(logits, pixels, normalize == 0)
-    call = CrossEntropyCall(
-        labels, pixel_weight, class_weight, ignore_index, label_smoothing, scale
-    )
-    filled = gradient if wants_gradient else None
+    call = CrossEntropyCall(labels, pixel_weight, plain, ignore_index, scale)
     if labels.shape[1:] == logits.shape[2:]:
-        partials = dense_cross_entropy.cross_entropy(call, logits, filled)
+        passes = dense_cross_entropy.prepare(call, logits, gradient)
     else:
-        partials = cells_cross_entropy.cross_entropy(call, logits, align_corners, filled)
+        passes = cells_cross_entropy.prepare(call, logits, align_corners, gradient)
     denominator = ("all", "valid", "weight")[normalize]
-    loss, outside, wrong, wrong_label = sums.cross_entropy_total(
-        *partials, scale, pixels, denominator
-    )
-    return loss, outside, gradient, wrong, wrong_label
+    return passes, sums.prepare_cross_entropy_total(passes.programs, scale, pixels, denominator)

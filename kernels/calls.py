@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
@@ -17,15 +17,20 @@ WEIGHTS = ("mask", "confidence", "ratio", "none")
 COLUMNS = {"mse": 2, "kl": 3, "soft_ce": 2.3, "ce": 2, "bce": 6, "js": 5}
 
 
+class Passes(NamedTuple):
+    """The passes over the logits of a call, prepared for layouts and options; of no tensor."""
+
+    programs: int  # that each leave partial sums
+    fill: Callable[..., None]  # fills the gradient and what the programs leave
+
+
 @dataclasses.dataclass
 class ConsistencyCall:
-    """Operands and options of consistency_loss besides the student."""
+    """Operands and options of consistency_loss besides the student, to prepare its passes for."""
 
     teacher: Sequence[Tensor]
-    threshold: Tensor  # float32, one or one for each class
     pixel_weight: Tensor | None  # float32
-    valid: Tensor | None
-    inverse_temperature: float
+    valid: Tensor | None  # uint8
     scale: GradientScale
     columns: float
     constants: dict[str, object]
@@ -35,11 +40,10 @@ class ConsistencyCall:
         cls,
         student: Tensor,
         teacher: Sequence[Tensor],
-        threshold: Tensor,
+        limit: str,
         pixel_weight: Tensor | None,
         valid: Tensor | None,
         options: Sequence[int],
-        inverse_temperature: float,
         pixels: int,
     ) -> ConsistencyCall:
         loss, class_mean, kind, weight, strict, normalize = options
@@ -47,10 +51,8 @@ class ConsistencyCall:
         mean = class_mean and LOSSES[loss] != "ce"
         return cls(
             teacher,
-            threshold,
             pixel_weight,
-            None if valid is None else valid.view(torch.uint8),
-            inverse_temperature,
+            valid,
             GradientScale(student, pixels, known and WEIGHTS[weight] != "ratio"),
             COLUMNS[LOSSES[loss]] + (len(teacher) > 1),
             {
@@ -59,7 +61,7 @@ class ConsistencyCall:
                 "KIND": KINDS[kind],
                 "WEIGHT": WEIGHTS[weight],
                 "STRICT": bool(strict),
-                "BY_LABEL": threshold.numel() > 1,
+                "LIMIT": limit,
                 "SUM_WEIGHTS": NORMALIZATIONS[normalize] == "weight",
             },
         )
@@ -67,15 +69,10 @@ class ConsistencyCall:
 
 @dataclasses.dataclass
 class CrossEntropyCall:
-    """Operands and options of cross_entropy besides the logits."""
+    """Operands and options of cross_entropy besides the logits, to prepare its passes for."""
 
     labels: Tensor  # uint8 or int64
     pixel_weight: Tensor | None  # float32
-    class_weight: Tensor | None  # float32
+    plain: bool  # without weights of classes and smoothing
     ignore_index: int
-    smoothing: float
     scale: GradientScale
-
-    @property
-    def plain(self) -> bool:
-        return self.class_weight is None and self.smoothing == 0

@@ -19,8 +19,8 @@ from triton.runtime import driver
 
 from fastmt.kernels.columns import MAX_FLOATS, MAX_WARPS, tiles_of
 from fastmt.kernels.grid import Grid, Layout, first_beyond, grid_of, neighbours
-from fastmt.kernels.launch import launch
-from fastmt.kernels.views import NARROW, REMEMBERED, device_of
+from fastmt.kernels.launch import GIVEN, Launch
+from fastmt.kernels.views import NARROW, REMEMBERED
 
 ROWS = 6  # columns of a band: two of the student, two of the teacher, two of the gradient
 WINDOW = 16  # low-resolution columns that a matrix product makes at once
@@ -207,27 +207,26 @@ def join_kernel(
     tl.store(to, total.to(gradient.dtype.element_ty), mask=inside)
 
 
-def join(walk: Walk, scratch: Tensor, gradient: Tensor, pixels: int, wide: bool) -> None:
-    """Fills the gradient (N, C, height, width) from the scratch of a walk."""
+def prepare_join(walk: Walk, gradient: Tensor, pixels: int, wide: bool) -> Launch:
+    """The launch that fills a gradient (N, C, height, width): it is given (scratch, gradient)."""
     images, classes, height, width = gradient.shape
     _, step, _, unit = walk.first[1]
     touching = walk.size[1] if width == 1 else 5 * unit // (2 * step) + 2  # columns that touch one
     spread = min((touching + pixels - 2) // pixels + 1, walk.strips)
-    with device_of(gradient):
-        launch(
-            join_kernel,
-            images * height * triton.cdiv(classes * width, JOINED),
-            scratch,
-            gradient,
-            gradient.stride(),
-            walk.first[1],
-            walk.size[1],
-            height,
-            walk.strips,
-            walk.span,
-            spread,
-            CLASSES=classes,
-            PIXELS=pixels,
-            BLOCK=JOINED,
-            WIDE=wide,
-        )
+    return Launch(
+        join_kernel,
+        images * height * triton.cdiv(classes * width, JOINED),
+        GIVEN,
+        GIVEN,
+        gradient.stride(),
+        walk.first[1],
+        walk.size[1],
+        height,
+        walk.strips,
+        walk.span,
+        spread,
+        CLASSES=classes,
+        PIXELS=pixels,
+        BLOCK=JOINED,
+        WIDE=wide,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,9 +11,8 @@ from torch import Tensor
 from fastmt.kernels.cells import strip_of, strips_for, walk_of
 from fastmt.kernels.columns import classes_of
 from fastmt.kernels.grid import band_of, corners, first_beyond, neighbours
-from fastmt.kernels.launch import launch
+from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.teachers import cells_teacher
-from fastmt.kernels.views import device_of
 
 
 @triton.jit
@@ -63,36 +64,33 @@ def cells_confidence_kernel(
         tl.store(label + at, best.to(tl.int64), mask=inside)
 
 
-def confidence(
-    logits: list[Tensor],
-    kind: str,
-    inverse_temperature: float,
-    align_corners: bool,
-    score: Tensor,
-    label: Tensor,
-) -> None:
-    """Fills score (N, *size) float32 and label (N, *size) int64."""
+def prepare(
+    logits: Sequence[Tensor], kind: str, score: Tensor, label: Tensor, align_corners: bool
+) -> Launch:
+    """The launch that fills score (N, *size) float32 and label (N, *size) int64.
+
+    It is given (logits, score, label, inverse_temperature).
+    """
     classes = logits[0].shape[1]
     _, block, warps, tiles = strips_for(classes, 6 if kind == "entropy" else 5, gradient=False)
     walk = walk_of(logits[0], logits, tuple(score.shape[1:]), align_corners, block)
-    with device_of(score):
-        launch(
-            cells_confidence_kernel,
-            walk.programs,
-            tuple(logits),
-            walk.first,
-            walk.others,
-            score,
-            label,
-            *walk.size,
-            walk.strips,
-            inverse_temperature,
-            KIND=kind,
-            SHARED=len(logits) == 1,
-            CLASSES=classes,
-            TILES=tiles,
-            BLOCK=block,
-            WIDE=walk.wide(classes, score),
-            num_warps=warps,
-            num_stages=1,
-        )
+    return Launch(
+        cells_confidence_kernel,
+        walk.programs,
+        GIVEN,
+        walk.first,
+        walk.others,
+        GIVEN,
+        GIVEN,
+        *walk.size,
+        walk.strips,
+        GIVEN,
+        KIND=kind,
+        SHARED=len(logits) == 1,
+        CLASSES=classes,
+        TILES=tiles,
+        BLOCK=block,
+        WIDE=walk.wide(classes, score),
+        num_warps=warps,
+        num_stages=1,
+    )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmt.kernels import pixel
-from fastmt.kernels.calls import ConsistencyCall
+from fastmt.kernels.calls import ConsistencyCall, Passes
 from fastmt.kernels.cells import (
     ROWS,
     WINDOW,
-    join,
     map_row,
     precision,
+    prepare_join,
     strip_of,
     strips_for,
     walk_of,
@@ -29,9 +28,8 @@ from fastmt.kernels.grid import (
     neighbours,
     put_strip,
 )
-from fastmt.kernels.launch import launch
+from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.teachers import cells_teacher
-from fastmt.kernels.views import device_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
 
 
@@ -59,7 +57,7 @@ def cells_consistency_kernel(
     KIND: tl.constexpr,
     WEIGHT: tl.constexpr,
     STRICT: tl.constexpr,
-    BY_LABEL: tl.constexpr,
+    LIMIT: tl.constexpr,
     SUM_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     SHARED: tl.constexpr,
@@ -115,7 +113,7 @@ def cells_consistency_kernel(
             keep = inside & (map_row(valid, valid_strides, image, row, columns, inside) != 0)
             factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
             weight, passing = consistency_weight(
-                score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
+                score, label, keep, factor, threshold, LIMIT, STRICT, WEIGHT
             )
             if SUM_WEIGHTS:
                 weight_sum += weight
@@ -159,53 +157,57 @@ def cells_consistency_kernel(
     put_sum(partials, 4, valid_sum)
 
 
-def consistency(
+def prepare(
     call: ConsistencyCall,
     student: Tensor,
     size: tuple[int, int],
     align_corners: bool,
     gradient: Tensor | None,
-) -> Tensor:
-    """Fills the gradient and returns the partial sums (5, programs)."""
+) -> Passes:
+    """The passes that fill the gradient and the partial sums (5, programs)."""
     classes, teacher = student.shape[1], call.teacher
     strip = strips_for(classes, ROWS + call.columns)
     walk = walk_of(student, teacher, size, align_corners, strip.pixels)
     wide = walk.wide(classes, call.pixel_weight, call.valid)
-    partials = student.new_empty((5, walk.programs), dtype=torch.float32)
-    scratch = partials if gradient is None else walk.scratch(student, strip)
-    with device_of(student):
-        launch(
-            cells_consistency_kernel,
-            walk.programs,
-            student,
-            walk.first,
-            tuple(teacher),
-            walk.others,
-            call.pixel_weight,
-            None if call.pixel_weight is None else call.pixel_weight.stride(),
-            call.valid,
-            None if call.valid is None else call.valid.stride(),
-            call.threshold,
-            partials,
-            scratch,
-            *size,
-            walk.strips,
-            walk.span,
-            call.inverse_temperature,
-            call.scale.inside,
-            **call.constants,
-            GRADIENT=gradient is not None,
-            SHARED=len(teacher) == 1 and teacher[0].shape == student.shape,
-            CLASSES=classes,
-            TILES=strip.tiles,
-            STRIP=strip.pixels,
-            BLOCK=strip.piece,
-            WINDOW=WINDOW,
-            PRECISION=precision(strip.warps),
-            WIDE=wide,
-            num_warps=strip.warps,
-            num_stages=1,
-        )
-    if gradient is not None:
-        join(walk, scratch, gradient, strip.pixels, wide)
-    return partials
+    launch = Launch(
+        cells_consistency_kernel,
+        walk.programs,
+        GIVEN,
+        walk.first,
+        GIVEN,
+        walk.others,
+        GIVEN,
+        None if call.pixel_weight is None else call.pixel_weight.stride(),
+        GIVEN,
+        None if call.valid is None else call.valid.stride(),
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        *size,
+        walk.strips,
+        walk.span,
+        GIVEN,
+        call.scale.inside,
+        **call.constants,
+        GRADIENT=gradient is not None,
+        SHARED=len(teacher) == 1 and teacher[0].shape == student.shape,
+        CLASSES=classes,
+        TILES=strip.tiles,
+        STRIP=strip.pixels,
+        BLOCK=strip.piece,
+        WINDOW=WINDOW,
+        PRECISION=precision(strip.warps),
+        WIDE=wide,
+        num_warps=strip.warps,
+        num_stages=1,
+    )
+    join = None if gradient is None else prepare_join(walk, gradient, strip.pixels, wide)
+
+    def fill(student, gradient, teacher, pixel_weight, valid, threshold, partials, temperature):
+        scratch = partials if gradient is None else walk.scratch(student, strip)
+        maps = (pixel_weight, valid, threshold)
+        launch(student, teacher, *maps, partials, scratch, temperature)
+        if gradient is not None:
+            join(scratch, gradient)
+
+    return Passes(walk.programs, fill)

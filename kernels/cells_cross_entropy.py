@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmt.kernels.calls import CrossEntropyCall
-from fastmt.kernels.cells import WINDOW, join, map_row, precision, strip_of, strips_for, walk_of
+from fastmt.kernels.calls import CrossEntropyCall, Passes
+from fastmt.kernels.cells import (
+    WINDOW,
+    map_row,
+    precision,
+    prepare_join,
+    strip_of,
+    strips_for,
+    walk_of,
+)
 from fastmt.kernels.columns import classes_of
 from fastmt.kernels.grid import (
     add_scaled,
@@ -20,8 +27,7 @@ from fastmt.kernels.grid import (
     put_strip,
 )
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
-from fastmt.kernels.launch import launch
-from fastmt.kernels.views import device_of
+from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
 ROWS = 4  # columns of a band: two of the logits, two of the gradient
@@ -121,49 +127,52 @@ def cells_cross_entropy_kernel(
     tl.store(wrong_labels + tl.program_id(0), tl.min(lowest, 0))
 
 
-def cross_entropy(
+def prepare(
     call: CrossEntropyCall, logits: Tensor, align_corners: bool, gradient: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
+) -> Passes:
+    """The passes that fill gradient, partial sums (4, programs) and the lowest wrong labels."""
     classes, size = logits.shape[1], tuple(call.labels.shape[1:])
     strip = strips_for(classes, ROWS + 2)
     walk = walk_of(logits, [], size, align_corners, strip.pixels)
     wide = walk.wide(classes, call.labels, call.pixel_weight)
-    partials = logits.new_empty((4, walk.programs), dtype=torch.float32)
-    wrong_labels = logits.new_empty(walk.programs, dtype=torch.int64)
-    scratch = partials if gradient is None else walk.scratch(logits, strip)
-    with device_of(logits):
-        launch(
-            cells_cross_entropy_kernel,
-            walk.programs,
-            logits,
-            walk.first,
-            call.labels,
-            call.labels.stride(),
-            call.pixel_weight,
-            None if call.pixel_weight is None else call.pixel_weight.stride(),
-            call.class_weight,
-            partials,
-            wrong_labels,
-            scratch,
-            *size,
-            walk.strips,
-            walk.span,
-            call.ignore_index,
-            call.smoothing,
-            call.scale.inside,
-            PLAIN=call.plain,
-            GRADIENT=gradient is not None,
-            CLASSES=classes,
-            TILES=strip.tiles,
-            STRIP=strip.pixels,
-            BLOCK=strip.piece,
-            WINDOW=WINDOW,
-            PRECISION=precision(strip.warps),
-            WIDE=wide,
-            num_warps=strip.warps,
-            num_stages=1,
-        )
-    if gradient is not None:
-        join(walk, scratch, gradient, strip.pixels, wide)
-    return partials, wrong_labels
+    launch = Launch(
+        cells_cross_entropy_kernel,
+        walk.programs,
+        GIVEN,
+        walk.first,
+        GIVEN,
+        call.labels.stride(),
+        GIVEN,
+        None if call.pixel_weight is None else call.pixel_weight.stride(),
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        *size,
+        walk.strips,
+        walk.span,
+        call.ignore_index,
+        GIVEN,
+        call.scale.inside,
+        PLAIN=call.plain,
+        GRADIENT=gradient is not None,
+        CLASSES=classes,
+        TILES=strip.tiles,
+        STRIP=strip.pixels,
+        BLOCK=strip.piece,
+        WINDOW=WINDOW,
+        PRECISION=precision(strip.warps),
+        WIDE=wide,
+        num_warps=strip.warps,
+        num_stages=1,
+    )
+    join = None if gradient is None else prepare_join(walk, gradient, strip.pixels, wide)
+
+    def fill(logits, gradient, labels, pixel_weight, class_weight, partials, wrong, smoothing):
+        scratch = partials if gradient is None else walk.scratch(logits, strip)
+        weights = (pixel_weight, class_weight)
+        launch(logits, labels, *weights, partials, wrong, scratch, smoothing)
+        if gradient is not None:
+            join(scratch, gradient)
+
+    return Passes(walk.programs, fill)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of
-from fastmt.kernels.launch import launch
+from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.teachers import dense_teacher
-from fastmt.kernels.views import describe, device_of, lie_apart, pixels_at, place_of
+from fastmt.kernels.views import describe, lie_apart, pixels_at, place_of
 
 
 @triton.jit
@@ -48,31 +50,31 @@ def confidence_kernel(
     tl.store(at, best.to(tl.int64), mask=inside)
 
 
-def confidence(
-    logits: list[Tensor], kind: str, inverse_temperature: float, score: Tensor, label: Tensor
-) -> None:
-    """Fills score (N, *spatial) float32 and label (N, *spatial) int64."""
+def prepare(logits: Sequence[Tensor], kind: str, score: Tensor, label: Tensor) -> Launch:
+    """The launch that fills score (N, *spatial) float32 and label (N, *spatial) int64.
+
+    It is given (logits, score, label, inverse_temperature).
+    """
     classes = logits[0].shape[1]
     columns = 1 if logits[0].itemsize == 2 and len(logits) == 1 else 2
     itemsize, apart = min(t.itemsize for t in logits), lie_apart(logits)
     block, warps, tiles, vector = blocks_for(classes, itemsize, columns, apart)
     pixels = describe(logits, [score, label], block)
-    with device_of(score):
-        launch(
-            confidence_kernel,
-            pixels.blocks,
-            tuple(logits),
-            score,
-            label,
-            pixels.sizes,
-            pixels.strides,
-            inverse_temperature,
-            KIND=kind,
-            CLASSES=classes,
-            TILES=tiles,
-            BLOCK=block,
-            VECTOR=vector,
-            WIDE=pixels.wide,
-            num_warps=warps,
-            num_stages=1,
-        )
+    return Launch(
+        confidence_kernel,
+        pixels.blocks,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        pixels.sizes,
+        pixels.strides,
+        GIVEN,
+        KIND=kind,
+        CLASSES=classes,
+        TILES=tiles,
+        BLOCK=block,
+        VECTOR=vector,
+        WIDE=pixels.wide,
+        num_warps=warps,
+        num_stages=1,
+    )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmt.kernels import pixel
-from fastmt.kernels.calls import ConsistencyCall
+from fastmt.kernels.calls import ConsistencyCall, Passes
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
-from fastmt.kernels.launch import launch
+from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.teachers import dense_teacher
-from fastmt.kernels.views import describe, device_of, lie_apart, map_at, place_of
+from fastmt.kernels.views import describe, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
 
 
@@ -34,7 +33,7 @@ def consistency_kernel(
     KIND: tl.constexpr,
     WEIGHT: tl.constexpr,
     STRICT: tl.constexpr,
-    BY_LABEL: tl.constexpr,
+    LIMIT: tl.constexpr,
     SUM_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -62,7 +61,7 @@ def consistency_kernel(
     keep = inside & (map_at(valid, strides[-1], place, lanes, inside) != 0)
     factor = map_at(pixel_weight, strides[-2], place, lanes, inside)
     weight, passing = consistency_weight(
-        score, label, keep, factor, threshold, BY_LABEL, STRICT, WEIGHT
+        score, label, keep, factor, threshold, LIMIT, STRICT, WEIGHT
     )
     put_sum(partials, 1, weight if SUM_WEIGHTS else tl.zeros_like(weight))
     put_sum(partials, 2, tl.where(keep, score, 0.0))
@@ -85,38 +84,41 @@ def consistency_kernel(
     put_sum(partials, 0, loss)
 
 
-def consistency(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> Tensor:
-    """Fills the gradient and returns the partial sums (5, programs)."""
+def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> Passes:
+    """The pass that fills the gradient and the partial sums (5, programs)."""
     classes = student.shape[1]
     itemsize = min(t.itemsize for t in (student, *call.teacher))
-    written = student if gradient is None else gradient
-    columns = [student, written, *call.teacher]
+    columns = [student, student if gradient is None else gradient, *call.teacher]
     block, warps, tiles, vector = blocks_for(classes, itemsize, call.columns, lie_apart(columns))
     pixels = describe(columns, [call.pixel_weight, call.valid], block)
-    partials = student.new_empty((5, pixels.blocks), dtype=torch.float32)
-    with device_of(student):
-        launch(
-            consistency_kernel,
-            pixels.blocks,
-            student,
-            written,
-            tuple(call.teacher),
-            call.pixel_weight,
-            call.valid,
-            call.threshold,
-            partials,
-            pixels.sizes,
-            pixels.strides,
-            call.inverse_temperature,
-            call.scale.inside,
-            **call.constants,
-            GRADIENT=gradient is not None,
-            CLASSES=classes,
-            TILES=tiles,
-            BLOCK=block,
-            VECTOR=vector,
-            WIDE=pixels.wide,
-            num_warps=warps,
-            num_stages=1,
-        )
-    return partials
+    launch = Launch(
+        consistency_kernel,
+        pixels.blocks,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        pixels.sizes,
+        pixels.strides,
+        GIVEN,
+        call.scale.inside,
+        **call.constants,
+        GRADIENT=gradient is not None,
+        CLASSES=classes,
+        TILES=tiles,
+        BLOCK=block,
+        VECTOR=vector,
+        WIDE=pixels.wide,
+        num_warps=warps,
+        num_stages=1,
+    )
+
+    def fill(student, gradient, teacher, pixel_weight, valid, threshold, partials, temperature):
+        written = student if gradient is None else gradient
+        maps = (pixel_weight, valid, threshold)
+        launch(student, written, teacher, *maps, partials, temperature)
+
+    return Passes(pixels.blocks, fill)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmt.kernels.calls import CrossEntropyCall
+from fastmt.kernels.calls import CrossEntropyCall, Passes
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
-from fastmt.kernels.launch import launch
-from fastmt.kernels.views import describe, device_of, lie_apart, map_at, place_of
+from fastmt.kernels.launch import GIVEN, Launch
+from fastmt.kernels.views import describe, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
 
@@ -70,39 +69,40 @@ def cross_entropy_kernel(
     put_sum(partials, 0, loss)
 
 
-def cross_entropy(
-    call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Fills the gradient; the partial sums (4, programs) and each program's lowest wrong label."""
+def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> Passes:
+    """The pass that fills gradient, partial sums (4, programs) and the lowest wrong labels."""
     classes = logits.shape[1]
     columns = [logits, logits if gradient is None else gradient]
     block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2, lie_apart(columns))
     pixels = describe(columns, [call.labels, call.pixel_weight], block)
-    partials = logits.new_empty((4, pixels.blocks), dtype=torch.float32)
-    wrong_labels = logits.new_empty(pixels.blocks, dtype=torch.int64)
-    with device_of(logits):
-        launch(
-            cross_entropy_kernel,
-            pixels.blocks,
-            *columns,
-            call.labels,
-            call.pixel_weight,
-            call.class_weight,
-            partials,
-            wrong_labels,
-            pixels.sizes,
-            pixels.strides,
-            call.ignore_index,
-            call.smoothing,
-            call.scale.inside,
-            PLAIN=call.plain,
-            GRADIENT=gradient is not None,
-            CLASSES=classes,
-            TILES=tiles,
-            BLOCK=block,
-            VECTOR=vector,
-            WIDE=pixels.wide,
-            num_warps=warps,
-            num_stages=1,
-        )
-    return partials, wrong_labels
+    launch = Launch(
+        cross_entropy_kernel,
+        pixels.blocks,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        GIVEN,
+        pixels.sizes,
+        pixels.strides,
+        call.ignore_index,
+        GIVEN,
+        call.scale.inside,
+        PLAIN=call.plain,
+        GRADIENT=gradient is not None,
+        CLASSES=classes,
+        TILES=tiles,
+        BLOCK=block,
+        VECTOR=vector,
+        WIDE=pixels.wide,
+        num_warps=warps,
+        num_stages=1,
+    )
+
+    def fill(logits, gradient, labels, pixel_weight, class_weight, partials, wrong, smoothing):
+        written = logits if gradient is None else gradient
+        launch(logits, written, labels, pixel_weight, class_weight, partials, wrong, smoothing)
+
+    return Passes(pixels.blocks, fill)

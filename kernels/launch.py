@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-MOST = 4096  # launches that are remembered
-_compiled: dict[Hashable, Any] = {}
+T = TypeVar("T")
+MOST = 4096  # launches that are remembered, and calls that are prepared
+# Of Triton, whose compiled kernels are launched by the arguments in `_direct`.
+DIRECT = ((3, 6), (3, 7))
+GIVEN = object()  # stands for an argument that comes at each launch
+_compiled: dict[Hashable, tuple[Any, Callable[..., bool]]] = {}
+_prepared: dict[Hashable, Any] = {}
+
+
+class Launch:
+    """A launch that is repeated: all of it is known but the arguments that are GIVEN.
+
+    These are tensors, tuples of them, None or numbers that are not whole.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        *arguments: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        **constants: Any,
+    ) -> None:
+        self._kernel, self._programs = kernel, programs
+        self._arguments = list(arguments)
+        self._places = [i for i, argument in enumerate(arguments) if argument is GIVEN]
+        self._constants = {"num_warps": num_warps, "num_stages": num_stages, **constants}
+        self._all = [*arguments, *constants.values()]
+        self._direct: dict[Hashable, Callable[..., bool] | None] = {}
+
+    def __call__(self, *given: Any) -> None:
+        traits, passed = _read(given)
+        key = tuple(traits)
+        direct = self._direct.get(key)
+        if direct is None or not direct(self._programs, self._filled(self._all, passed)):
+            arguments = self._filled(self._arguments, given)
+            self._direct[key] = launch(self._kernel, self._programs, *arguments, **self._constants)
+
+    def _filled(self, arguments: list[Any], given: Sequence[Any]) -> list[Any]:
+        filled = arguments.copy()
+        for place, value in zip(self._places, given, strict=True):
+            filled[place] = value
+        return filled
 
 
 def launch(
@@ -20,38 +62,104 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 3,
     **constants: Any,
-) -> None:
+) -> Callable[..., bool] | None:
     """kernel[(programs,)](*arguments, **constants), the constants in the kernel's own order.
 
     From the second time on it does not ask Triton's dispatcher, which looks at each argument anew
-    and takes longer than the launch itself.
+    and takes longer than the launch itself. Returns what `_direct` made of the kernel, if anything.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages}
     values = tuple(constants.values())
-    key = (kernel.fn, num_warps, num_stages, values, tuple(map(_trait, arguments)))
+    traits, passed = _read(arguments)
+    key = (kernel.fn, num_warps, num_stages, values, *traits)
     known = _compiled.get(key)
     if known is not None:
-        known[(programs, 1, 1)](*arguments, *values)
-        return
+        made, direct = known
+        if not direct(programs, (*passed, *values)):
+            made[(programs, 1, 1)](*arguments, *values)
+        return direct
     if list(constants) != (names := kernel.arg_names[len(arguments) :]):
         raise TypeError(f"{kernel.fn.__name__}: got constants {list(constants)}, expected {names}")
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     made = kernel[(programs,)](*arguments, **constants, **options)
     if isinstance(made, triton.compiler.CompiledKernel) and not torch.version.hip:
-        if len(_compiled) >= MOST:
-            _compiled.clear()
-        _compiled[key] = made
+        _keep(_compiled, key, (made, _direct(made)))
+    return None
 
 
-def _trait(argument: Any) -> Hashable:
-    """What Triton may specialise code on: of a number that is not whole only that it is one.
+def prepared(key: Hashable, prepare: Callable[..., T], *arguments: Any) -> T:
+    """prepare(*arguments), once for each key, which says all that the answer depends on.
 
-    Of a tensor its dtype, its device and whether it is aligned. On AMD also how much memory it is
-    of, which is why nothing is remembered there.
+    The answer must not hold tensors.
     """
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.get_device(), argument.data_ptr() % 16 == 0
-    if isinstance(argument, float):
-        return float
-    if isinstance(argument, tuple) and argument and isinstance(argument[0], Tensor):
-        return tuple(map(_trait, argument))
-    return argument
+    found = _prepared.get(key)
+    return found if found is not None else _keep(_prepared, key, prepare(*arguments))
+
+
+def forget() -> None:
+    """Prepare every call anew: for another device than the tensors' own, or in a test."""
+    _prepared.clear()
+
+
+def layout_of(tensor: Tensor | None) -> Hashable:
+    """What a call is prepared for, of a tensor."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def _keep(memory: dict[Hashable, T], key: Hashable, value: T) -> T:
+    if len(memory) >= MOST:
+        memory.clear()
+    memory[key] = value
+    return value
+
+
+def _read(arguments: Sequence[Any]) -> tuple[list[Hashable], list[Any]]:
+    """What Triton may specialise code on, and the arguments with addresses in place of tensors.
+
+    Of a number that is not whole only that it is one; of a tensor its dtype, its device and whether
+    it is aligned. On AMD also how much memory it is of, which is why nothing is remembered there.
+    """
+    traits: list[Hashable] = []
+    passed: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is float:
+            traits.append(float)
+        elif kind is int or argument is None:
+            traits.append(argument)
+        elif isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            traits.append((argument.dtype, argument.get_device(), address % 16 == 0))
+            argument = address
+        elif kind is tuple and argument and isinstance(argument[0], Tensor):
+            own, addresses = _read(argument)
+            traits.append(tuple(own))
+            argument = tuple(addresses)
+        else:
+            traits.append(argument)
+        passed.append(argument)
+    return traits, passed
+
+
+def _direct(made: Any) -> Callable[..., bool]:
+    """What launches a compiled kernel as it does itself, with all arguments, if it can.
+
+    Not where a hook wants to know of launches, as a profiler's does.
+    """
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version not in DIRECT or type(made) is not triton.compiler.CompiledKernel:
+        return lambda programs, arguments: False
+    driver, runtime = triton.runtime.driver.active, triton.knobs.runtime
+    device, stream_of = driver.get_current_device(), driver.get_current_stream
+    run, function, metadata = made.run, made.function, made.packed_metadata
+
+    def direct(programs: int, arguments: Sequence[Any]) -> bool:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return False
+        stream = stream_of(device)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+        return True
+
+    return direct

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmt.kernels.launch import launch
-from fastmt.kernels.views import device_of
+from fastmt.kernels.launch import GIVEN, Launch
 
 ROWS = 8  # of partial sums that are added up at once
 NORMALIZATIONS = ("all", "valid", "selected", "weight")
@@ -32,8 +34,9 @@ class GradientScale:
         self.inside = 1 / pixels if self.complete else 1 / max(in_cell, 1.0)
 
 
-def scalars(like: Tensor, count: int) -> list[Tensor]:
-    return [torch.empty((), dtype=torch.float32, device=like.device) for _ in range(count)]
+def scalars(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    first = like.new_empty((), dtype=dtype)
+    return [first, *(torch.empty_like(first) for _ in range(count - 1))]
 
 
 @triton.jit
@@ -173,75 +176,89 @@ def cross_entropy_total_kernel(
     tl.store(wrong_label, lowest_of(wrong_labels, 0, programs, BLOCK))
 
 
-def folded(partials: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Partial sums, and lowest labels, of few enough programs for one of them to add up."""
-    count, programs = partials.shape
-    if programs <= FEW:
-        return partials, labels
-    fewer = triton.cdiv(programs, BLOCK)
-    sums = partials.new_empty((count, fewer), dtype=torch.float64)
-    lowest = None if labels is None else labels.new_empty(fewer)
-    launch(
-        fold_kernel,
-        fewer,
-        partials,
-        labels,
-        programs,
-        sums,
-        lowest,
-        COUNT=count,
+class Fold(NamedTuple):
+    """How partial sums, and lowest labels, of many programs become few enough for one of them."""
+
+    count: int
+    programs: int  # that are left
+    launch: Launch | None  # None where there are few already
+
+    @classmethod
+    def of(cls, count: int, programs: int) -> Fold:
+        if programs <= FEW:
+            return cls(count, programs, None)
+        fewer = triton.cdiv(programs, BLOCK)
+        constants = {"COUNT": count, "ROWS": ROWS, "BLOCK": BLOCK}
+        operands = (GIVEN, GIVEN, programs, GIVEN, GIVEN)
+        return cls(count, fewer, Launch(fold_kernel, fewer, *operands, **constants, num_warps=8))
+
+    def __call__(
+        self, partials: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.launch is None:
+            return partials, labels
+        sums = partials.new_empty((self.count, self.programs), dtype=torch.float64)
+        lowest = None if labels is None else labels.new_empty(self.programs)
+        self.launch(partials, labels, sums, lowest)
+        return sums, lowest
+
+
+def prepare_consistency_total(
+    programs: int, scale: GradientScale, pixels: int, normalize: str, ratio: bool
+) -> Callable[[Tensor], list[Tensor]]:
+    """From partial sums (5, programs): (loss, selected, mean_score, scale) on the device."""
+    fold = Fold.of(5, programs)
+    launch = Launch(
+        consistency_total_kernel,
+        1,
+        GIVEN,
+        fold.programs,
+        *[GIVEN] * 4,
+        float(pixels),
+        scale.inside,
+        NORMALIZE=normalize,
+        RATIO=ratio,
+        COMPLETE=scale.complete,
         ROWS=ROWS,
         BLOCK=BLOCK,
         num_warps=8,
     )
-    return sums, lowest
+
+    def total(partials: Tensor) -> list[Tensor]:
+        results = scalars(partials, torch.float32, 4)
+        partials, _ = fold(partials)
+        launch(partials, *results)
+        return results
+
+    return total
 
 
-def consistency_total(
-    partials: Tensor, scale: GradientScale, pixels: int, normalize: str, ratio: bool
-) -> list[Tensor]:
-    """(loss, selected, mean_score, scale) on the device."""
-    results = scalars(partials, 4)
-    with device_of(partials):
-        partials, _ = folded(partials)
-        launch(
-            consistency_total_kernel,
-            1,
-            partials,
-            partials.shape[1],
-            *results,
-            float(pixels),
-            scale.inside,
-            NORMALIZE=normalize,
-            RATIO=ratio,
-            COMPLETE=scale.complete,
-            ROWS=ROWS,
-            BLOCK=BLOCK,
-            num_warps=8,
-        )
-    return results
+def prepare_cross_entropy_total(
+    programs: int, scale: GradientScale, pixels: int, normalize: str
+) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """From partial sums (4, programs) and lowest wrong labels, (loss, scale, labels out of range,
+    the lowest of them) on the device.
+    """
+    fold = Fold.of(4, programs)
+    launch = Launch(
+        cross_entropy_total_kernel,
+        1,
+        GIVEN,
+        GIVEN,
+        fold.programs,
+        *[GIVEN] * 4,
+        float(pixels),
+        scale.inside,
+        NORMALIZE=normalize,
+        COMPLETE=scale.complete,
+        ROWS=ROWS,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
 
+    def total(partials: Tensor, wrong_labels: Tensor) -> list[Tensor]:
+        results = scalars(partials, torch.float32, 2) + scalars(partials, torch.int64, 2)
+        launch(*fold(partials, wrong_labels), *results)
+        return results
 
-def cross_entropy_total(
-    partials: Tensor, wrong_labels: Tensor, scale: GradientScale, pixels: int, normalize: str
-) -> list[Tensor]:
-    """(loss, scale, labels out of range, the lowest of them) on the device."""
-    results = [*scalars(partials, 2), *(wrong_labels.new_empty(()) for _ in range(2))]
-    with device_of(partials):
-        partials, wrong_labels = folded(partials, wrong_labels)
-        launch(
-            cross_entropy_total_kernel,
-            1,
-            partials,
-            wrong_labels,
-            partials.shape[1],
-            *results,
-            float(pixels),
-            scale.inside,
-            NORMALIZE=normalize,
-            COMPLETE=scale.complete,
-            ROWS=ROWS,
-            BLOCK=BLOCK,
-            num_warps=8,
-        )
-    return results
+    return total

@@ -13,15 +13,19 @@ def consistency_weight(
     keep,
     pixel_weight,
     threshold,
-    BY_LABEL: tl.constexpr,
+    LIMIT: tl.constexpr,
     STRICT: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):
-    """The weight of each pixel, and which pixels pass the threshold.
+    """The weight of each pixel, and which pixels pass: LIMIT says what the threshold is.
 
     "ratio" is 1 here: its factor is only known when every pixel has been counted.
     """
-    limit = tl.load(threshold + label) if BY_LABEL else tl.load(threshold)
+    limit = threshold
+    if LIMIT == "by label":
+        limit = tl.load(threshold + label)
+    elif LIMIT == "one":
+        limit = tl.load(threshold)
     passing = keep & (score > limit if STRICT else score >= limit)
     counts = passing if WEIGHT == "mask" or WEIGHT == "confidence" else keep
     base = score if WEIGHT == "confidence" else tl.full(score.shape, 1.0, tl.float32)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 from benchmarks import aot  # noqa: E402  where Triton is
+from fastmt import kernels  # noqa: E402
 from fastmt.kernels import launch as launching  # noqa: E402
 from fastmt.kernels.ema import scale_kernel  # noqa: E402
-from fastmt.kernels.launch import launch  # noqa: E402
+from fastmt.kernels.launch import GIVEN, Launch, launch  # noqa: E402
 from fastmt.kernels.sums import consistency_total_kernel  # noqa: E402
 
 compiles = pytest.mark.skipif(
@@ -99,6 +103,95 @@ def test_constants_in_another_order_than_the_kernel_takes_them_are_refused():
         launch(_Kernel(), 1, 0.5, torch.zeros(16), WIDTH=64)
 
 
+def test_a_prepared_launch_puts_what_it_is_given_in_its_place():
+    kernel, first, second = _Kernel(), torch.zeros(16), torch.ones(16)
+    prepared = Launch(kernel, 3, 5, GIVEN, BLOCK=64, num_warps=8)
+    prepared(first)
+    prepared(second)
+    options = {"BLOCK": 64, "num_warps": 8, "num_stages": 3}
+    assert kernel.asked == [((3,), (5, first), options)]
+    ((grid, (number, data, block)),) = kernel.ran
+    assert (grid, number, block) == ((3, 1, 1), 5, 64)
+    assert data is second
+    prepared(torch.zeros(17)[1:])
+    assert len(kernel.asked) == 2
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A compiled kernel that launches nothing, and the arguments that its launcher was given."""
+    given = []
+    made = object.__new__(triton.compiler.CompiledKernel)
+    made.module, made._run = "module", lambda *arguments: given.append(arguments)
+    made.function, made.packed_metadata = "function", "metadata"
+    device = SimpleNamespace(get_current_device=lambda: 1, get_current_stream=lambda index: 70)
+    monkeypatch.setattr(triton.runtime.driver, "_active", device)
+    monkeypatch.setattr(launching, "DIRECT", (tuple(map(int, triton.__version__.split(".")[:2])),))
+    return made, given
+
+
+def test_a_repeated_launch_hands_over_addresses_on_the_stream_of_its_device(compiled):
+    made, given = compiled
+    kernel, data = _Kernel(), (torch.zeros(16), torch.zeros(16))
+    kernel.__class__ = type("Kernel", (_Kernel,), {"__getitem__": lambda *_: lambda *a, **o: made})
+    prepared = Launch(kernel, 3, GIVEN, GIVEN, BLOCK=64)
+    for number in (0.5, 0.25, 0.125):
+        prepared(number, data)
+    addresses = tuple(tensor.data_ptr() for tensor in data)
+    start = (3, 1, 1, 70, "function", "metadata", None, None, None)
+    assert given == [(*start, number, addresses, 64) for number in (0.25, 0.125)]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_hook_is_told_of_launches_in_tritons_own_way(hook, compiled, monkeypatch):
+    made, given = compiled
+    direct = launching._direct(made)
+    monkeypatch.setattr(triton.knobs.runtime, hook, lambda metadata: None)
+    assert not direct(3, (1, 2))
+    monkeypatch.setattr(triton.knobs.runtime, hook, None)
+    assert direct(3, (1, 2))
+    assert len(given) == 1
+
+
+def test_another_triton_launches_in_its_own_way(compiled, monkeypatch):
+    made, given = compiled
+    monkeypatch.setattr(launching, "DIRECT", ())
+    assert not launching._direct(made)(3, (1, 2))
+    assert not given
+
+
+@compiles
+@pytest.mark.parametrize("size", [None, [32, 32]])
+def test_what_is_prepared_for_a_layout_holds_no_tensor(size):
+    with aot.compiling("sm_90"):
+        z, maps = torch.zeros(1, 3, 16, 16), torch.zeros(1, *(size or (16, 16)))
+        kernels.consistency_loss(
+            z, [z], z[0, 0, 0, :1], maps, maps.bool(), [0] * 6, 1.0, size, False, True
+        )
+        kernels.cross_entropy(z, maps.byte(), maps, None, [255, 0], 0.0, False, True)
+        kernels.softmax_confidence([z], 0, 1.0, size, False)
+    assert len(launching._prepared) == 3
+    held = [weakref.ref(tensor) for tensor in (z, maps)]
+    del z, maps
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+
+
+@compiles
+@pytest.mark.parametrize("size", [None, [32, 32]])
+def test_a_threshold_that_is_a_number_is_one_of_the_launch(size):
+    z, call = aot.meta(1, 3, 16, 16), (None, None, [0] * 6, 1.0, size, False, True)
+    with aot.compiling("sm_90") as launches:
+        for threshold in (0.5, aot.meta(1), aot.meta(3)):
+            kernels.consistency_loss(z, [z], threshold, *call)
+    kinds = [
+        made.compiled.src.signature["threshold"]
+        for made in launches
+        if made.kernel.endswith("consistency_kernel")
+    ]
+    assert kinds == ["fp32", "*fp32", "*fp32"]
+
+
 def test_only_so_many_launches_are_remembered(monkeypatch):
     monkeypatch.setattr(launching, "MOST", 4)
     kernel, data = _Kernel(), torch.zeros(16)
@@ -132,7 +225,7 @@ def _check(kernel, calls, constants) -> int:
         for arguments in calls:
             launch(kernel, 1, *arguments, **constants)
     assert len(launches) == len(calls)  # where nothing is launched, nothing is remembered
-    traits = [tuple(map(launching._trait, arguments)) for arguments in calls]
+    traits = [launching._read(arguments)[0] for arguments in calls]
     pairs = list(zip(traits, launches, strict=True))
     for (one, made), (other, also) in itertools.combinations(pairs, 2):
         if one == other:

@@ -83,6 +83,16 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton_backend, "launch_obstacle", lambda device: None)
 
 
+@pytest.fixture(autouse=True)
+def prepared_anew():
+    """A test that changes what calls are prepared by leaves none of its own behind."""
+    from fastmt.kernels.launch import forget  # where there is no Triton, this is not reached
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.fixture
 def kernels(poisoned, one_thread):
     """Every call is answered by the Triton kernels, or raises."""
