@@ -230,9 +230,9 @@ COLUMNS = ("registers", "stack", "shared", "warps", "load", "store")
 FOOT = """\
 ## Accesses of less than 16 bytes
 
-- The dense losses take bfloat16 logits 8 bytes a thread, 4 pixels: a warp asks for 256 bytes in a
-  row and the same sectors either way. With 8 pixels a thread no longer holds whole columns, which
-  takes more instructions a logit and more registers.
+- The dense kernels take bfloat16 logits 8 bytes a thread, 4 pixels: a warp asks for 256 bytes in a
+  row and the same sectors either way. With 8 pixels a thread takes twice the registers, and a GPU
+  longer (benchmarks/gpu_choice).
 - The dense confidence of many classes has one or two pixels for each thread to store, an 8-byte
   label and a 4-byte score each; neighbouring threads store neighbours, one instruction a block.
 - The cells kernels read low-resolution logits, of which neighbouring output pixels share the same:

@@ -36,8 +36,8 @@ def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False)
     A thread takes 16 bytes at a time, but at most 4 pixels (8 bytes in half precision) where it
     holds two columns or more: then a thread has whole columns of 19 or 21 classes, with no padding
     and no exchange, and the registers that 8 pixels' own values would take. A warp still asks for
-    256 bytes in a row, the same sectors; with 8 pixels the losses would take 8 to 32 % more
-    instructions, and "mse" of 19 classes 253 registers instead of 168 (sm_90).
+    256 bytes in a row, the same sectors; with 8 pixels "mse" of 19 classes takes 253 registers
+    instead of 168 and 15 % longer (sm_90, benchmarks/gpu_choice).
 
     Where neighbouring pixels lie `apart` in memory (channels last, rows) every logit of a thread
     takes an address of its own: it has room for one pixel, and for a column less.

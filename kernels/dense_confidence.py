@@ -13,6 +13,8 @@ from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, lie_apart, pixels_at, place_of
 
+LEAST = 32  # pixels in half precision, 64 bytes in a row; fewer are slower (benchmarks/gpu_choice)
+
 
 @triton.jit
 def confidence_kernel(
@@ -56,8 +58,11 @@ def prepare(logits: Sequence[Tensor], kind: str, score: Tensor, label: Tensor) -
     It is given (logits, score, label, inverse_temperature).
     """
     classes = logits[0].shape[1]
-    columns = 1 if logits[0].itemsize == 2 and len(logits) == 1 else 2
     itemsize, apart = min(t.itemsize for t in logits), lie_apart(logits)
+    columns = 2
+    if itemsize == 2 and len(logits) == 1:  # room for 8 pixels in a thread, where 4 are faster
+        few = blocks_for(classes, itemsize, columns).pixels < LEAST
+        columns = 1 if apart or few else columns
     block, warps, tiles, vector = blocks_for(classes, itemsize, columns, apart)
     pixels = describe(logits, [score, label], block)
     return Launch(

@@ -1,0 +1,177 @@
+"""How the kernels share out their work on a GPU: block shapes against each other, each timed there.
+
+python -m benchmarks.gpu_choice.run >> benchmarks/gpu_choice/results.txt
+
+Times are of the GPU with the host ahead (benchmarks/gpu_times.py); nothing is checked here, which
+tests/gpu and tests/triton do. A line: what, microseconds, GB/s of the bytes that have to move.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_times, machine, models, shapes
+from fastmt import cpp_backend, ema_table, kernels
+from fastmt.consistency import LOSSES
+from fastmt.kernels import dense_confidence, dense_consistency, dense_cross_entropy, launch
+from fastmt.kernels.columns import Blocks, tiles_of
+
+BATCH, SIDE = 8, 1024
+ROUNDS = 7
+LAUNCHES = 8  # of a call, at most
+
+
+class Timer:
+    """Prints the time of a call on the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.speed = device, gpu_times.cycles_per_second()
+
+    def __call__(self, name: str, run: Callable[[], object], nbytes: int) -> None:
+        for _ in range(2):
+            run()
+        ahead = gpu_times.HostAhead(run, LAUNCHES, self.device, self.speed, 0.02)
+        samples = [s for s in (ahead.sample() for _ in range(ROUNDS)) if s is not None]
+        seconds = statistics.median(samples) if samples else float("nan")
+        print(f"{name:60} {seconds * 1e6:9.1f} us {nbytes / seconds / 1e9:6.0f} GB/s", flush=True)
+
+
+class Dense:
+    """The three operations on logits at output resolution, of one shape and dtype."""
+
+    def __init__(self, classes: int, side: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (BATCH, classes, side, side)
+        self.student, self.teacher = (logits(shape, dtype, device) for _ in range(2))
+        out = (BATCH, side, side)
+        self.labels = torch.randint(classes, out, device=device).to(torch.uint8)
+        self.threshold = torch.tensor([0.6], device=device)
+        z, confidence = self.student, models.softmax_confidence([self.student])
+        self.operations = {
+            "consistency": (self.consistency, dense_consistency, 3 * z.nbytes),
+            "confidence": (self.confidence, dense_confidence, confidence),
+            "cross_entropy": (self.cross_entropy, dense_cross_entropy, 2 * z.nbytes),
+        }
+
+    def consistency(self) -> object:
+        call = (self.threshold, None, None, [0] * 6, 1.0, None, False, True)
+        return kernels.consistency_loss(self.student, [self.teacher], *call)
+
+    def confidence(self) -> object:
+        return kernels.softmax_confidence([self.student], 0, 1.0, None, False)
+
+    def cross_entropy(self) -> object:
+        call = (self.labels, None, None, [255, 1], 0.0, False, True)
+        return kernels.cross_entropy(self.student, *call)
+
+
+def logits(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return (3 * torch.randn(shape, device=device)).to(dtype)
+
+
+@contextmanager
+def blocks_of(module: ModuleType, blocks: Blocks):
+    """A dense kernel takes these blocks, whatever it would choose."""
+    before = module.blocks_for
+    module.blocks_for = lambda *arguments: blocks
+    launch.forget()
+    try:
+        yield
+    finally:
+        module.blocks_for = before
+        launch.forget()
+
+
+def dense(timer: Timer) -> None:
+    """Pixels of a thread and warps of a block at 19 classes, each thread with whole columns."""
+    for dtype in (torch.bfloat16, torch.float32):
+        work = Dense(19, SIDE, dtype, timer.device)
+        for name, (run, module, nbytes) in work.operations.items():
+            timer(f"dense {name} {dtype} as chosen", run, nbytes)
+            for vector in (2, 4, 16 // dtype.itemsize):
+                for warps in (1, 2, 4):
+                    with blocks_of(module, Blocks(32 * warps * vector, warps, (16, 2, 1), vector)):
+                        timer(f"dense {name} {dtype} {vector=} {warps=}", run, nbytes)
+
+
+def many_classes(timer: Timer) -> None:
+    for classes in (81, 150):
+        work = Dense(classes, SIDE // 2, torch.bfloat16, timer.device)
+        for name, (run, module, nbytes) in work.operations.items():
+            timer(f"dense {name} {classes} classes as chosen", run, nbytes)
+            shapes_of = [(32, 1, 4), (32, 1, 2), (16, 1, 4), (16, 1, 2), (64, 2, 4), (64, 1, 8)]
+            for pixels, warps, vector in shapes_of:
+                tiles = tiles_of(classes, max(32 * warps * vector // pixels, 1))
+                with blocks_of(module, Blocks(pixels, warps, tiles, vector)):
+                    told = f"{pixels=} {warps=} {vector=}"
+                    timer(f"dense {name} {classes} classes {told}", run, nbytes)
+
+
+def channels_last(timer: Timer) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        work = Dense(19, SIDE, dtype, timer.device)
+        work.student, work.teacher = (
+            z.to(memory_format=torch.channels_last) for z in (work.student, work.teacher)
+        )
+        for name, (run, _, nbytes) in work.operations.items():
+            timer(f"channels-last {name} {dtype}", run, nbytes)
+
+
+def cells(timer: Timer) -> None:
+    """Every loss up-sampled, CUDA C++ against Triton."""
+    labels = torch.randint(19, (BATCH, SIDE, SIDE), device=timer.device).to(torch.uint8)
+    threshold = torch.tensor([0.6], device=timer.device)
+    for low in (128, 256):
+        z, y = (logits((BATCH, 19, low, low), torch.float32, timer.device) for _ in range(2))
+        for backend, operations in (("CUDA", torch.ops.fastmt), ("Triton", kernels)):
+            consistency = partial(operations.consistency_loss, z, [y], threshold, None, None)
+            for number, loss in enumerate(LOSSES):
+                call = ([number, 0, 0, 0, 0, 0], 1.0, [SIDE, SIDE], False, True)
+                timer(f"{backend} {loss} from {low}", partial(consistency, *call), 3 * z.nbytes)
+            call = (z, labels, None, None, [255, 1], 0.0, False, True)
+            run, nbytes = partial(operations.cross_entropy, *call), 2 * z.nbytes + labels.nbytes
+            timer(f"{backend} cross_entropy from {low}", run, nbytes)
+
+
+def averages(timer: Timer) -> None:
+    lists = {
+        "ViT-L": shapes.vit_large_parameters(),
+        "SegFormer-B5": shapes.segformer_b5_parameters(),
+        "ResNet-50": shapes.resnet50_parameters(),
+        "1000 small": shapes.MANY_SMALL,
+    }
+    decay = torch.tensor([0.99], dtype=torch.float64, device=timer.device)
+    for name, parameters in lists.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            teacher = [torch.randn(shape, device=timer.device) for shape in parameters]
+            student = [torch.randn(shape, device=timer.device).to(dtype) for shape in parameters]
+            entries = list(map(ema_table.Entry, teacher, student))
+            table = ema_table.Table(entries, timer.device)
+            for backend, operations in (("CUDA", torch.ops.fastmt), ("Triton", kernels)):
+                run = partial(operations.ema_update_, table.rows, table.starts, decay)
+                nbytes = models.ema_update_(teacher, student)
+                timer(f"{backend} average of {name}, {dtype} student", run, nbytes)
+
+
+def main() -> None:
+    if reason := cpp_backend.cuda_missing():
+        raise SystemExit(f"benchmarks.gpu_choice: error: {reason}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    record = machine.record(device)
+    print(record["device"], record["versions"], record["date"], record["commit"])
+    timer = Timer(device)
+    copy, copied = machine.copy(device, machine.COPY_BYTES)
+    timer("copy", copy, copied)
+    for part in (dense, many_classes, channels_last, cells, averages):
+        part(timer)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
