@@ -183,11 +183,24 @@ FASTMT_INLINE float float_at(const Map& map, int64_t image, int32_t row, int32_t
   return static_cast<const float*>(map.data)[offset];
 }
 
-// A byte or a 64-bit integer.
+// A byte or a 64-bit integer of a map, on its way until its value is asked for.
+struct Integer {
+  int64_t wide = 0;
+  uint8_t byte = 0;
+
+  Integer() = default;
+  FASTMT_INLINE Integer(const Map& map, int64_t image, int32_t row, int32_t column) {
+    const int64_t offset = offset_in(map, image, row, column);
+    if (map.type == Type::uint8)
+      byte = static_cast<const uint8_t*>(map.data)[offset];
+    else
+      wide = static_cast<const int64_t*>(map.data)[offset];
+  }
+  FASTMT_INLINE int64_t of(const Map& map) const { return map.type == Type::uint8 ? byte : wide; }
+};
+
 FASTMT_INLINE int64_t integer_at(const Map& map, int64_t image, int32_t row, int32_t column) {
-  const int64_t offset = offset_in(map, image, row, column);
-  if (map.type == Type::uint8) return static_cast<const uint8_t*>(map.data)[offset];
-  return static_cast<const int64_t*>(map.data)[offset];
+  return Integer(map, image, row, column).of(map);
 }
 
 }  // namespace fastmt::cuda

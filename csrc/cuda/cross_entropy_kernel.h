@@ -16,25 +16,35 @@ FASTMT_INLINE bool is_wrong(const CrossEntropyCells& call, int64_t label) {
   return label != call.ignore_index && (label < 0 || label >= call.cells.classes);
 }
 
+// What a call says of a pixel, asked for long before it is needed.
+struct Given {
+  Integer label;
+  float weight = 1;
+
+  Given() = default;
+  FASTMT_INLINE Given(const CrossEntropyCells& call, const Place& place, int i)
+      : label(call.labels, place.image, place.first_row + i, place.column) {
+    if (call.pixel_weight.data)
+      weight = float_at(call.pixel_weight, place.image, place.first_row + i, place.column);
+  }
+};
+
 // The label and weight of a pixel. What is ignored, beyond the tile or out of range has no weight;
 // the last is counted.
 struct Labelled {
   int32_t label;
   float weight;
 
-  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, int i)
+  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, const Given& pixel)
       : label(0), weight(0) {
-    const Place& place = block.place;
-    const int32_t row = place.first_row + i;
-    const int64_t given = integer_at(call.labels, place.image, row, place.column);
-    if (!place.inside() || given == call.ignore_index) return;
+    const int64_t given = pixel.label.of(call.labels);
+    if (!block.place.inside() || given == call.ignore_index) return;
     if (is_wrong(call, given)) {
       block.tally.add(LabelSums::wrong, 1);
       return;
     }
     label = int32_t(given);
-    weight =
-        call.pixel_weight.data ? float_at(call.pixel_weight, place.image, row, place.column) : 1;
+    weight = pixel.weight;
     block.tally.add(LabelSums::valid, 1);
     const float share = call.class_weight ? call.class_weight[label] : 1;
     if (weight != 0.0f) block.tally.add(LabelSums::weight, weight * share);
@@ -87,15 +97,18 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   const Grid& grid = call.cells.first;
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
   __syncthreads();
+  Given given;
+  if (block.place.rows > 0) given = Given(call, block.place, 0);  // a band may have none
   const auto column_at = [&] { return block.tile.column_at(0); };
   const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0), block.weights);
-  if (block.place.rows > 0)  // a band may have none
+  if (block.place.rows > 0)
     stage.bring(grid, block.place.image, block.tile.row_at(0, 0).at.index);
   __syncthreads();
   Powers<C> student;
   Corners<C> corners{};
   for (int i = 0; i < block.place.rows; ++i) {
-    const Labelled pixel(call, block, i);
+    const Labelled pixel(call, block, given);
+    if (i + 1 < block.place.rows) given = Given(call, block.place, i + 1);
     if (!any(pixel.weight != 0.0f)) {
       student.skip();
       continue;
@@ -116,7 +129,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
 template <class Gradient>
 FASTMT_INLINE float visit(const CrossEntropyCells& call, Block& block, int i, Column z,
                           float mean_weight, Gradient gradient, int classes) {
-  const Labelled pixel(call, block, i);
+  const Labelled pixel(call, block, Given(call, block.place, i));
   if (pixel.weight == 0.0f) return pixel.weight;
   const Grid& grid = call.cells.first;
   const Across across(grid, block.place.image, block.tile.column_at(0));
