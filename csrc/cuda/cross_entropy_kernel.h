@@ -96,19 +96,21 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   extern __shared__ float shared[];
   const Grid& grid = call.cells.first;
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
-  __syncthreads();
+  const Place& place = block.place;
   Given given;
-  if (block.place.rows > 0) given = Given(call, block.place, 0);  // a band may have none
+  if (place.rows > 0) given = Given(call, place, 0);  // a band may have none
+  const auto asked = Stage<C>::ask(grid, place, place.band, call.cells.reach);
+  block.put_tile();
+  __syncthreads();
   const auto column_at = [&] { return block.tile.column_at(0); };
   const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0), block.weights);
-  if (block.place.rows > 0)
-    stage.bring(grid, block.place.image, block.tile.row_at(0, 0).at.index);
+  stage.bring(grid, place.image, place.band, asked);
   __syncthreads();
   Powers<C> student;
   Corners<C> corners{};
-  for (int i = 0; i < block.place.rows; ++i) {
+  for (int i = 0; i < place.rows; ++i) {
     const Labelled pixel(call, block, given);
-    if (i + 1 < block.place.rows) given = Given(call, block.place, i + 1);
+    if (i + 1 < place.rows) given = Given(call, place, i + 1);
     if (!any(pixel.weight != 0.0f)) {
       student.skip();
       continue;
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_logits_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  block.put_tile();
   __syncthreads();
   const float mean_weight = mean_class_weight(call);
   const SharedCorners<C> corners(block);
@@ -163,6 +166,7 @@ __global__ void __launch_bounds__(256, 2)
   const int classes = call.cells.classes;
   Block block(call.cells, Shared(call.cells, classes), shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
+  block.put_tile();
   __syncthreads();
   const float mean_weight = mean_class_weight(call);
   if (call.cells.partial) clear_rows(block);
