@@ -183,9 +183,9 @@ FASTMT_INLINE int64_t offset_in(const Map& map, int64_t image, int32_t row, int3
   return uint32_t(image) * map.image + uint32_t(row) * map.row + uint32_t(column) * map.column;
 }
 
-FASTMT_INLINE float float_at(const Map& map, int64_t image, int32_t row, int32_t column) {
-  const int64_t offset = offset_in(map, image, row, column);
-  return static_cast<const float*>(map.data)[offset];
+template <class T>
+FASTMT_INLINE T value_at(const Map& map, int64_t image, int32_t row, int32_t column) {
+  return static_cast<const T*>(map.data)[offset_in(map, image, row, column)];
 }
 
 // A byte or a 64-bit integer of a map, on its way until its value is asked for.

@@ -14,27 +14,30 @@ struct Sums {
   enum { loss, weight, score, selected, valid };
 };
 
-// Whether the thread's pixel in row i counts; asked for long before it is needed.
-FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, int i) {
-  const Map& valid = call.valid;
-  return place.inside() &&
-         (!valid.data || integer_at(valid, place.image, place.first_row + i, place.column));
-}
+// What a call says of the thread's pixel in row i, asked for long before it is needed.
+struct GivenWeight {
+  uint8_t valid = 1;
+  float weight = 1;
 
-// The weight of a pixel; `limit` is the threshold of the first class, asked for long before. "ratio"
-// is 1 here: its factor is only known when every pixel has been counted.
-FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, int i,
-                          const Teacher& teacher, bool valid, float limit) {
-  if (!valid) return 0;
+  FASTMT_INLINE GivenWeight(const ConsistencyCells& call, const Place& place, int i) {
+    const int32_t row = place.first_row + i;
+    if (call.valid.data) valid = value_at<uint8_t>(call.valid, place.image, row, place.column);
+    if (call.pixel_weight.data)
+      weight = value_at<float>(call.pixel_weight, place.image, row, place.column);
+  }
+};
+
+// The weight of a pixel; `limit` is the threshold of the first class, asked for long before too.
+// "ratio" is 1 here: its factor is only known when every pixel has been counted.
+FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, const Teacher& teacher,
+                          const GivenWeight& given, float limit) {
+  if (!given.valid || !block.place.inside()) return 0;
   const Weight kind = Weight(call.weight);
   if (call.threshold_by_label) limit = call.threshold[teacher.label];
   const bool passing = teacher.score > limit || (!call.strict && teacher.score == limit);
   float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
   if (kind == Weight::confidence && passing) weight = teacher.score;
-  if (call.pixel_weight.data && weight != 0.0f) {
-    const Place& place = block.place;
-    weight *= float_at(call.pixel_weight, place.image, place.first_row + i, place.column);
-  }
+  if (weight != 0.0f) weight *= given.weight;
   block.tally.count(true, passing);
   block.tally.add(Sums::score, teacher.score);
   block.tally.add(Sums::weight, weight);
@@ -101,7 +104,7 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
   Powers<C> student, teacher;
   Corners<C> corners{};
   for (int i = 0; i < place.rows; ++i) {
-    const bool valid = is_valid(call, place, i);
+    const GivenWeight given(call, place, i);
     const Row row = tile.row_at(0, i), teacher_at = tile.row_at(1, i);
     if (i > 0 && teacher_at.move == Move::enter) {
       __syncthreads();
@@ -112,7 +115,7 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
                   call.inverse_temperature);
     const float limit = call.threshold[0];
     const Teacher belief = believe(call, LOSS, teacher);
-    const float weight = weigh(call, block, i, belief, valid, limit);
+    const float weight = weigh(call, block, belief, given, limit);
     if (!any(weight != 0.0f)) {
       student.skip();
       continue;
@@ -201,10 +204,10 @@ FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher&
 template <bool WITH_BCE, class Gradient>
 FASTMT_INLINE float visit(const ConsistencyCells& call, Block& block, int i, Column z,
                           Column y, Gradient gradient, int classes) {
-  const bool valid = is_valid(call, block.place, i);
+  const GivenWeight given(call, block.place, i);
   const float limit = call.threshold[0];
   const Teacher belief = look(call, block, i, y, z, classes);
-  const float weight = weigh(call, block, i, belief, valid, limit);
+  const float weight = weigh(call, block, belief, given, limit);
   if (weight == 0.0f) return weight;
   const Across across(call.cells.first, block.place.image, block.tile.column_at(0));
   interpolate(call.cells.first, across, block.tile.row_at(0, i).at, classes, z);

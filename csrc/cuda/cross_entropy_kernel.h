@@ -17,15 +17,15 @@ FASTMT_INLINE bool is_wrong(const CrossEntropyCells& call, int64_t label) {
 }
 
 // What a call says of a pixel, asked for long before it is needed.
-struct Given {
+struct GivenLabel {
   Integer label;
   float weight = 1;
 
-  Given() = default;
-  FASTMT_INLINE Given(const CrossEntropyCells& call, const Place& place, int i)
+  GivenLabel() = default;
+  FASTMT_INLINE GivenLabel(const CrossEntropyCells& call, const Place& place, int i)
       : label(call.labels, place.image, place.first_row + i, place.column) {
     if (call.pixel_weight.data)
-      weight = float_at(call.pixel_weight, place.image, place.first_row + i, place.column);
+      weight = value_at<float>(call.pixel_weight, place.image, place.first_row + i, place.column);
   }
 };
 
@@ -35,7 +35,7 @@ struct Labelled {
   int32_t label;
   float weight;
 
-  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, const Given& pixel)
+  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, const GivenLabel& pixel)
       : label(0), weight(0) {
     const int64_t given = pixel.label.of(call.labels);
     if (!block.place.inside() || given == call.ignore_index) return;
@@ -97,8 +97,8 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   const Grid& grid = call.cells.first;
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
   const Place& place = block.place;
-  Given given;
-  if (place.rows > 0) given = Given(call, place, 0);  // a band may have none
+  GivenLabel given;
+  if (place.rows > 0) given = GivenLabel(call, place, 0);  // a band may have none
   const auto asked = Stage<C>::ask(grid, place, place.band, call.cells.reach);
   block.put_tile();
   __syncthreads();
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   Corners<C> corners{};
   for (int i = 0; i < place.rows; ++i) {
     const Labelled pixel(call, block, given);
-    if (i + 1 < place.rows) given = Given(call, place, i + 1);
+    if (i + 1 < place.rows) given = GivenLabel(call, place, i + 1);
     if (!any(pixel.weight != 0.0f)) {
       student.skip();
       continue;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
 template <class Gradient>
 FASTMT_INLINE float visit(const CrossEntropyCells& call, Block& block, int i, Column z,
                           float mean_weight, Gradient gradient, int classes) {
-  const Labelled pixel(call, block, Given(call, block.place, i));
+  const Labelled pixel(call, block, GivenLabel(call, block.place, i));
   if (pixel.weight == 0.0f) return pixel.weight;
   const Grid& grid = call.cells.first;
   const Across across(grid, block.place.image, block.tile.column_at(0));
