@@ -35,7 +35,8 @@ struct Labelled {
   int32_t label;
   float weight;
 
-  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, const GivenLabel& pixel)
+  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, const GivenLabel& pixel,
+                         const float* class_weight)
       : label(0), weight(0) {
     const int64_t given = pixel.label.of(call.labels);
     if (!block.place.inside() || given == call.ignore_index) return;
@@ -46,16 +47,17 @@ struct Labelled {
     label = int32_t(given);
     weight = pixel.weight;
     block.tally.add(LabelSums::valid, 1);
-    const float share = call.class_weight ? call.class_weight[label] : 1;
+    const float share = class_weight ? class_weight[label] : 1;
     if (weight != 0.0f) block.tally.add(LabelSums::weight, weight * share);
   }
 };
 
-// Names the lowest label out of range, where the block has counted any.
+// Names the lowest label out of range, where the block has counted any: by the thread that has
+// summed them.
 FASTMT_INLINE void put_wrong_label(const CrossEntropyCells& call, const Block& block) {
   const Place& place = block.place;
-  __syncthreads();
-  if (threadIdx.x != 0 || block.tally.shared[LabelSums::wrong * blockDim.x] == 0) return;
+  if (threadIdx.x != LabelSums::wrong % blockDim.x) return;
+  if (block.tally.shared[LabelSums::wrong * blockDim.x] == 0) return;
   int64_t lowest = INT64_MAX;
   for (int32_t row = place.first_row; row < place.first_row + place.rows; ++row)
     for (int32_t column = place.first_column; column < place.last_column; ++column) {
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   Powers<C> student;
   Corners<C> corners{};
   for (int i = 0; i < place.rows; ++i) {
-    const Labelled pixel(call, block, given);
+    const Labelled pixel(call, block, given, nullptr);
     if (i + 1 < place.rows) given = GivenLabel(call, place, i + 1);
     if (!any(pixel.weight != 0.0f)) {
       student.skip();
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
 template <class Gradient>
 FASTMT_INLINE float visit(const CrossEntropyCells& call, Block& block, int i, Column z,
                           float mean_weight, Gradient gradient, int classes) {
-  const Labelled pixel(call, block, GivenLabel(call, block.place, i));
+  const Labelled pixel(call, block, GivenLabel(call, block.place, i), call.class_weight);
   if (pixel.weight == 0.0f) return pixel.weight;
   const Grid& grid = call.cells.first;
   const Across across(grid, block.place.image, block.tile.column_at(0));
