@@ -204,9 +204,9 @@ FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher&
 template <bool WITH_BCE, class Gradient>
 FASTMT_INLINE float visit(const ConsistencyCells& call, Block& block, int i, Column z,
                           Column y, Gradient gradient, int classes) {
-  const GivenWeight given(call, block.place, i);
   const float limit = call.threshold[0];
   const Teacher belief = look(call, block, i, y, z, classes);
+  const GivenWeight given(call, block.place, i);
   const float weight = weigh(call, block, belief, given, limit);
   if (weight == 0.0f) return weight;
   const Across across(call.cells.first, block.place.image, block.tile.column_at(0));
