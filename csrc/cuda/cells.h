@@ -24,9 +24,14 @@ FASTMT_INLINE At locate(const Axis& axis, int64_t output) {
   return {beyond ? axis.highest() : int32_t(at.floor), float(double(rest) * axis.per_divisor)};
 }
 
+FASTMT_INLINE int32_t lower_neighbour(const Axis& axis, int64_t output) {
+  return locate(axis, output).index;
+}
+
 // Where a block and its thread are.
 struct Place {
   int32_t image;
+  int32_t band;                       // low-resolution row above the output rows
   int32_t first_row, rows;            // output rows
   int32_t first_column, last_column;  // of the tile
   int32_t column;                     // of the thread; threads beyond the last one repeat it
@@ -37,7 +42,7 @@ struct Place {
     rest /= uint32_t(cells.tiles);
     const int32_t segment = int32_t(rest % uint32_t(cells.segments));
     rest /= uint32_t(cells.segments);
-    const int32_t band = int32_t(rest % uint32_t(cells.bands));
+    band = int32_t(rest % uint32_t(cells.bands));
     image = int32_t(rest / uint32_t(cells.bands));
     first_row = cells.first.rows.first(band) + segment * MAX_ROWS;
     const int32_t left = cells.first.rows.first(int64_t(band) + 1) - first_row;
@@ -99,7 +104,7 @@ struct Tile {
   FASTMT_INLINE void put_starts(const Cells& cells, const Place& place) const {
     const Axis& columns = cells.first.columns;
     each_of_warp(cells.grids, cells.reach + 1, [&](int j) {
-      const int64_t index = locate(columns, place.first_column).index;
+      const int64_t index = lower_neighbour(columns, place.first_column);
       const int32_t first = columns.first(index + j), last = place.last_column;
       start[j] = (first < place.first_column ? place.first_column
                   : first > last             ? last
@@ -178,16 +183,29 @@ FASTMT_INLINE int64_t offset_in(const Map& map, int64_t image, int32_t row, int3
   return uint32_t(image) * map.image + uint32_t(row) * map.row + uint32_t(column) * map.column;
 }
 
-FASTMT_INLINE float float_at(const Map& map, int64_t image, int32_t row, int32_t column) {
-  const int64_t offset = offset_in(map, image, row, column);
-  return static_cast<const float*>(map.data)[offset];
+template <class T>
+FASTMT_INLINE T value_at(const Map& map, int64_t image, int32_t row, int32_t column) {
+  return static_cast<const T*>(map.data)[offset_in(map, image, row, column)];
 }
 
-// A byte or a 64-bit integer.
+// A byte or a 64-bit integer of a map, on its way until its value is asked for.
+struct Integer {
+  int64_t wide = 0;
+  uint8_t byte = 0;
+
+  Integer() = default;
+  FASTMT_INLINE Integer(const Map& map, int64_t image, int32_t row, int32_t column) {
+    const int64_t offset = offset_in(map, image, row, column);
+    if (map.type == Type::uint8)
+      byte = static_cast<const uint8_t*>(map.data)[offset];
+    else
+      wide = static_cast<const int64_t*>(map.data)[offset];
+  }
+  FASTMT_INLINE int64_t of(const Map& map) const { return map.type == Type::uint8 ? byte : wide; }
+};
+
 FASTMT_INLINE int64_t integer_at(const Map& map, int64_t image, int32_t row, int32_t column) {
-  const int64_t offset = offset_in(map, image, row, column);
-  if (map.type == Type::uint8) return static_cast<const uint8_t*>(map.data)[offset];
-  return static_cast<const int64_t*>(map.data)[offset];
+  return Integer(map, image, row, column).of(map);
 }
 
 }  // namespace fastmt::cuda

@@ -30,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
     call.teacher[m] = grid_of(teacher[m], height, width, align_corners);
   call.pixel_weight = map_of(pixel_weight);
   call.valid = map_of(valid);
+  STD_TORCH_CHECK(!valid || call.valid.type == Type::uint8, "valid: expected bool");
   call.loss = int32_t(options[0]);
   call.class_mean = options[1] != 0;
   call.kind = int32_t(options[2]);

@@ -14,27 +14,30 @@ struct Sums {
   enum { loss, weight, score, selected, valid };
 };
 
-// Whether the thread's pixel in row i counts; asked for long before it is needed.
-FASTMT_INLINE bool is_valid(const ConsistencyCells& call, const Place& place, int i) {
-  const Map& valid = call.valid;
-  return place.inside() &&
-         (!valid.data || integer_at(valid, place.image, place.first_row + i, place.column));
-}
+// What a call says of the thread's pixel in row i, asked for long before it is needed.
+struct GivenWeight {
+  uint8_t valid = 1;
+  float weight = 1;
 
-// The weight of a pixel; `limit` is the threshold of the first class, asked for long before. "ratio"
-// is 1 here: its factor is only known when every pixel has been counted.
-FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, int i,
-                          const Teacher& teacher, bool valid, float limit) {
-  if (!valid) return 0;
+  FASTMT_INLINE GivenWeight(const ConsistencyCells& call, const Place& place, int i) {
+    const int32_t row = place.first_row + i;
+    if (call.valid.data) valid = value_at<uint8_t>(call.valid, place.image, row, place.column);
+    if (call.pixel_weight.data)
+      weight = value_at<float>(call.pixel_weight, place.image, row, place.column);
+  }
+};
+
+// The weight of a pixel; `limit` is the threshold of the first class, asked for long before too.
+// "ratio" is 1 here: its factor is only known when every pixel has been counted.
+FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, const Teacher& teacher,
+                          const GivenWeight& given, float limit) {
+  if (!given.valid || !block.place.inside()) return 0;
   const Weight kind = Weight(call.weight);
   if (call.threshold_by_label) limit = call.threshold[teacher.label];
   const bool passing = teacher.score > limit || (!call.strict && teacher.score == limit);
   float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
   if (kind == Weight::confidence && passing) weight = teacher.score;
-  if (call.pixel_weight.data && weight != 0.0f) {
-    const Place& place = block.place;
-    weight *= float_at(call.pixel_weight, place.image, place.first_row + i, place.column);
-  }
+  if (weight != 0.0f) weight *= given.weight;
   block.tally.count(true, passing);
   block.tally.add(Sums::score, teacher.score);
   block.tally.add(Sums::weight, weight);
@@ -47,15 +50,20 @@ FASTMT_INLINE void put_sums(Block& block) {
 }
 
 // The weight of a pixel with the share of one class in it.
-FASTMT_INLINE float scaled_weight(const ConsistencyCells& call, float weight) {
-  const bool mean = call.class_mean && Loss(call.loss) != Loss::ce;
+FASTMT_INLINE float scaled_weight(const ConsistencyCells& call, Loss loss, float weight) {
+  const bool mean = call.class_mean && loss != Loss::ce;
   return weight * (mean ? 1.0f / float(call.cells.classes) : 1.0f);
 }
 
-FASTMT_INLINE Block block_of(const ConsistencyCells& call, int rows, float* shared) {
-  Block block(call.cells, Shared(call.cells, rows), shared);
+FASTMT_INLINE void put_tiles(const ConsistencyCells& call, const Block& block) {
+  block.put_tile();
   for (int m = 0; m < call.members; ++m) block.tile.put(m + 1, call.teacher[m], block.place);
   __syncthreads();
+}
+
+FASTMT_INLINE Block block_of(const ConsistencyCells& call, int rows, float* shared) {
+  const Block block(call.cells, Shared(call.cells, rows), shared);
+  put_tiles(call, block);
   return block;
 }
 
@@ -76,40 +84,45 @@ FASTMT_INLINE Teacher believe(const ConsistencyCells& call, Loss loss, Powers<C>
 // One teacher scored by "max_prob" or "margin".
 template <Loss LOSS, int C>
 FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
-  Block block = block_of(call, 2 * C, shared);
+  const Grid &student_grid = call.cells.first, &teacher_grid = call.teacher[0];
+  Block block(call.cells, Shared(call.cells, 2 * C), shared);
   const Place& place = block.place;
   const Tile& tile = block.tile;
-  const Grid &student_grid = call.cells.first, &teacher_grid = call.teacher[0];
+  const int32_t teacher_row = lower_neighbour(teacher_grid.rows, place.first_row);
+  const auto of_student = Stage<C>::ask(student_grid, place, place.band, call.cells.reach);
+  const auto of_teacher = Stage<C>::ask(teacher_grid, place, teacher_row, call.teacher_reach);
+  put_tiles(call, block);
   const auto student_column = [&] { return tile.column_at(0); };
   const auto teacher_column = [&] { return tile.column_at(1); };
   const Stage<C> student_stage(block.stage, call.cells.reach, tile.first(0),
                                LOSS == Loss::ce ? block.weights : nullptr);
   const Stage<C> teacher_stage(block.stage + call.cells.reach * Stage<C>::COLUMN,
                                call.teacher_reach, tile.first(1), nullptr);
-  if (place.rows > 0)  // a band may have none
-    student_stage.bring(student_grid, place.image, tile.row_at(0, 0).at.index);
+  student_stage.bring(student_grid, place.image, place.band, of_student);
+  teacher_stage.bring(teacher_grid, place.image, teacher_row, of_teacher);
+  __syncthreads();
   Powers<C> student, teacher;
   Corners<C> corners{};
   for (int i = 0; i < place.rows; ++i) {
-    const bool valid = is_valid(call, place, i);
-    const Row row = tile.row_at(0, i), of_teacher = tile.row_at(1, i);
-    if (of_teacher.move == Move::enter) {
-      if (i > 0) __syncthreads();
-      teacher_stage.bring(teacher_grid, place.image, of_teacher.at.index);
+    const GivenWeight given(call, place, i);
+    const Row row = tile.row_at(0, i), teacher_at = tile.row_at(1, i);
+    if (i > 0 && teacher_at.move == Move::enter) {
+      __syncthreads();
+      teacher_stage.bring(teacher_grid, place.image, teacher_at.at.index);
       __syncthreads();
     }
-    teacher.go_to(teacher_stage, teacher_column, of_teacher, teacher_grid.step(),
+    teacher.go_to(teacher_stage, teacher_column, teacher_at, teacher_grid.step(),
                   call.inverse_temperature);
     const float limit = call.threshold[0];
     const Teacher belief = believe(call, LOSS, teacher);
-    const float weight = weigh(call, block, i, belief, valid, limit);
+    const float weight = weigh(call, block, belief, given, limit);
     if (!any(weight != 0.0f)) {
       student.skip();
       continue;
     }
     student.go_to(student_stage, student_column, row, student_grid.step(), 1.0f);
     if (weight == 0.0f) continue;
-    const float scaled = scaled_weight(call, weight);
+    const float scaled = scaled_weight(call, LOSS, weight);
     const Student state = student_of<LOSS == Loss::ce>(student, student_stage, student_column,
                                                        row.at, belief.label);
     const float value = loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
@@ -191,16 +204,17 @@ FASTMT_INLINE float loss_of_logits(Loss loss, Column z, Column y, const Teacher&
 template <bool WITH_BCE, class Gradient>
 FASTMT_INLINE float visit(const ConsistencyCells& call, Block& block, int i, Column z,
                           Column y, Gradient gradient, int classes) {
-  const bool valid = is_valid(call, block.place, i);
   const float limit = call.threshold[0];
   const Teacher belief = look(call, block, i, y, z, classes);
-  const float weight = weigh(call, block, i, belief, valid, limit);
+  const GivenWeight given(call, block.place, i);
+  const float weight = weigh(call, block, belief, given, limit);
   if (weight == 0.0f) return weight;
   const Across across(call.cells.first, block.place.image, block.tile.column_at(0));
   interpolate(call.cells.first, across, block.tile.row_at(0, i).at, classes, z);
-  const float scaled = scaled_weight(call, weight), coefficient = scaled * call.gradient_scale;
-  const float value =
-      loss_of_logits<WITH_BCE>(Loss(call.loss), z, y, belief, coefficient, gradient, classes);
+  const Loss loss = Loss(call.loss);
+  const float scaled = scaled_weight(call, loss, weight);
+  const float value = loss_of_logits<WITH_BCE>(loss, z, y, belief, scaled * call.gradient_scale,
+                                               gradient, classes);
   block.tally.add(Sums::loss, scaled * value);
   return weight;
 }

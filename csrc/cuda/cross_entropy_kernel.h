@@ -16,36 +16,48 @@ FASTMT_INLINE bool is_wrong(const CrossEntropyCells& call, int64_t label) {
   return label != call.ignore_index && (label < 0 || label >= call.cells.classes);
 }
 
+// What a call says of a pixel, asked for long before it is needed.
+struct GivenLabel {
+  Integer label;
+  float weight = 1;
+
+  GivenLabel() = default;
+  FASTMT_INLINE GivenLabel(const CrossEntropyCells& call, const Place& place, int i)
+      : label(call.labels, place.image, place.first_row + i, place.column) {
+    if (call.pixel_weight.data)
+      weight = value_at<float>(call.pixel_weight, place.image, place.first_row + i, place.column);
+  }
+};
+
 // The label and weight of a pixel. What is ignored, beyond the tile or out of range has no weight;
 // the last is counted.
 struct Labelled {
   int32_t label;
   float weight;
 
-  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, int i)
+  FASTMT_INLINE Labelled(const CrossEntropyCells& call, Block& block, const GivenLabel& pixel,
+                         const float* class_weight)
       : label(0), weight(0) {
-    const Place& place = block.place;
-    const int32_t row = place.first_row + i;
-    const int64_t given = integer_at(call.labels, place.image, row, place.column);
-    if (!place.inside() || given == call.ignore_index) return;
+    const int64_t given = pixel.label.of(call.labels);
+    if (!block.place.inside() || given == call.ignore_index) return;
     if (is_wrong(call, given)) {
       block.tally.add(LabelSums::wrong, 1);
       return;
     }
     label = int32_t(given);
-    weight =
-        call.pixel_weight.data ? float_at(call.pixel_weight, place.image, row, place.column) : 1;
+    weight = pixel.weight;
     block.tally.add(LabelSums::valid, 1);
-    const float share = call.class_weight ? call.class_weight[label] : 1;
+    const float share = class_weight ? class_weight[label] : 1;
     if (weight != 0.0f) block.tally.add(LabelSums::weight, weight * share);
   }
 };
 
-// Names the lowest label out of range, where the block has counted any.
+// Names the lowest label out of range, where the block has counted any: by the thread that has
+// summed them.
 FASTMT_INLINE void put_wrong_label(const CrossEntropyCells& call, const Block& block) {
   const Place& place = block.place;
-  __syncthreads();
-  if (threadIdx.x != 0 || block.tally.shared[LabelSums::wrong * blockDim.x] == 0) return;
+  if (threadIdx.x != LabelSums::wrong % blockDim.x) return;
+  if (block.tally.shared[LabelSums::wrong * blockDim.x] == 0) return;
   int64_t lowest = INT64_MAX;
   for (int32_t row = place.first_row; row < place.first_row + place.rows; ++row)
     for (int32_t column = place.first_column; column < place.last_column; ++column) {
@@ -86,16 +98,21 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   extern __shared__ float shared[];
   const Grid& grid = call.cells.first;
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  const Place& place = block.place;
+  GivenLabel given;
+  if (place.rows > 0) given = GivenLabel(call, place, 0);  // a band may have none
+  const auto asked = Stage<C>::ask(grid, place, place.band, call.cells.reach);
+  block.put_tile();
   __syncthreads();
   const auto column_at = [&] { return block.tile.column_at(0); };
   const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0), block.weights);
-  if (block.place.rows > 0)  // a band may have none
-    stage.bring(grid, block.place.image, block.tile.row_at(0, 0).at.index);
+  stage.bring(grid, place.image, place.band, asked);
   __syncthreads();
   Powers<C> student;
   Corners<C> corners{};
-  for (int i = 0; i < block.place.rows; ++i) {
-    const Labelled pixel(call, block, i);
+  for (int i = 0; i < place.rows; ++i) {
+    const Labelled pixel(call, block, given, nullptr);
+    if (i + 1 < place.rows) given = GivenLabel(call, place, i + 1);
     if (!any(pixel.weight != 0.0f)) {
       student.skip();
       continue;
@@ -116,7 +133,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
 template <class Gradient>
 FASTMT_INLINE float visit(const CrossEntropyCells& call, Block& block, int i, Column z,
                           float mean_weight, Gradient gradient, int classes) {
-  const Labelled pixel(call, block, i);
+  const Labelled pixel(call, block, GivenLabel(call, block.place, i), call.class_weight);
   if (pixel.weight == 0.0f) return pixel.weight;
   const Grid& grid = call.cells.first;
   const Across across(grid, block.place.image, block.tile.column_at(0));
@@ -132,6 +149,7 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_logits_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  block.put_tile();
   __syncthreads();
   const float mean_weight = mean_class_weight(call);
   const SharedCorners<C> corners(block);
@@ -150,6 +168,7 @@ __global__ void __launch_bounds__(256, 2)
   const int classes = call.cells.classes;
   Block block(call.cells, Shared(call.cells, classes), shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
+  block.put_tile();
   __syncthreads();
   const float mean_weight = mean_class_weight(call);
   if (call.cells.partial) clear_rows(block);

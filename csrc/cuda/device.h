@@ -29,6 +29,24 @@ FASTMT_INLINE float widen(float x) { return x; }
 FASTMT_INLINE float widen(bfloat16 x) { return __bfloat162float(x); }
 FASTMT_INLINE float widen(float16 x) { return __half2float(x); }
 
+FASTMT_INLINE uint32_t bits_of(float x) { return __float_as_uint(x); }
+FASTMT_INLINE uint32_t bits_of(float16 x) { return __half_as_ushort(x); }
+
+template <class T>
+FASTMT_INLINE T of_bits(uint32_t bits);
+template <>
+FASTMT_INLINE float of_bits<float>(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+template <>
+FASTMT_INLINE bfloat16 of_bits<bfloat16>(uint32_t bits) {
+  return __ushort_as_bfloat16(uint16_t(bits));
+}
+template <>
+FASTMT_INLINE float16 of_bits<float16>(uint32_t bits) {
+  return __ushort_as_half(uint16_t(bits));
+}
+
 template <class T>
 FASTMT_INLINE T narrow(float x);
 template <>

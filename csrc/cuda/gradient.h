@@ -168,7 +168,10 @@ struct Block {
         stage(shared + layout.end),
         pitch(int(layout.pitch)),
         tile(cells, shared + layout.tile),
-        tally(shared + layout.tallies) {
+        tally(shared + layout.tallies) {}
+
+  // The threads of the block meet before they read it.
+  FASTMT_INLINE void put_tile() const {
     tile.put(0, cells.first, place);
     tile.put_starts(cells, place);
   }

@@ -4,84 +4,9 @@
 // Where the logits reach too far apart for that, every row starts anew.
 #pragma once
 
-#include "cuda/cells.h"
+#include "cuda/stage.h"
 
 namespace fastmt::cuda {
-
-// The low-resolution logits around the rows of a tile, in shared memory: for each column [above,
-// below][C], read in packs by threads of which neighbours want the same ones, and the range of each
-// quarter of them.
-template <int C>
-struct Stage {
-  static constexpr int ROW = (C + 3) / 4 * 4, TOPS = 2 * ROW, LOWS = TOPS + 4;
-  static constexpr int COLUMN = LOWS + 8;  // clear of bank conflicts
-  static constexpr int QUARTERS = 4;  // of the classes, one for each warp
-  float* at;
-  int columns, first;  // how many, and the low-resolution column of the first
-  float* shifts;       // [tile]: the logit that powers of a thread are relative to, if asked for
-
-  FASTMT_INLINE Stage(float* at, int columns, int first, float* shifts)
-      : at(at), columns(columns), first(first), shifts(shifts) {}
-
-  // Brings the logits of low-resolution rows `row` and row + 1. Its threads meet before it is read.
-  FASTMT_INLINE void bring(const Grid& grid, int32_t image, int32_t row) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int64_t down = row + 1 < grid.rows.size ? grid.row : 0;
-    with_type(grid.type, [&](auto type) {
-      using T = typename decltype(type)::type;
-      for (int j = lane; j < columns; j += 32) {
-        const int32_t column = first + j < grid.columns.size ? first + j : grid.columns.size - 1;
-        const T* from = static_cast<const T*>(grid.data) + uint32_t(image) * grid.image +
-                        uint32_t(row) * grid.row + uint32_t(column) * grid.column +
-                        uint32_t(warp) * grid.channel;
-        float* to = at + j * COLUMN;
-        float top = -INFINITY, low = INFINITY, not_finite = 0;
-#pragma unroll 5
-        for (int c = warp; c < C; c += warps, from += warps * grid.channel) {
-          const float above = widen(from[0]), below = widen(from[down]);
-          to[c] = above;
-          to[ROW + c] = below;
-          top = max(top, max(above, below));
-          low = min(low, min(above, below));
-          not_finite += 0 * (above + below);
-        }
-        for (int quarter = warp; quarter < QUARTERS; quarter += warps) {
-          to[TOPS + quarter] = top;
-          to[LOWS + quarter] = not_finite == 0 ? low : -INFINITY;
-        }
-      }
-    });
-  }
-
-  FASTMT_INLINE Between<int> across(At column) const {
-    return {{column.index - first, column.t}, COLUMN};
-  }
-  FASTMT_INLINE float logit(const Between<int>& across, const Between<int>& down, int c) const {
-    const float* above = at + across.first + down.first + c;
-    const float* below = above + down.next;
-    return down.mix(across.mix(above[0], above[across.next]),
-                    across.mix(below[0], below[across.next]));
-  }
-  // The largest and the least of a thread's corners; the least is -inf where one is not finite.
-  FASTMT_INLINE float top(const Between<int>& across) const {
-    float top = -INFINITY;
-    each_of_two(across, TOPS, [&](float value) { top = max(top, value); });
-    return top;
-  }
-  FASTMT_INLINE float low(const Between<int>& across) const {
-    float low = INFINITY;
-    each_of_two(across, LOWS, [&](float value) { low = min(low, value); });
-    return low;
-  }
-  template <class F>
-  FASTMT_INLINE void each_of_two(const Between<int>& across, int offset, F f) const {
-    const float* left = at + across.first + offset;
-    const Four values[2] = {four_at(left), four_at(left + across.next)};
-    FASTMT_UNROLL
-    for (int i = 0; i < 8; ++i) f(values[i / 4].at[i % 4]);
-  }
-  static int64_t bytes(int64_t columns) { return columns * COLUMN * int64_t(sizeof(float)); }
-};
 
 template <int C>
 struct Powers {

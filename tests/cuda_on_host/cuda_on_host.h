@@ -96,6 +96,11 @@ inline void __syncthreads() {
 // result.
 inline bool __any_sync(unsigned, bool here) { return here; }
 
+inline uint32_t __float_as_uint(float x) { return cuda_on_host::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t bits) { return cuda_on_host::bit_cast<float>(bits); }
+inline uint16_t __half_as_ushort(__half x) { return x.bits; }
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
 inline float __bfloat162float(__nv_bfloat16 x) {
   return cuda_on_host::bit_cast<float>(uint32_t(x.bits) << 16);
 }
