@@ -36,7 +36,7 @@ RESERVED = 1024  # shared bytes that the driver takes for each block
 def shared_bytes(classes: int, grids: int, reach: int, staged: bool) -> int:
     """What a block of a kernel with a constant number of classes asks for, as in gradient.h.
 
-    Grids of the same size; `staged` as in powers.h.
+    Grids of the same size; `staged` as in stage.h.
     """
     rows, sums_and_weights = 2 * classes * PITCH, (QUANTITIES + 2) * TILE
     tables = grids * (3 * MAX_ROWS + 2 * TILE) + reach + 1
