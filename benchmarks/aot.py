@@ -231,7 +231,7 @@ FOOT = """\
 ## Accesses of less than 16 bytes
 
 - The dense kernels take bfloat16 logits 8 bytes a thread, 4 pixels: a warp asks for 256 bytes in a
-  row and the same sectors either way. With 8 pixels a thread takes twice the registers, and a GPU
+  row and the same sectors either way. With 8 pixels a thread takes more registers, and a GPU
   longer (benchmarks/gpu_choice).
 - The dense confidence of many classes has one or two pixels for each thread to store, an 8-byte
   label and a 4-byte score each; neighbouring threads store neighbours, one instruction a block.

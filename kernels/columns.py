@@ -37,7 +37,7 @@ def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False)
     holds two columns or more: then a thread has whole columns of 19 or 21 classes, with no padding
     and no exchange, and the registers that 8 pixels' own values would take. A warp still asks for
     256 bytes in a row, the same sectors; with 8 pixels "mse" of 19 classes takes 253 registers
-    instead of 168 and 15 % longer (sm_90, benchmarks/gpu_choice).
+    instead of 168 and 16 % longer (sm_90, benchmarks/gpu_choice).
 
     Where neighbouring pixels lie `apart` in memory (channels last, rows) every logit of a thread
     takes an address of its own: it has room for one pixel, and for a column less.

@@ -19,10 +19,8 @@ def shapes(classes: st.SearchStrategy[int]) -> st.SearchStrategy[tuple[int, ...]
 
 def offsets_of(monkeypatch, *modules) -> list[bool]:
     """Grows with each launch of these modules from now on: whether its offsets have 64 bits."""
-    from fastmt.kernels.launch import (
-        Launch,
-        forget,
-    )  # where there is no Triton, this is not reached
+    # Where there is no Triton, this is not reached.
+    from fastmt.kernels.launch import Launch, forget
 
     wide = []
 
