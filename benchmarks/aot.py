@@ -29,6 +29,7 @@ from triton.runtime import driver
 
 from fastmt import kernels
 from fastmt.kernels.calls import KINDS, LOSSES
+from fastmt.kernels.ema import COLUMNS as TABLE_COLUMNS
 from fastmt.kernels.launch import forget
 
 TARGETS = {
@@ -114,9 +115,10 @@ def cases(classes: int, dtype: torch.dtype, every: bool) -> Iterator[tuple[str, 
 
 def common_cases() -> Iterator[tuple[str, Callable]]:
     """The calls that know nothing of classes."""
-    table, starts = meta(300, 7, dtype=torch.int64), meta(301, dtype=torch.int64)
-    decays = meta(1, dtype=torch.float64)
+    table, starts = meta(300, TABLE_COLUMNS, dtype=torch.int64), meta(301, dtype=torch.int64)
+    decays, draws = meta(1, dtype=torch.float64), meta(1, dtype=torch.int64)
     yield "ema_update_", lambda: kernels.ema_update_(table, starts, decays)
+    yield "ema_update_ rounding", lambda: kernels.ema_update_(table, starts, decays, draws)
     for name, dtype in DTYPES.items():
         data = meta(BATCH, 19, HIGH, HIGH, dtype=dtype)
         yield f"scale_ {name}", lambda data=data: kernels.scale_(data, meta(), meta())

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
     const std::vector<int64_t>&, double, bool, bool);
-void ema_update_(const Tensor&, const Tensor&, const Tensor&);
+void ema_update_(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
 void scale_(Tensor, const Tensor&, const Tensor&);
 
 std::string instruction_set() { return kernels().name; }
@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(fastmt, m) {
       " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong, Tensor wrong_label)");
   // Writes the teachers whose addresses the table holds, which no schema can say: a graph calls
   // ema_update_traced_ of fastmt/ema.py instead, which names them.
-  m.def("ema_update_(Tensor table, Tensor starts, Tensor decays) -> ()");
+  m.def("ema_update_(Tensor table, Tensor starts, Tensor decays, Tensor? draws=None) -> ()");
   m.def("scale_(Tensor(a!) data, Tensor scale, Tensor factor) -> ()");
 }
 

@@ -130,7 +130,7 @@ class Plan:
         if not self._on_device.holds():
             return False
         increment_version(self._written)
-        self._on_device.run(kernels, [decay_on(self.device, decay) for decay in decays])
+        self._on_device.run(kernels, [decay_on(self.device, decay) for decay in decays], draws)
         for teacher, row in self._on_device.rest:
             update_eagerly(row, [decays[teacher]], [draws[teacher]])
         return True

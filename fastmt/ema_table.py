@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmt.ema_bound import AVERAGE, COPY, KEEP, KERNEL_DTYPES, Row, is_dense, is_plain
 from fastmt.reference import is_averaged
+from fastmt.rounding import HALVES, mixed
 
 try:  # what torch.compile tells with that its guards hold: in C++, ten times as fast as in Python
     from torch._C._dynamo.guards import TensorGuards
@@ -18,6 +19,7 @@ except ImportError:
     TensorGuards = None
 
 CHUNK = 16 * 1024  # elements in one piece of work, as in csrc and in kernels/ema.py
+COLUMNS = 9  # of a table
 TYPES = {dtype: index for index, dtype in enumerate(KERNEL_DTYPES)}  # as in csrc/cpu/calls.h
 _BYTES = len(TYPES)  # the type of what is copied as it is
 _MAX_TABLES = 8
@@ -39,41 +41,59 @@ class Entry(NamedTuple):
 
     average: Tensor
     value: Tensor
-    teacher: int = 0  # whose decay is its
+    teacher: int = 0  # whose decay and draw are its
     copies: bool = False  # whatever that decay, unless it is negative
+    rounding: int = AVERAGE  # STOCHASTIC or KAHAN: how an average in half precision moves
+    number: int = 0  # of the random numbers
+    lost: Tensor | None = None  # by the rounding, where it is KAHAN
 
     @property
     def is_bytes(self) -> bool:
         return self.copies and self.average.dtype == self.value.dtype
 
+    @property
+    def rounds(self) -> bool:
+        return self.rounding != AVERAGE
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.average, self.value, self.lost) if tensor is not None]
+
     def is_served(self, device: torch.device) -> bool:
-        """Whether the kernel can walk both tensors as one stretch of memory."""
-        average, value = self[:2]
-        if not (is_plain(average) and is_plain(value)):
-            return False
-        same_memory_order = average.stride() == value.stride() or (
-            average.is_contiguous() and value.is_contiguous()
-        )
+        """Whether the kernel can walk all its tensors as one stretch of memory."""
+        average, *others = tensors = self.tensors
         return (
-            average.device == value.device == device
-            and (self.is_bytes or (average.dtype in TYPES and value.dtype in TYPES))
-            and same_memory_order
+            all(map(is_plain, tensors))
+            and all(tensor.device == device for tensor in tensors)
+            and (self.is_bytes or {average.dtype, self.value.dtype} <= TYPES.keys())
+            and (not self.rounds or average.dtype in HALVES)
+            and (self.lost is None or self.lost.dtype == average.dtype)
+            and all(_are_in_one_order(average, other) for other in others)
             and is_dense(average)
         )
 
     def row(self) -> tuple[int, ...]:
-        """As csrc/cpu/ema.cpp and kernels/ema.py read it."""
-        average, value, teacher, copies = self
+        """As csrc/cpu/ema.cpp and kernels/ema.py read it, of COLUMNS numbers."""
+        average, value = self[:2]
         length, types = average.numel(), (TYPES.get(average.dtype), TYPES.get(value.dtype))
         if self.is_bytes:
             length, types = length * average.itemsize, (_BYTES, _BYTES)
-        return average.data_ptr(), value.data_ptr(), length, *types, teacher, int(copies)
+        mode = COPY if self.copies else self.rounding
+        lost = 0 if self.lost is None else self.lost.data_ptr()
+        addresses = average.data_ptr(), value.data_ptr()
+        return *addresses, length, *types, self.teacher, mode, mixed(self.number), lost
+
+
+def _are_in_one_order(one: Tensor, other: Tensor) -> bool:
+    return one.stride() == other.stride() or (one.is_contiguous() and other.is_contiguous())
 
 
 def _check_memory(entries: Sequence[Entry]) -> None:
     """Refuse dense tensors whose storage was freed or cut, before an address of them is used."""
     for entry in entries:
-        for name, tensor in zip(("teacher", "student"), entry[:2], strict=True):
+        for name, tensor in zip(
+            ("teacher", "student", "compensation"), entry.tensors, strict=False
+        ):
             end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
             held = tensor.untyped_storage().nbytes()
             if end > held:
@@ -87,14 +107,18 @@ class Table:
         """entries: that are served on `device`."""
         _check_memory(entries)
         rows = list(map(Entry.row, entries))
-        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 7)
+        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, COLUMNS)
         chunks = (table[:, 2] + CHUNK - 1) // CHUNK
         self.rows = table.to(device)
         self.starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)]).to(device)
+        self.rounds = any(entry.rounds for entry in entries)
 
-    def update(self, kernels: Any, decays: Tensor) -> None:
-        """One launch; decays (teachers,), or 0-dim of one, is float64 on the device."""
-        kernels.ema_update_(self.rows, self.starts, decays)
+    def update(self, kernels: Any, decays: Tensor, draws: Tensor | None = None) -> None:
+        """One launch; decays (teachers,), or 0-dim of one, is float64 on the device.
+
+        draws, as many of int64, where the table `rounds`.
+        """
+        kernels.ema_update_(self.rows, self.starts, decays, *([draws] if self.rounds else []))
 
 
 class Layout:
@@ -123,25 +147,38 @@ class DeviceUpdate:
         entries = []
         for row in rows:
             for teacher, alone in enumerate(row.of_each()):
-                (average,), (mode,) = alone.averages, alone.modes
-                entry = Entry(average, row.value, teacher, mode == COPY)
-                if mode in (AVERAGE, COPY) and entry.is_served(device):
+                (average,), (mode,), (lost,) = alone.averages, alone.modes, alone.compensations
+                rounding = AVERAGE if mode == COPY else mode
+                entry = Entry(average, row.value, teacher, mode == COPY, rounding, row.number, lost)
+                if mode != KEEP and entry.is_served(device):
                     entries.append(entry)
                 elif mode != KEEP:
                     self.rest.append((teacher, alone))
-        self._tensors = [tensor for entry in entries for tensor in entry[:2]]
+        self._tensors = [tensor for entry in entries for tensor in entry.tensors]
         self._layout, self._table = Layout(self._tensors), Table(entries, device)
 
     def holds(self) -> bool:
         """Whether all tensors lie where they did."""
         return self._layout.is_that_of(self._tensors)
 
-    def run(self, kernels: Any, decays: Sequence[Tensor]) -> None:
+    def run(
+        self, kernels: Any, decays: Sequence[Tensor], draws: Sequence[int | Tensor] = ()
+    ) -> None:
         """Update all but the rest, by a 0-dim float64 tensor a teacher, negative to change nothing.
 
-        One that holds 1 keeps what is averaged, whatever the student holds.
+        One that holds 1 keeps what is averaged, whatever the student holds. The draws are read
+        where anything rounds.
         """
-        self._table.update(kernels, decays[0] if len(decays) == 1 else torch.stack(list(decays)))
+        if self._table.rounds:
+            device = self._table.rows.device
+            drawn = _together([draw_on(device, draw) for draw in draws])
+            self._table.update(kernels, _together(decays), drawn)
+        else:
+            self._table.update(kernels, _together(decays))
+
+
+def _together(scalars: Sequence[Tensor]) -> Tensor:
+    return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars))
 
 
 class Lists:
@@ -186,6 +223,13 @@ def decay_on(device: torch.device, decay: float | Tensor) -> Tensor:
     if not isinstance(decay, Tensor):
         return torch.full((), decay, dtype=torch.float64, device=device)
     return decay.detach().to(device, torch.float64, non_blocking=True)
+
+
+def draw_on(device: torch.device, draw: int | Tensor) -> Tensor:
+    """0-dim int64, where the kernels read it."""
+    if not isinstance(draw, Tensor):
+        return torch.full((), draw, dtype=torch.int64, device=device)
+    return draw.to(device, torch.int64, non_blocking=True)
 
 
 def _layout_check(tensors: list[Tensor]) -> Callable[..., bool]:

@@ -98,7 +98,7 @@ def cross_entropy(
     return loss, scale, _gradient(logits, wants_gradient), wrong, wrong_label
 
 
-def ema_update_(table: Tensor, starts: Tensor, decays: Tensor) -> None:
+def ema_update_(table: Tensor, starts: Tensor, decays: Tensor, draws: Tensor | None = None) -> None:
     pass
 
 

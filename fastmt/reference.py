@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmt.rounding import random_bits, stochastically_rounded
+from fastmt.rounding import HALVES, random_bits, stochastically_rounded
 from fastmt.threefry import random_words
 
 
@@ -255,15 +255,12 @@ def ema_update_(
         before = average if rest is None else average.float() + rest.float()
         after = _where_counted(decay, _mean(before, value, decay), before)
         rounded = after.to(average.dtype)
-        if rounding == "stochastic" and average.dtype in _HALVES:
-            random = random_bits(after, draw, number)
+        if rounding == "stochastic" and average.dtype in HALVES:
+            random = random_bits(average, draw, number)
             rounded = stochastically_rounded(after.float(), average.dtype, random)
         if rest is not None:
             rest.copy_((after - rounded.float()).nan_to_num(0.0, 0.0, 0.0))
         average.copy_(rounded)
-
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_averaged(tensor: Tensor) -> bool:

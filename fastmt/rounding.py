@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def random_bits(like: Tensor, draw: int | Tensor, number: int) -> Tensor:
-    """32 random bits, as int64, for each element of a tensor of this number."""
-    index = torch.arange(like.numel(), device=like.device).view(like.shape)
+    """32 random bits, as int64, for each element of a tensor of this number.
+
+    An element goes by its place in memory, in which the kernels walk it.
+    """
+    strides = torch.empty_like(like, device="meta").stride()
+    index = torch.arange(like.numel(), device=like.device).as_strided(like.shape, strides)
     return mixed(mixed(index & 0xFFFFFFFF) ^ mixed(draw ^ mixed(number)) ^ index >> 32)
 
 

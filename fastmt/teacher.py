@@ -48,8 +48,7 @@ class EMATeacher(Counting):
             stay as the student's. Inputs have the teacher's dtype, or autocast is on.
         rounding: of parameters in half precision: "stochastic" stores each up or down at random,
             right on average; "kahan" keeps what rounding has lost in a tensor beside each
-            (`compensation`), as many bytes again. On a GPU no kernel does either: such parameters
-            are averaged one by one, in plain PyTorch.
+            (`compensation`), as many bytes again. Either is done in the launch that does the rest.
         seed: of stochastic rounding; the same seed and students give the same teacher.
         device: of the teacher; default: the student's. On "cpu" it takes no memory of the student's
             GPU: update() starts a copy of the student to pinned memory and returns, and the average

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmt.matching import Pair, is_sharded, local, matched, plain_name, reshard, unwrapped
+from fastmt.rounding import HALVES
 
-HALVES = (torch.bfloat16, torch.float16)
 carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
 _lending = threading.Lock()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt.matching import local, plain_name, reshard, sharded_as
-from fastmt.teacher_network import HALVES
+from fastmt.rounding import HALVES
 
 
 def add_versions(state: Mapping[str, object], prefix: str) -> None:

@@ -10,14 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmt.kernels.launch import launch
+from fastmt.kernels.rounding import at_random, mixed, nearest, widened
 from fastmt.kernels.views import device_of
 
 CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema_table.py
 BLOCK = 4096  # elements at once of a full chunk: so many loads under way keep a GPU's memory busy
 SMALL = 1024  # of one that is not full
 # Of the table: addresses of teacher and student, length, types of teacher and student, which of the
-# decays is its, and whether it copies whatever that is.
-COLUMNS = 7
+# decays and draws are its, what it does (the modes of fastmt/ema_bound.py), its number, mixed, and
+# the address of what rounding has lost.
+COLUMNS = 9
+COPY, STOCHASTIC, KAHAN = tl.constexpr(1), tl.constexpr(3), tl.constexpr(4)
+BFLOAT16 = tl.constexpr(1)
 BYTES = tl.constexpr(3)  # the type of what is copied as it is
 ALIGNMENT = tl.constexpr(16)  # bytes of one access
 
@@ -79,6 +83,73 @@ def average(teacher, student, teacher_kind, student_kind, at, mask, decay, ALIGN
 
 
 @triton.jit
+def mean(old, new, decay):
+    """In the words of the reference: torch.lerp by what 1 - decay is in float32."""
+    share = (1.0 - decay).to(tl.float32)
+    step = tl.where(share >= 0.5, share - 1.0, share)
+    nearer = tl.where(share >= 0.5, new, old)
+    return tl.where(share == 1, new, tl.fma(step, new - old, nearer))
+
+
+@triton.jit
+def stochastic(
+    teacher, student, teacher_kind, student_kind, at, mask, decay, key, ALIGNED: tl.constexpr
+):
+    is_bfloat16 = teacher_kind == BFLOAT16
+    place = pointer(teacher, tl.uint16, ALIGNED) + at
+    old = widened(tl.load(place, mask=mask), is_bfloat16)
+    after = mean(old, read(student, at, mask, student_kind, ALIGNED), decay)
+    random = mixed(mixed(at.to(tl.uint32)) ^ key)
+    tl.store(place, at_random(after, is_bfloat16, random), mask=mask)
+
+
+@triton.jit
+def kahan(
+    teacher, student, lost, teacher_kind, student_kind, at, mask, decay, ALIGNED: tl.constexpr
+):
+    """With what the rounding loses kept; nothing beside what is not finite."""
+    is_bfloat16 = teacher_kind == BFLOAT16
+    place = pointer(teacher, tl.uint16, ALIGNED) + at
+    beside = pointer(lost, tl.uint16, ALIGNED) + at
+    old = widened(tl.load(place, mask=mask), is_bfloat16)
+    old += widened(tl.load(beside, mask=mask), is_bfloat16)
+    after = mean(old, read(student, at, mask, student_kind, ALIGNED), decay)
+    rounded = nearest(after, is_bfloat16)
+    rest = after - widened(rounded, is_bfloat16)
+    tl.store(place, rounded, mask=mask)
+    rest = tl.where(rest - rest == 0, rest, 0.0)
+    tl.store(beside, nearest(rest, is_bfloat16), mask=mask)
+
+
+@triton.jit
+def rounded(entry, teacher, student, mode, draw, first, count, decay, BLOCK: tl.constexpr):
+    """A chunk of an average in half precision that moves; lanes of its own, as a copy's."""
+    teacher_kind = tl.load(entry + 3)
+    student_kind = tl.load(entry + 4)
+    key = mixed((draw ^ tl.load(entry + 7)).to(tl.uint32)) ^ (first >> 32).to(tl.uint32)
+    lost = tl.load(entry + 8)
+    lanes = lanes_of(BLOCK)
+    aligned = (teacher | student | lost) % ALIGNMENT == 0
+    whole = tl.where(aligned, count // BLOCK * BLOCK, 0)
+    if mode == KAHAN:
+        for offset in range(0, whole, BLOCK):
+            at = first + offset + lanes
+            kahan(teacher, student, lost, teacher_kind, student_kind, at, None, decay, True)
+        for offset in range(whole, count, BLOCK):
+            at = first + offset + lanes
+            mask = at < first + count
+            kahan(teacher, student, lost, teacher_kind, student_kind, at, mask, decay, False)
+    else:
+        for offset in range(0, whole, BLOCK):
+            at = first + offset + lanes
+            stochastic(teacher, student, teacher_kind, student_kind, at, None, decay, key, True)
+        for offset in range(whole, count, BLOCK):
+            at = first + offset + lanes
+            mask = at < first + count
+            stochastic(teacher, student, teacher_kind, student_kind, at, mask, decay, key, False)
+
+
+@triton.jit
 def copy(teacher, student, first, count, BLOCK: tl.constexpr):
     """Byte by byte: buffers are small, and lanes of their own leave the average its layout."""
     for offset in range(0, count, BLOCK):
@@ -93,6 +164,7 @@ def ema_kernel(
     starts,
     rows,
     decays,
+    draws,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -112,12 +184,18 @@ def ema_kernel(
         teacher_kind = tl.load(entry + 3)
         student_kind = tl.load(entry + 4)
         stated = tl.load(decays + tl.load(entry + 5)).to(tl.float64)
-        decay = tl.where((tl.load(entry + 6) != 0) & (stated >= 0), 0.0, stated)
+        mode = tl.load(entry + 6)
+        decay = tl.where((mode == COPY) & (stated >= 0), 0.0, stated)
         length = tl.load(entry + 2)
         first = (chunk - tl.load(starts + row)) * CHUNK
         keeps = (decay == 1) | (decay < 0)
         count = tl.where(keeps, 0, tl.minimum(CHUNK, length - first)).to(tl.int32)
         aligned = (teacher % ALIGNMENT == 0) & (student % ALIGNMENT == 0)
+        if draws is not None:  # noqa: SIM102  what the compiler knows, and what a row says
+            if mode >= STOCHASTIC:
+                draw = tl.load(draws + tl.load(entry + 5))
+                rounded(entry, teacher, student, mode, draw, first, count, decay, SMALL)
+                count = 0
         if teacher_kind == BYTES:
             copy(teacher, student, first, count, SMALL)
         elif aligned & (count == CHUNK):
@@ -135,9 +213,11 @@ def ema_kernel(
                 average(teacher, student, teacher_kind, student_kind, at, mask, decay, False)
 
 
-def ema_update_(table: Tensor, starts: Tensor, decays: Tensor) -> None:
+def ema_update_(table: Tensor, starts: Tensor, decays: Tensor, draws: Tensor | None = None) -> None:
     """teacher <- decay * teacher + (1 - decay) * student for each row of the table, in place.
 
+    draws: int64, one for each decay; where the table has modes that round. Without it these are
+    left out of the code: what they take of registers is no matter of other averages.
     The number of chunks is read on the device; the grid only has to fill it.
     """
     if len(table) == 0:
@@ -150,6 +230,7 @@ def ema_update_(table: Tensor, starts: Tensor, decays: Tensor) -> None:
             starts,
             len(table),
             decays,
+            draws,
             COLUMNS=COLUMNS,
             CHUNK=CHUNK,
             BLOCK=BLOCK,

@@ -32,20 +32,22 @@ class OnGpu:
         self._operations.scale_(moved, move(scale, GPU), move(factor, GPU))
         data.copy_(moved)
 
-    def ema_update_(self, table: Tensor, starts: Tensor, decays: Tensor) -> None:
-        """The memory behind each address of the table is moved there, and the teachers' back."""
+    def ema_update_(
+        self, table: Tensor, starts: Tensor, decays: Tensor, draws: Tensor | None = None
+    ) -> None:
+        """The memory behind each address of the table is moved there, and what is written back."""
         rows, moved = table.tolist(), []
         for row in rows:
-            for column in (0, 1):
-                size = row[2] * ITEMSIZES[row[3 + column]]
-                if size:
+            for column, kind in ((0, row[3]), (1, row[4]), (8, row[3])):
+                size = row[2] * ITEMSIZES[kind]
+                if size and row[column]:
                     here = memory_at(row[column], size)
-                    moved.append((here, _as_aligned(here, row[column]), column == 0))
+                    moved.append((here, _as_aligned(here, row[column]), column != 1))
                     row[column] = moved[-1][1].data_ptr()
         there = torch.tensor(rows, dtype=table.dtype).view(table.shape).to(GPU)
-        self._operations.ema_update_(there, move(starts, GPU), move(decays, GPU))
-        for here, copy, is_teacher in moved:
-            if is_teacher:
+        self._operations.ema_update_(there, *move([starts, decays, draws], GPU))
+        for here, copy, is_written in moved:
+            if is_written:
                 here.copy_(copy)
 
 

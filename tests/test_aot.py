@@ -18,7 +18,10 @@ from fastmt.kernels.cells import PRODUCT_CLASSES, strips_for  # noqa: E402
 
 RESULTS = json.loads((aot.RESULTS / "aot.json").read_text())
 ROWS = {aot.key_of(row): row for row in RESULTS["rows"]}
-QUICK = ("dense consistency mse", "dense confidence max_prob", "cells cross_entropy", "ema_update_")
+QUICK = (
+    *("dense consistency mse", "dense confidence max_prob", "cells cross_entropy"),
+    *("ema_update_", "ema_update_ rounding"),
+)
 same_compiler = pytest.mark.skipif(
     RESULTS["triton"] != triton.__version__,
     reason=f"the table is of Triton {RESULTS['triton']}, here is {triton.__version__}",

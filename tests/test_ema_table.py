@@ -10,7 +10,7 @@ from torch import nn
 
 import fastmt
 from fastmt import cpp_backend, ema_plan
-from fastmt.ema_bound import AVERAGE, COPY, KEEP, STOCHASTIC, Row
+from fastmt.ema_bound import AVERAGE, COPY, KAHAN, KEEP, STOCHASTIC, Row
 from fastmt.ema_table import DeviceUpdate, Layout
 
 pytestmark = [
@@ -193,7 +193,9 @@ def test_what_no_kernel_serves_is_left_to_the_reference():
         row(torch.zeros(2, 3), torch.ones(3, 2).t()),
         row(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int64), COPY),
         row(torch.zeros(2).cfloat(), torch.ones(2).cfloat().conj(), COPY),
-        row(torch.zeros(3).bfloat16(), torch.zeros(3), STOCHASTIC),
+        row(torch.zeros(3), torch.zeros(3), STOCHASTIC),
+        row(torch.zeros(3).bfloat16(), torch.zeros(3, dtype=torch.float64), STOCHASTIC),
+        Row(0, (torch.zeros(3).half(),), torch.zeros(3), (KAHAN,), (torch.zeros(6).half()[::2],)),
         row(torch.zeros(3, device="meta"), torch.zeros(3, device="meta")),
     ]
     rest = DeviceUpdate([served, *left], CPU).rest

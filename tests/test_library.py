@@ -46,7 +46,7 @@ def samples():
     """Arguments for each operation, by the name of the operation."""
     half = torch.full(LABELS.shape, 0.5)
     threshold, many = torch.tensor([0.4]), torch.linspace(0.2, 0.6, 5)
-    tables = torch.zeros(0, 7, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    tables = torch.zeros(0, 9, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     options, scales = [0, 0, 0, 0, 0, 0], (torch.tensor(0.5), torch.tensor(3.0))
     for dtype in DTYPES:
         z, y = STUDENT.to(dtype), TEACHER.to(dtype)
@@ -64,6 +64,7 @@ def samples():
         yield "scale_", (z.clone(), *scales)
     decay = torch.tensor(0.9, dtype=torch.float64)
     yield "ema_update_", (*tables, decay)
+    yield "ema_update_", (*tables, decay, torch.tensor(3))
     yield "ema_update_traced_", ([torch.zeros(3)], [torch.ones(3)], decay)
 
 

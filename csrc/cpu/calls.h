@@ -79,6 +79,19 @@ struct NoiseCall {
   bool clamp;
 };
 
+// What a teacher does with a value, as in fastmt/ema_bound.py.
+enum class EmaMode : int64_t { average, copy, keep, stochastic, kahan };
+
+// A row of a table of tensor pairs. Elements are of floating types, or bytes, which are copied.
+struct EmaRow {
+  int64_t teacher, student, length;  // the first two addresses
+  int64_t teacher_type, student_type;
+  int64_t owner;  // which of the decays and draws are its
+  EmaMode mode;
+  int64_t number;  // mixed, of the random numbers
+  int64_t lost;    // address of what rounding has lost, of EmaMode::kahan
+};
+
 // How an average is stored in half precision: to the nearest; up or down at random, right on
 // average; or with what the rounding lost kept beside it.
 enum class Rounding : int { nearest, stochastic, kahan };

@@ -16,17 +16,9 @@ namespace fastmt {
 
 namespace {
 
-enum class Mode : int64_t { average, copy, keep, stochastic, kahan };
-
-uint32_t mixed(uint32_t x) {  // as in ema_kernel.h
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
-}
-
 // What one teacher does with one value.
 struct Use {
-  Mode mode;
+  EmaMode mode;
   int64_t average, compensation;  // places in `tensors`; the latter -1 where there is none
   size_t element_size;
   Type type;
@@ -66,9 +58,9 @@ Type type_or_bytes(const Tensor& tensor) {
 
 void update_span(const Bound& bound, int64_t row, const Use& use, double decay, uint32_t draw,
                  int64_t first, int64_t last) {
-  if (use.mode == Mode::keep || decay < 0) return;
+  if (use.mode == EmaMode::keep || decay < 0) return;
   const Held &average = bound.tensors[use.average], &value = bound.value(row);
-  if (use.mode == Mode::copy && average.dtype == value.dtype) {
+  if (use.mode == EmaMode::copy && average.dtype == value.dtype) {
     const size_t offset = first * use.element_size;
     std::memcpy(static_cast<char*>(average.pointer) + offset,
                 static_cast<const char*>(value.pointer) + offset,
@@ -76,21 +68,21 @@ void update_span(const Bound& bound, int64_t row, const Use& use, double decay, 
     return;
   }
   EmaSpan span{average.pointer, value.pointer, use.type, bound.value_types[row], first, last};
-  if (use.mode == Mode::stochastic) {
+  if (use.mode == EmaMode::stochastic) {
     span.rounding = Rounding::stochastic;
     span.key = mixed(draw ^ mixed(uint32_t(bound.number[row])));
-  } else if (use.mode == Mode::kahan) {
+  } else if (use.mode == EmaMode::kahan) {
     span.rounding = Rounding::kahan;
     span.compensation = bound.tensors[use.compensation].pointer;
   }
-  kernels().ema(span, use.mode == Mode::copy ? 0 : decay);
+  kernels().ema(span, use.mode == EmaMode::copy ? 0 : decay);
 }
 
 // Whether no value shares memory with an average that is written, and none of these is there twice.
 bool are_apart(const Bound& bound) {
   std::unordered_set<const void*> written, storages;
   for (const Use& use : bound.uses) {
-    if (use.mode == Mode::keep) continue;
+    if (use.mode == EmaMode::keep) continue;
     const Held& average = bound.tensors[use.average];
     if (!written.insert(average.pointer).second) return false;
     storages.insert(storage_of(average));
@@ -155,7 +147,7 @@ std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vect
       const size_t at = row * teachers + t;
       const Tensor& average = averages[at];
       bound->uses.push_back(
-          {Mode(modes[at]), add(average, owned), -1, average.element_size(), type_or_bytes(average)});
+          {EmaMode(modes[at]), add(average, owned), -1, average.element_size(), type_or_bytes(average)});
     }
     add(values[row], owned);
     bound->value_types.push_back(type_or_bytes(values[row]));
@@ -164,7 +156,7 @@ std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vect
   }
   size_t used = 0;
   for (Use& use : bound->uses)
-    if (use.mode == Mode::kahan) use.compensation = add(compensations.at(used++), true);
+    if (use.mode == EmaMode::kahan) use.compensation = add(compensations.at(used++), true);
   STD_TORCH_CHECK(holds(*bound), "a bound tensor has no memory of its own on the CPU");
   bound->watched = watch_first ? teachers + 1 : 0;
   for (int64_t i = 0; i < bound->watched; ++i) bound->tensors[i].handle = nullptr;
@@ -173,8 +165,8 @@ std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vect
 
 }  // namespace
 
-// Holds `values` and, for each of them, the same number of `averages` with their Mode, and one of
-// `compensations` for each of Mode::kahan, until ema_release; returns the key. The tensors of the
+// Holds `values` and, for each of them, the same number of `averages` with their EmaMode, and one of
+// `compensations` for each of EmaMode::kahan, until ema_release; returns the key. The tensors of the
 // first value are not held if `watch_first`: they come along with each update. All tensors are
 // dense and in the memory order of their value; `numbers` distinguish the random numbers of values.
 int64_t ema_bind(const std::vector<Tensor>& averages, const std::vector<Tensor>& values,

@@ -9,6 +9,12 @@ namespace fastmt {
 
 constexpr int64_t CHUNK = 16 * 1024;  // elements in one piece of work, as in fastmt/ema_table.py
 
+inline uint32_t mixed(uint32_t x) {  // as in ema_kernel.h
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
 inline int64_t chunks_of(int64_t elements) { return (elements + CHUNK - 1) / CHUNK; }
 
 // f(row, first, last) for each chunk of elements; start[row] counts the chunks before a row.

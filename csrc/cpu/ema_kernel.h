@@ -39,21 +39,34 @@ inline float16 narrow_randomly<float16>(float x, uint32_t random) {
   return {uint16_t(half | (bits >> 16 & 0x8000))};
 }
 
+// Between teacher and student, as torch.lerp: from the nearer end, so that decay 1 keeps exactly. 0
+// copies, whatever the teacher held.
+struct Weights {
+  bool copies, near_student;
+  float step;  // from there towards the student
+
+  explicit Weights(double decay)
+      : copies(decay == 0),
+        near_student(decay < 0.5),
+        step(float(near_student ? -decay : 1 - decay)) {}
+  // In the words of the reference, to the bit: by what 1 - decay is in float32.
+  explicit Weights(float share)
+      : copies(share == 1), near_student(share >= 0.5f), step(near_student ? share - 1 : share) {}
+};
+
 // teacher[i] = store(i, the average of load(i, teacher[i]) and student[i]).
 template <class T, class S, class Load, class Store>
 inline void ema_span(T* __restrict__ teacher, const S* __restrict__ student, const EmaSpan& span,
-                     double decay, Load load, Store store) {
-  if (decay == 0) {  // a copy, whatever the teacher held
+                     Weights weights, Load load, Store store) {
+  if (weights.copies) {
     for (int64_t i = span.begin; i < span.end; ++i) teacher[i] = store(i, widen(student[i]));
     return;
   }
-  // As torch.lerp: from the nearer end, so that decay 1 keeps exactly.
-  const bool near_student = decay < 0.5;
-  const float step = float(near_student ? decay : 1 - decay);
+  const bool near_student = weights.near_student;
+  const float step = weights.step;
   for (int64_t i = span.begin; i < span.end; ++i) {
     const float average = load(i, widen(teacher[i])), value = widen(student[i]);
-    const float from = near_student ? value : average, to = near_student ? average : value;
-    teacher[i] = store(i, from + step * (to - from));
+    teacher[i] = store(i, (near_student ? value : average) + step * (value - average));
   }
 }
 
@@ -63,16 +76,18 @@ inline void ema_rounded(const EmaSpan& span, double decay) {
   const S* student = static_cast<const S*>(span.student);
   T* __restrict__ lost = static_cast<T*>(span.compensation);
   const auto load = [](int64_t, float x) { return x; };
+  const Weights rounded(float(1 - decay));
   if (span.rounding == Rounding::nearest) {
-    ema_span(teacher, student, span, decay, load, [](int64_t, float x) { return narrow<T>(x); });
+    ema_span(teacher, student, span, Weights(decay), load,
+             [](int64_t, float x) { return narrow<T>(x); });
   } else if (span.rounding == Rounding::stochastic) {
     const uint32_t key = span.key ^ uint32_t(uint64_t(span.begin) >> 32);  // spans are short
-    ema_span(teacher, student, span, decay, load, [=](int64_t i, float x) {
+    ema_span(teacher, student, span, rounded, load, [=](int64_t i, float x) {
       return narrow_randomly<T>(x, mixed(mixed(uint32_t(i)) ^ key));
     });
   } else {
     const auto whole = [=](int64_t i, float x) { return x + widen(lost[i]); };
-    ema_span(teacher, student, span, decay, whole, [=](int64_t i, float x) {
+    ema_span(teacher, student, span, rounded, whole, [=](int64_t i, float x) {
       const T near = narrow<T>(x);
       const float rest = x - widen(near);
       lost[i] = narrow<T>(rest - rest == 0 ? rest : 0.0f);  // 0 beside inf and NaN

@@ -119,13 +119,14 @@ struct Finish {
 
 constexpr int64_t EMA_CHUNK = 16 * 1024;  // elements between two entries of `starts`
 
-// Rows (teacher, student, length, teacher's type, student's type, which of `decays` is its, whether
-// it copies whatever that is): elements of floating types, or bytes, which are copied. `starts`
-// counts the chunks before each row. A negative decay changes nothing.
+// `starts` counts the chunks before each row. A negative decay changes nothing. `draws`, one for
+// each decay, are there where a row is rounded at random or with what that loses.
 struct EmaCall {
-  const int64_t *table, *starts;
+  const EmaRow* table;
+  const int64_t* starts;
   int64_t rows;
   const double* decays;
+  const int64_t* draws;
 };
 
 struct ScaleCall {

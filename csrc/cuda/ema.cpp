@@ -2,17 +2,22 @@
 
 namespace fastmt::cuda {
 
-// `table` (rows, 7), `starts` (rows + 1) and `decays`, float64, as in EmaCall; all on the device.
-void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decays) {
+// `table` of EmaRow, `starts` (rows + 1), `decays`, float64, and `draws`, int64, as in EmaCall; all on
+// the device.
+void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decays,
+                 const std::optional<Tensor>& draws) {
   if (table.size(0) == 0) return;
   STD_TORCH_CHECK(decays.is_cpu() == table.is_cpu(),
                   "decays: a tensor on the CPU, expected the device of the tensors");
+  STD_TORCH_CHECK(!draws || draws->is_cpu() == table.is_cpu(),
+                  "draws: a tensor on the CPU, expected the device of the tensors");
   const OnDevice device(table);
   EmaCall call{};
-  call.table = data_of<const int64_t>(table);
+  call.table = data_of<const EmaRow>(table);
   call.starts = data_of<const int64_t>(starts);
   call.rows = table.size(0);
   call.decays = data_of<const double>(decays);
+  call.draws = draws ? data_of<const int64_t>(*draws) : nullptr;
   launch_ema(call, device.stream);
 }
 

@@ -10,7 +10,8 @@ constexpr int BLOCKS_OF_PROCESSOR = 16;
 }  // namespace
 
 void launch_ema(const EmaCall& call, Stream stream) {
-  launch(ema_kernel, processors() * BLOCKS_OF_PROCESSOR, EMA_THREADS, 0, stream, call);
+  const auto kernel = call.draws ? ema_rounding_kernel : ema_kernel;
+  launch(kernel, processors() * BLOCKS_OF_PROCESSOR, EMA_THREADS, 0, stream, call);
 }
 
 void launch_scale(const ScaleCall& call, Stream stream) {

@@ -2,27 +2,9 @@
 // csrc/cpu/ema_kernel.h.
 #pragma once
 
-#include "cuda/lanes.h"
+#include "cuda/rounding.h"
 
 namespace fastmt::cuda {
-
-constexpr int EMA_THREADS = 256;
-constexpr int PIECE = 4096;  // elements that a block takes at once: four packs of 16 bytes a thread
-
-template <class T, int V>
-struct alignas(V * sizeof(T)) Pack {
-  T at[V];
-};
-
-// Values in one pack: 16 bytes of the wider type.
-template <class T, class S>
-constexpr int PACK = 16 / int(sizeof(T) > sizeof(S) ? sizeof(T) : sizeof(S));
-
-// The first element that lies at a multiple of V of them.
-template <int V, class T>
-FASTMT_INLINE int misaligned(const T* at) {
-  return int((V - reinterpret_cast<uintptr_t>(at) / sizeof(T) % V) % V);
-}
 
 // to[at ...] = f(to[at ...], from[at ...]) for N packs a thread. All loads come before the first
 // store.
@@ -121,23 +103,41 @@ FASTMT_INLINE int64_t row_of(const int64_t* starts, int64_t rows, int64_t chunk)
 }
 
 // How many chunks there are only the device knows, so the blocks take turns.
-__global__ void __launch_bounds__(EMA_THREADS, 4) ema_kernel(const __grid_constant__ EmaCall call) {
+template <bool ROUNDS>
+FASTMT_INLINE void update_chunks(const EmaCall& call) {
   const int64_t chunks = call.starts[call.rows];
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int64_t row = row_of(call.starts, call.rows, chunk);
-    const int64_t* entry = call.table + row * 7;
-    const double stated = call.decays[entry[5]];
-    const Decay decay(entry[6] && stated >= 0 ? 0 : stated);
+    const EmaRow& entry = call.table[row];
+    const double stated = call.decays[entry.owner];
+    const Decay decay(entry.mode == EmaMode::copy && stated >= 0 ? 0 : stated);
     if (decay.keeps) continue;
-    const int64_t begin = (chunk - call.starts[row]) * EMA_CHUNK, rest = entry[2] - begin;
+    const int64_t begin = (chunk - call.starts[row]) * EMA_CHUNK, rest = entry.length - begin;
     const int count = int(rest < EMA_CHUNK ? rest : EMA_CHUNK);
+    if constexpr (ROUNDS) {
+      if (entry.mode == EmaMode::stochastic || entry.mode == EmaMode::kahan) {
+        round_chunk(entry, stated, call.draws[entry.owner], begin, count);
+        continue;
+      }
+    }
 #pragma unroll 1
     for (int done = 0; done < count; done += PIECE) {
-      const Span span{reinterpret_cast<void*>(entry[0]), reinterpret_cast<const void*>(entry[1]),
-                      begin + done, count - done < PIECE ? count - done : PIECE};
-      update_span(span, Type(entry[3]), Type(entry[4]), decay);
+      const Span span{reinterpret_cast<void*>(entry.teacher),
+                      reinterpret_cast<const void*>(entry.student), begin + done,
+                      count - done < PIECE ? count - done : PIECE};
+      update_span(span, Type(entry.teacher_type), Type(entry.student_type), decay);
     }
   }
+}
+
+__global__ void __launch_bounds__(EMA_THREADS, 4) ema_kernel(const __grid_constant__ EmaCall call) {
+  update_chunks<false>(call);
+}
+
+// What the modes that round take of registers is no matter of other averages.
+__global__ void __launch_bounds__(EMA_THREADS, 4)
+    ema_rounding_kernel(const __grid_constant__ EmaCall call) {
+  update_chunks<true>(call);
 }
 
 // data *= scale * factor; 0 clears, whatever was there.

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(const Tensor&, 
                                                                  const std::optional<Tensor>&,
                                                                  const std::vector<int64_t>&,
                                                                  double, bool, bool);
-void ema_update_(const Tensor&, const Tensor&, const Tensor&);
+void ema_update_(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
 void scale_(Tensor, const Tensor&, const Tensor&);
 
 }  // namespace fastmt::cuda

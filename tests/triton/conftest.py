@@ -41,7 +41,10 @@ if INTERPRETED:
         return self.rewrite()(*args, **kwargs)
 
     def convert_float(values, source, target, rounding):
-        # To bfloat16 the interpreter truncates; every GPU rounds to the nearest.
+        # To bfloat16 the interpreter truncates, from it subnormal numbers become 0; every GPU
+        # rounds to the nearest, and keeps these.
+        if source == tl.bfloat16 and target == tl.float32:
+            return (values.astype(np.uint32) << 16).view(np.float32)
         if source != tl.float32 or target != tl.bfloat16:
             return truncating(values, source, target, rounding)
         rounded = torch.from_numpy(np.array(values, np.float32)).bfloat16()
@@ -51,8 +54,14 @@ if INTERPRETED:
         # NumPy's maximum is NaN beside a NaN; a GPU's is the other number.
         return lambda self, a, b: self.binary_op(a, b, function)
 
+    def fused(self, x, y, z):
+        # The interpreter rounds a product before it adds to it; a GPU does not.
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     truncating = interpreter._convert_float
     interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_fma = fused
     interpreter.InterpreterBuilder.create_maxnumf = of_numbers(np.fmax)
     interpreter.InterpreterBuilder.create_minnumf = of_numbers(np.fmin)
     interpreter.InterpretedFunction.__call__ = call_device_function

@@ -12,6 +12,8 @@ from operands import DTYPES, random_logits
 from test_ema import *  # noqa: F403
 from test_ema_memory import *  # noqa: F403
 from test_ema_refused import *  # noqa: F403
+from test_rounding_kernels import *  # noqa: F403
+from test_teacher_rounding_on_device import *  # noqa: F403
 from tolerances import assert_average_close
 from torch import nn
 
@@ -25,6 +27,11 @@ def implementation(one_thread):
     """The Triton launch, with the reference for what it does not serve."""
     with fastmt.backend("triton"):
         yield
+
+
+@pytest.fixture
+def operations():
+    return kernels
 
 
 def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatch):
@@ -43,7 +50,7 @@ def test_every_pair_of_dtypes_length_and_alignment_lies_in_one_launch(monkeypatc
         assert_average_close(average, mean)
     assert len(launches) == 1
     table, starts, decay = launches[0]
-    assert table.shape == (len(pairs), 7)
+    assert table.shape == (len(pairs), ema.COLUMNS)
     assert starts[-1] == sum(-(-len(t) // (16 * 1024)) for t in teacher)
     assert decay.ndim == 0
 
