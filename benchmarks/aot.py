@@ -241,7 +241,8 @@ FOOT = """\
   few of their instructions are accesses, and wider ones would save no byte from memory: eight-fold,
   all logits together are 1/64 of what the dense kernels read.
 - join_kernel gathers what a few strips left for a low-resolution pixel, 4 bytes each; ema_kernel
-  keeps one layout in registers for tensors of every dtype: 16 bytes of float32, 8 of bfloat16.
+  keeps one layout in registers for tensors of every dtype: 16 bytes of float32, 8 of bfloat16,
+  which most of its accesses are where it rounds.
 """
 
 

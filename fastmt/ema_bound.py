@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastmt import native, reference
 
-AVERAGE, COPY, KEEP, STOCHASTIC, KAHAN = range(5)  # as in csrc/cpu/ema_bound.cpp
+AVERAGE, COPY, KEEP, STOCHASTIC, KAHAN = range(5)  # as in csrc/cpu/calls.h
 _ROUNDINGS = {AVERAGE: "nearest", COPY: "nearest", STOCHASTIC: "stochastic", KAHAN: "kahan"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels average
 

@@ -13,8 +13,11 @@ def random_bits(like: Tensor, draw: int | Tensor, number: int) -> Tensor:
 
     An element goes by its place in memory, in which the kernels walk it.
     """
-    strides = torch.empty_like(like, device="meta").stride()
-    index = torch.arange(like.numel(), device=like.device).as_strided(like.shape, strides)
+    index = torch.arange(like.numel(), device=like.device)
+    if like.is_contiguous():
+        index = index.view(like.shape)
+    else:
+        index = index.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
     return mixed(mixed(index & 0xFFFFFFFF) ^ mixed(draw ^ mixed(number)) ^ index >> 32)
 
 

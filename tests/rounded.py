@@ -38,8 +38,8 @@ def entry(
     average: Tensor, value: Tensor, rounding: int, teacher: int = 0, number: int = 0
 ) -> Entry:
     lost = None
-    if rounding == KAHAN:  # as far from a multiple of 16 bytes as the average
-        skip = average.storage_offset()
+    if rounding == KAHAN:  # as far from a multiple of 16 bytes as the average, or not
+        skip = average.storage_offset() + number % 2
         around = torch.empty(average.numel() + skip, dtype=average.dtype)
         lost = around.as_strided(average.shape, average.stride(), skip).zero_()
     return Entry(average, value, teacher, rounding=rounding, number=number, lost=lost)

@@ -132,6 +132,21 @@ def test_the_kernel_rounds_as_the_reference_does(dtype, student_dtype, rounding,
         assert ((whole[0] - whole[1]).abs() <= step * 2 * NEAR[dtype] + 2.0**-24).all()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_images_in_channels_last_order_are_rounded_by_the_same_random_numbers(dtype):
+    value = random_logits((2, 3, 4, 5), 1).to(memory_format=torch.channels_last)
+    results = []
+    for name in ("auto", "eager"):
+        average = torch.zeros_like(value, dtype=dtype)
+        with backend(name):
+            rounded(average, value, 0.0, draw=5)
+        results.append(average)
+    assert torch.equal(*results)
+    flat = torch.zeros(value.numel(), dtype=dtype)
+    rounded(flat, value.permute(0, 2, 3, 1).flatten(), 0.0, draw=5)
+    assert torch.equal(results[0].permute(0, 2, 3, 1).flatten(), flat)
+
+
 # The last NaN has all bits set: added to as a whole number it becomes -0.
 POISONS = [
     torch.nan,
