@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastmt import arguments, backends, ema_table, reference
+from fastmt import arguments, backends, ema_lists, ema_table, reference
 from fastmt.ema_bound import (
     AVERAGE,
     COPY,
@@ -22,6 +21,7 @@ from fastmt.ema_bound import (
     storage_of,
     update_eagerly,
 )
+from fastmt.ema_objects import SameObjects
 
 _MAX_BINDINGS = 8  # of lists that are updated in turn
 _bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
@@ -74,7 +74,7 @@ def ema_update_(
         return
     increment_version(teacher)  # first: it brings the tensors' records near
     binding = _bindings.get(_key(teacher, student))
-    bound = binding is not None and binding.has(teacher, student)
+    bound = binding is not None and binding.objects.are(teacher, student)
     if not (bound and binding.update(teacher, student, float(decay))):
         _bind(teacher, student).update(teacher, student, float(decay))
 
@@ -96,7 +96,7 @@ def _update_traced(teacher: list[Tensor], student: list[Tensor], decay: Tensor) 
 def _update_on_device(
     kernels: Any, teacher: list[Tensor], student: list[Tensor], decay: float | Tensor
 ) -> None:
-    lists = ema_table.lists(teacher, student, _checked)
+    lists = ema_lists.lists(teacher, student, _checked)
     lists.table.update(kernels, ema_table.decay_on(lists.table.rows.device, decay))
     rest = [(teacher[i], student[i]) for i in lists.rest]
     reference.ema_update_([t for t, _ in rest], [s for _, s in rest], decay)
@@ -160,11 +160,7 @@ def _row(position: int, average: Tensor, value: Tensor) -> Row:
 
 
 class _Binding:
-    """Two lists of tensors as they were bound: kept alive, but for one pair that is watched.
-
-    C++ that holds a tensor keeps its Python object alive as well, so that weak references to what
-    is bound would never end. The end of the watched pair stands for that of its lists.
-    """
+    """Two lists of tensors as they were bound."""
 
     def __init__(self, teacher: list[Tensor], student: list[Tensor]) -> None:
         positions = _checked(teacher, student)
@@ -172,39 +168,10 @@ class _Binding:
         fits = {i: is_served(row) for i, row in rows.items()}
         served = [i for i in positions if fits[i]]
         self._rest = [i for i in positions if not fits[i]]
-        uses = Counter(map(id, [*teacher, *student]))
-        alone = (i for i in served if uses[id(teacher[i])] == uses[id(student[i])] == 1)
-        self.watched = next(alone, None)
-        served.sort(key=lambda i: i != self.watched)
+        self.objects = SameObjects(teacher, student, served)
+        served.sort(key=lambda i: i != self.objects.watched)
         self._first = served[:1]
         self._bound = Bound([rows[i] for i in served], watch=True) if served else None
-        self._teacher = _without(teacher, self.watched)
-        self._student = _without(student, self.watched)
-        single = [i for i, average in enumerate(teacher) if average.numel() == 1]
-        self._single = [i for i in single if i != self.watched]
-        self._ends: list[weakref.ref[Tensor]] = []
-
-    def watch(self, teacher: list[Tensor], student: list[Tensor], forget: Callable) -> None:
-        """Call `forget` when one of the watched pair ends."""
-        self._ends = [weakref.ref(tensors[self.watched], forget) for tensors in (teacher, student)]
-
-    def has(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
-        """Whether the tensors are the same objects.
-
-        One comparison of lists in C: 3 ns a tensor. Equal entries are found by identity; others
-        are compared by value, which raises for all but one element.
-        """
-        try:
-            return (
-                _without(teacher, self.watched) == self._teacher
-                and _without(student, self.watched) == self._student
-                and self._ends[0]() is teacher[self.watched]
-                and self._ends[1]() is student[self.watched]
-                and all(teacher[i] is self._teacher[i] for i in self._single)
-                and all(student[i] is self._student[i] for i in self._single)
-            )
-        except (RuntimeError, TypeError, ValueError):
-            return False
 
     def update(self, teacher: list[Tensor], student: list[Tensor], decay: float) -> bool:
         """False, with nothing done, where a layout has changed."""
@@ -219,20 +186,13 @@ class _Binding:
         return True
 
 
-def _without(tensors: list[Tensor], position: int | None) -> list[Tensor | None]:
-    kept: list[Tensor | None] = list(tensors)
-    if position is not None:
-        kept[position : position + 1] = [None]
-    return kept
-
-
 def _bind(teacher: list[Tensor], student: list[Tensor]) -> _Binding:
     """A new binding, remembered while the pair that it watches lives."""
     key = _key(teacher, student)
     _bindings.pop(key, None)
     binding = _Binding(teacher, student)
-    if binding.watched is not None:
-        binding.watch(teacher, student, lambda _: _bindings.pop(key, None))
+    if binding.objects.watched is not None:
+        binding.objects.watch(teacher, student, lambda _: _bindings.pop(key, None))
         _bindings[key] = binding
         if len(_bindings) > _MAX_BINDINGS:
             _bindings.popitem(last=False)

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmt.ema_bound import AVERAGE, COPY, KEEP, KERNEL_DTYPES, Row, is_dense, is_plain
-from fastmt.reference import is_averaged
+from fastmt.ema_layout import unmoved
 from fastmt.rounding import HALVES, mixed
-
-try:  # what torch.compile tells with that its guards hold: in C++, ten times as fast as in Python
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
 
 CHUNK = 16 * 1024  # elements in one piece of work, as in csrc and in kernels/ema.py
 COLUMNS = 9  # of a table
 TYPES = {dtype: index for index, dtype in enumerate(KERNEL_DTYPES)}  # as in csrc/cpu/calls.h
 _BYTES = len(TYPES)  # the type of what is copied as it is
-_MAX_TABLES = 8
-_tables: OrderedDict[tuple[int, ...], Lists] = OrderedDict()
-_captured: set[Lists] = set()  # whose tables a CUDA graph reads, nobody can tell until when
 
 
 def is_read_by(backend: str, on_host: bool) -> bool:
@@ -121,21 +112,6 @@ class Table:
         kernels.ema_update_(self.rows, self.starts, decays, *([draws] if self.rounds else []))
 
 
-class Layout:
-    """Where tensors lie and how, to be compared with what is given later."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._addresses = list(map(Tensor.data_ptr, tensors))
-        self._same = _layout_check(list(tensors))
-
-    def is_that_of(self, tensors: Sequence[Tensor]) -> bool:
-        return (
-            len(tensors) == len(self._addresses)
-            and self._addresses == list(map(Tensor.data_ptr, tensors))
-            and self._same(*tensors)
-        )
-
-
 class DeviceUpdate:
     """What teachers take from their student on a GPU, in one launch for any number of tensors.
 
@@ -154,12 +130,8 @@ class DeviceUpdate:
                     entries.append(entry)
                 elif mode != KEEP:
                     self.rest.append((teacher, alone))
-        self._tensors = [tensor for entry in entries for tensor in entry.tensors]
-        self._layout, self._table = Layout(self._tensors), Table(entries, device)
-
-    def holds(self) -> bool:
-        """Whether all tensors lie where they did."""
-        return self._layout.is_that_of(self._tensors)
+        self.holds = unmoved([tensor for entry in entries for tensor in entry.tensors])
+        self._table = Table(entries, device)
 
     def run(
         self, kernels: Any, decays: Sequence[Tensor], draws: Sequence[int | Tensor] = ()
@@ -181,38 +153,6 @@ def _together(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars))
 
 
-class Lists:
-    """The table of two lists of tensors, and the positions of what it leaves out."""
-
-    def __init__(
-        self, teacher: list[Tensor], student: list[Tensor], positions: Sequence[int]
-    ) -> None:
-        device = next((t.device for t in teacher if t.dtype in TYPES), torch.device("cpu"))
-        entries = {
-            i: Entry(teacher[i], student[i], copies=not is_averaged(teacher[i])) for i in positions
-        }
-        served = {i for i, entry in entries.items() if entry.is_served(device)}
-        self.table = Table([entries[i] for i in positions if i in served], device)
-        self.rest = [i for i in positions if i not in served]
-        self.layout = Layout([*teacher, *student])
-
-
-def lists(
-    teacher: list[Tensor], student: list[Tensor], positions: Callable[..., Sequence[int]]
-) -> Lists:
-    """The table of two lists, from the last few; `positions` of a new one are checked first."""
-    key = (len(teacher), *(tensors[0].data_ptr() for tensors in (teacher, student) if tensors))
-    table = _tables.get(key)
-    if table is None or not table.layout.is_that_of([*teacher, *student]):
-        table = _tables[key] = Lists(teacher, student, positions(teacher, student))
-    if is_capturing():
-        _captured.add(table)
-    _tables.move_to_end(key)
-    if len(_tables) > _MAX_TABLES:
-        _tables.popitem(last=False)
-    return table
-
-
 def is_capturing() -> bool:
     """Whether what the current stream is given becomes part of a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -230,22 +170,3 @@ def draw_on(device: torch.device, draw: int | Tensor) -> Tensor:
     if not isinstance(draw, Tensor):
         return torch.full((), draw, dtype=torch.int64, device=device)
     return draw.to(device, torch.int64, non_blocking=True)
-
-
-def _layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
-    """A function that tells whether other tensors have the dtypes, sizes and strides of these."""
-    expected = list(map(_layout, tensors))
-
-    def holds(*others: Tensor) -> bool:
-        return expected == list(map(_layout, others))
-
-    if not tensors or TensorGuards is None:
-        return holds
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    # The guards also ask what does not matter here: autocast, inference mode, requires_grad.
-    return lambda *others: same(*others) or holds(*others)
-
-
-def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.dtype, tensor.shape, tensor.stride()

@@ -228,7 +228,10 @@ class Structure:
         if cpp_backend.missing() is None and all(isinstance(e, dict) for e in self._live):
             self._native = native.dictionaries_hold()
             self._addresses = _addresses(self._live, self._seen, self._own)
-            self._table, self._next = self._addresses.buffer_info()[0], native.next_entry()
+            self._table, self._next = (
+                self._addresses.buffer_info()[0],
+                native.address_of("PyDict_Next"),
+            )
 
     def holds(self) -> bool:
         if self._native is not None:
@@ -241,7 +244,7 @@ class Structure:
 
 
 def _addresses(live: Sequence[dict], seen: Sequence[dict], own: Sequence[dict]) -> array[int]:
-    """The table that csrc/dictionaries.cpp reads."""
+    """The table that csrc/objects.cpp reads."""
     table = [len(live), *map(id, live)]
     for entries in seen:
         table += [len(entries), *(id(each) for entry in entries.items() for each in entry)]

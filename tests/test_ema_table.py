@@ -11,7 +11,8 @@ from torch import nn
 import fastmt
 from fastmt import cpp_backend, ema_plan
 from fastmt.ema_bound import AVERAGE, COPY, KAHAN, KEEP, STOCHASTIC, Row
-from fastmt.ema_table import DeviceUpdate, Layout
+from fastmt.ema_layout import Layout
+from fastmt.ema_table import DeviceUpdate
 
 pytestmark = [
     pytest.mark.skipif(cpp_backend.missing() is not None, reason="the C++ kernels are not built"),

@@ -5,11 +5,11 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <unordered_set>
 
 #include "cpu/ema_held.h"
 #include "cpu/ema_host.h"
+#include "cpu/registry.h"
 #include "exported.h"
 
 namespace fastmt {
@@ -38,15 +38,7 @@ struct Bound {
   const Held& value(int64_t row) const { return tensors[row * (teachers + 1) + teachers]; }
 };
 
-std::mutex registry_lock;
-std::unordered_map<int64_t, std::shared_ptr<Bound>> registry;
-
-std::shared_ptr<Bound> find(int64_t key) {
-  const std::lock_guard<std::mutex> guard(registry_lock);
-  const auto found = registry.find(key);
-  STD_TORCH_CHECK(found != registry.end(), "no bound tensors of the key ", key);
-  return found->second;
-}
+Registry<Bound> registry;
 
 // Tensors of other dtypes are only copied, byte by byte.
 Type type_or_bytes(const Tensor& tensor) {
@@ -95,7 +87,7 @@ bool are_apart(const Bound& bound) {
 
 // Reads all pointers anew. False where a tensor has another layout, no memory, or that of another.
 bool holds(Bound& bound) {
-  if (!all_hold(bound.tensors, bound.layouts, bound.moved)) return false;
+  if (!all_hold(bound.tensors, bound.layouts, bound.moved, true)) return false;
   if (bound.moved) bound.moved = !are_apart(bound);
   return !bound.moved;
 }
@@ -146,8 +138,8 @@ std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vect
     for (int64_t t = 0; t < teachers; ++t) {
       const size_t at = row * teachers + t;
       const Tensor& average = averages[at];
-      bound->uses.push_back(
-          {EmaMode(modes[at]), add(average, owned), -1, average.element_size(), type_or_bytes(average)});
+      bound->uses.push_back({EmaMode(modes[at]), add(average, owned), -1, average.element_size(),
+                             type_or_bytes(average)});
     }
     add(values[row], owned);
     bound->value_types.push_back(type_or_bytes(values[row]));
@@ -165,34 +157,24 @@ std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vect
 
 }  // namespace
 
-// Holds `values` and, for each of them, the same number of `averages` with their EmaMode, and one of
-// `compensations` for each of EmaMode::kahan, until ema_release; returns the key. The tensors of the
-// first value are not held if `watch_first`: they come along with each update. All tensors are
+// Holds `values` and, for each of them, the same number of `averages` with their EmaMode, and one
+// of `compensations` for each of EmaMode::kahan, until ema_release; returns the key. The tensors of
+// the first value are not held if `watch_first`: they come along with each update. All tensors are
 // dense and in the memory order of their value; `numbers` distinguish the random numbers of values.
 int64_t ema_bind(const std::vector<Tensor>& averages, const std::vector<Tensor>& values,
                  const std::vector<int64_t>& modes, const std::vector<Tensor>& compensations,
                  const std::vector<int64_t>& numbers, bool watch_first) {
-  auto bound = bind(averages, values, modes, compensations, numbers, watch_first);
-  const std::lock_guard<std::mutex> guard(registry_lock);
-  static int64_t next = 0;
-  registry.emplace(++next, std::move(bound));
-  return next;
+  return registry.add(bind(averages, values, modes, compensations, numbers, watch_first));
 }
 
-void ema_release(int64_t key) {
-  // The end of a tensor waits for Python's lock and may run code of Python, which may come here
-  // again: what is released ends after the guard.
-  decltype(registry)::node_type released;
-  const std::lock_guard<std::mutex> guard(registry_lock);
-  released = registry.extract(key);
-}
+void ema_release(int64_t key) { registry.release(key); }
 
 // One decay and one seed of random numbers a teacher; a negative decay leaves it out. False, with
 // nothing written, where a tensor has another dtype, shape or stride than it was bound with, no
 // memory, or that of another.
 bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
                        const std::vector<double>& decays, const std::vector<int64_t>& draws) {
-  const std::shared_ptr<Bound> bound = find(key);
+  const std::shared_ptr<Bound> bound = registry.find(key);
   STD_TORCH_CHECK(int64_t(decays.size()) == bound->teachers && decays.size() == draws.size(),
                   "decays, draws: expected one a teacher");
   const std::lock_guard<std::mutex> guard(bound->lock);
@@ -209,7 +191,7 @@ bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
 // through C. The second half goes by what the first has read.
 FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
   try {
-    const auto bound = fastmt::find(key);
+    const auto bound = fastmt::registry.find(key);
     if (bound->watched) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
     return fastmt::holds(*bound);
@@ -220,7 +202,7 @@ FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
 
 FASTMT_EXPORTED bool fastmt_ema_run(int64_t key, const double* decays, const int64_t* draws) {
   try {
-    const auto bound = fastmt::find(key);
+    const auto bound = fastmt::registry.find(key);
     if (bound->watched) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
     fastmt::run(*bound, decays, draws);

@@ -56,7 +56,7 @@ void fetch_ahead(const Held& held) {
 }  // namespace
 
 bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
-              std::atomic<bool>& moved) {
+              std::atomic<bool>& moved, bool share) {
   constexpr int64_t block = 8, stretch = 16;  // blocks that a thread takes at once
   const auto count = int64_t(tensors.size());
   const int64_t blocks = (count + block - 1) / block;
@@ -72,10 +72,10 @@ bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
           fine = false;
     }
   };
-  if (blocks <= 4 * stretch)
-    check(0, blocks);
-  else
+  if (share && blocks > 4 * stretch)
     for_each_stretch(blocks, stretch, check);
+  else
+    check(0, blocks);
   return fine;
 }
 

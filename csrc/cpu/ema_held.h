@@ -24,8 +24,9 @@ Held described(const Tensor& tensor, std::vector<int64_t>& layouts);
 const char* storage_of(const Held& held);
 
 // Reads all pointers anew, and sets `moved` where one is another than before, also on the way to
-// false: where a tensor has another layout than it was bound with, or not the memory for it.
+// false: where a tensor has another layout than it was bound with, or not the memory for it. Many
+// tensors are shared out to the threads if a kernel that needs these follows anyway.
 bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
-              std::atomic<bool>& moved);
+              std::atomic<bool>& moved, bool share);
 
 }  // namespace fastmt

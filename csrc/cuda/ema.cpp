@@ -2,8 +2,8 @@
 
 namespace fastmt::cuda {
 
-// `table` of EmaRow, `starts` (rows + 1), `decays`, float64, and `draws`, int64, as in EmaCall; all on
-// the device.
+// `table` of EmaRow, `starts` (rows + 1), `decays`, float64, and `draws`, int64, as in EmaCall; all
+// on the device.
 void ema_update_(const Tensor& table, const Tensor& starts, const Tensor& decays,
                  const std::optional<Tensor>& draws) {
   if (table.size(0) == 0) return;

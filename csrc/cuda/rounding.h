@@ -1,5 +1,5 @@
-// Averages in half precision that move: rounded at random, or with what rounding loses kept. Mirrors
-// kernels/rounding.py and csrc/cpu/ema_kernel.h.
+// Averages in half precision that move: rounded at random, or with what rounding loses kept.
+// Mirrors kernels/rounding.py and csrc/cpu/ema_kernel.h.
 #pragma once
 
 #include "cuda/packs.h"

@@ -18,7 +18,7 @@ from tolerances import assert_average_close
 from torch import nn
 
 import fastmt
-from fastmt import ema_table, kernels
+from fastmt import ema_lists, ema_table, kernels
 from fastmt.kernels import ema
 
 
@@ -74,13 +74,13 @@ def test_a_table_that_a_graph_reads_outlives_the_tables_of_other_lists(monkeypat
     def update(elements):
         held.append((torch.zeros(elements), torch.ones(elements)))
         fastmt.ema_update_(*([tensor] for tensor in held[-1]), 0.9)
-        return weakref.ref(next(reversed(ema_table._tables.values())).table.rows)
+        return weakref.ref(next(reversed(ema_lists._tables.values())).table.rows)
 
     forgotten = update(3)
     with monkeypatch.context() as patch:
-        patch.setattr(ema_table, "is_capturing", lambda: True)
+        patch.setattr(ema_lists, "is_capturing", lambda: True)
         captured = update(4)
-    for elements in range(5, 6 + ema_table._MAX_TABLES):
+    for elements in range(5, 6 + ema_lists._MAX_TABLES):
         update(elements)
     assert forgotten() is None
     assert captured() is not None

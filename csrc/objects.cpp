@@ -1,6 +1,7 @@
-// Whether dictionaries of Python hold the same objects yet. Nothing of Python is linked or included:
-// the one function of its stable ABI that is needed comes along, so that the library needs no
-// headers of Python and serves every version.
+// Whether dictionaries and lists of Python hold the same objects yet. Nothing of Python is linked or
+// included: the one function of its stable ABI that is needed comes along, so that the library
+// needs no headers of Python and serves every version. The caller has Python's lock, and keeps alive
+// what is compared.
 #include <cstdint>
 
 #include "exported.h"
@@ -8,6 +9,7 @@
 namespace {
 
 using Next = int(void* dictionary, intptr_t* position, void** key, void** value);  // PyDict_Next
+using Item = void*(void* list, intptr_t position);  // PyList_GetItem
 
 bool has_entries(void* dictionary, const int64_t* entries, int64_t count, Next* next) {
   intptr_t position = 0;
@@ -40,10 +42,9 @@ void fetch_entries(int64_t dictionary) {
 
 }  // namespace
 
-// The caller has Python's lock, and keeps dictionaries, keys and values alive. `table`: the number
-// of dictionaries, their addresses, and of each the number of its entries and the addresses of
-// their keys and values, in order; then the number of dictionaries of which one entry alone is looked
-// at, and of each its address and those of the entry's key and value.
+// `table`: the number of dictionaries, their addresses, and of each the number of its entries and the
+// addresses of their keys and values, in order; then the number of dictionaries of which one entry
+// alone is looked at, and of each its address and those of the entry's key and value.
 FASTMT_EXPORTED bool fastmt_dictionaries_hold(const int64_t* table, Next* next) {
   constexpr int64_t near = 8, far = 2 * near;
   const int64_t count = table[0], *dictionaries = table + 1, *entries = dictionaries + count;
@@ -60,5 +61,13 @@ FASTMT_EXPORTED bool fastmt_dictionaries_hold(const int64_t* table, Next* next) 
     if (entry + 3 * near < end) fetch_entries(entry[3 * near]);
     if (!has_entry(reinterpret_cast<void*>(entry[0]), entry[1], entry[2], next)) return false;
   }
+  return true;
+}
+
+// `addresses`: of the objects of a list that has as many.
+FASTMT_EXPORTED bool fastmt_list_holds(void* list, const int64_t* addresses, int64_t count,
+                                       Item* item) {
+  for (int64_t i = 0; i < count; ++i)
+    if (intptr_t(item(list, i)) != addresses[i]) return false;
   return true;
 }

@@ -1,0 +1,95 @@
+"""Two lists of tensors that a launch finds by a table, from one call with them to the next."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmt.ema_layout import Layout, unmoved
+from fastmt.ema_objects import SameObjects
+from fastmt.ema_table import TYPES, Entry, Table, is_capturing
+from fastmt.reference import is_averaged
+
+_MAX_TABLES = 8
+_tables: OrderedDict[tuple[int, ...], Lists] = OrderedDict()
+_captured: set[Lists] = set()  # whose tables a CUDA graph reads, nobody can tell until when
+
+
+def lists(
+    teacher: list[Tensor], student: list[Tensor], positions: Callable[..., Sequence[int]]
+) -> Lists:
+    """The table of two lists, from the last few; `positions` of a new one are checked first."""
+    key = (len(teacher), *(tensors[0].data_ptr() for tensors in (teacher, student) if tensors))
+    table = _tables.get(key)
+    if table is None or not table.is_of(teacher, student):
+        table = _tables[key] = Lists(teacher, student, positions(teacher, student))
+    if is_capturing():
+        _captured.add(table)
+    _tables.move_to_end(key)
+    if len(_tables) > _MAX_TABLES:
+        _tables.popitem(last=False)
+    return table
+
+
+class Lists:
+    """The table of two lists of tensors, and the positions of what it leaves out."""
+
+    def __init__(
+        self, teacher: list[Tensor], student: list[Tensor], positions: Sequence[int]
+    ) -> None:
+        device = next((t.device for t in teacher if t.dtype in TYPES), torch.device("cpu"))
+        entries = {
+            i: Entry(teacher[i], student[i], copies=not is_averaged(teacher[i])) for i in positions
+        }
+        self._served = [i for i in positions if entries[i].is_served(device)]
+        self.table = Table([entries[i] for i in self._served], device)
+        self.rest = [i for i in positions if i not in set(self._served)]
+        self._layout = Layout([*teacher, *student])
+        self._last = _first_of(teacher, student)
+        self._objects: SameObjects | None = None
+
+    def is_of(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
+        """Whether the table holds for two lists.
+
+        Objects that come again are held, since C++ then sees in a tenth of the time whether they
+        have moved; others, as the `data` of parameters, are only looked at.
+        """
+        if self._objects is not None and self._objects.are(teacher, student):
+            return self._holds(teacher, student)
+        if not self._layout.is_that_of([*teacher, *student]):
+            return False
+        last, self._last = self._last, _first_of(teacher, student)
+        if last == self._last:
+            self._hold(teacher, student)
+        return True
+
+    def _holds(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
+        watched = self._objects.watched
+        return (
+            self._unmoved()
+            and self._watched.is_that_of([teacher[watched], student[watched]])
+            and all(teacher[i].shape == student[i].shape for i in self.rest)
+        )
+
+    def _hold(self, teacher: list[Tensor], student: list[Tensor]) -> None:
+        objects = SameObjects(teacher, student, self._served)
+        if objects.watched is None:
+            return
+        let_go = weakref.WeakMethod(self._let_go)
+        objects.watch(teacher, student, lambda _: (method := let_go()) and method())
+        watched, others = objects.watched, [i for i in self._served if i != objects.watched]
+        self._watched = Layout([teacher[watched], student[watched]])
+        self._unmoved = unmoved([tensors[i] for i in others for tensors in (teacher, student)])
+        self._objects = objects
+
+    def _let_go(self) -> None:
+        self._objects = self._unmoved = None
+
+
+def _first_of(*lists: list[Tensor]) -> list[weakref.ref[Tensor]]:
+    """Equal only where their objects live and are the same."""
+    return [weakref.ref(tensors[0]) for tensors in lists if tensors]
