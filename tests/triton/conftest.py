@@ -56,8 +56,9 @@ if INTERPRETED:
 
     def fused(self, x, y, z):
         # The interpreter rounds a product before it adds to it; a GPU does not.
-        exact = x.data.astype(np.float64) * y.data + z.data
-        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     truncating = interpreter._convert_float
     interpreter._convert_float = convert_float
