@@ -6,15 +6,21 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks import gpu_plot
+from benchmarks import gpu_goals, gpu_plot
 from benchmarks.gpu_plot import BASELINES, fused, ratio
 from benchmarks.gpu_times import CALL, DEVICE
 from benchmarks.harness import duration
 
 
+def begin(out: Path) -> None:
+    """Removes the plot of an earlier run, which new figures would not agree with."""
+    (out / "gpu.png").unlink(missing_ok=True)
+
+
 def save(result: dict, out: Path, note: str = "") -> None:
     """gpu.json and gpu.md, each in place of the earlier one as a whole: a run may be cut short."""
-    texts = {"gpu.json": json.dumps(result, indent=1) + "\n", "gpu.md": markdown(result) + note}
+    told = result | {"goals": gpu_goals.judged(result["cases"])}
+    texts = {"gpu.json": json.dumps(told, indent=1) + "\n", "gpu.md": markdown(result) + note}
     for name, text in texts.items():
         part = out / f"{name}.part"
         part.write_text(text)
@@ -27,13 +33,13 @@ def write(result: dict, out: Path) -> None:
     if result["cases"]:
         try:
             gpu_plot.plot(result, out / "gpu.png")
-        except ImportError as error:
-            note = f"\nNo plot: {error}.\n"
+        except Exception as error:  # figures from a lent GPU are not lost for it
+            note = f"\nNo plot: {type(error).__name__}: {error}.\n"
     save(result, out, note)
 
 
 def markdown(result: dict) -> str:
-    """Checks, one table for each group of cases, and what was left out."""
+    """Checks, goals, one table for each group of cases, and what was left out."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     failed = {name: told for name, told in result["checks"].items() if told is not None}
     lines = [
@@ -44,8 +50,16 @@ def markdown(result: dict) -> str:
         f"{result['date']}, commit {result['commit']}"
         + (" with uncommitted changes" if result["uncommitted_changes"] else ""),
         "",
-        f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks passed.",
+        f"{len(result['checks']) - len(failed)} of {len(result['checks'])} checks passed."
+        if result["checks"]
+        else "No check was run.",
         *(f"- FAILED {name}: {told}" for name, told in failed.items()),
+        "",
+        "## Goals",
+        "",
+        *gpu_goals.table(result["cases"]),
+        "",
+        "## How it was measured",
     ]
     lines += [
         "",
