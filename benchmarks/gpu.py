@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_cases, gpu_checks, gpu_report, gpu_times, harness, machine
-from benchmarks.gpu_cases import GpuWork
 from benchmarks.harness import COPY, Case
 
 ROUNDS = 15
@@ -60,7 +59,7 @@ def verify(
             check(device)
             results[name] = None
         except Exception as error:
-            results[name] = _told(error)
+            results[name] = harness.told(error)
             print(f"FAILED {name}: {results[name]}", file=sys.stderr, flush=True)
     return results
 
@@ -78,7 +77,7 @@ def measure(
     if case.compiled and with_compile:
         torch.compiler.reset()
     work = case.build(device, case.compiled and with_compile)
-    errors, failed = right_ones(work)
+    errors, failed = harness.right_ones(work)
     copy, copied = machine.copy(device, copy_bytes)
     runs = {**{name: work.runner(name) for name in errors}, COPY: copy}
     memory = {name: machine.peak_extra_bytes(run, device) for name, run in runs.items()}
@@ -120,28 +119,6 @@ def _rate(nbytes: int, seconds: float | None) -> float | None:
 
 def _launches(run: Callable, device: torch.device) -> int | None:
     return machine.launches(run) if device.type == "cuda" else None
-
-
-def right_ones(work: GpuWork) -> tuple[dict[str, float], dict[str, str]]:
-    """The errors of the variants that are right, and why the others are not; one has to be."""
-    expected = work.expected()
-    known = dataclasses.replace(work, expected=lambda: expected)
-    errors, failed, last = {}, {}, None
-    for name in work.variants:
-        try:
-            errors |= harness.check(known, [name])
-        except Exception as error:
-            failed[name], last = _told(error), error
-            print(f"FAILED {name}: {failed[name]}", file=sys.stderr, flush=True)
-    if not errors:
-        raise last
-    return errors, failed
-
-
-def _told(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 def run(
@@ -227,7 +204,7 @@ def attempt(
         else:
             result["cases"] = [*(known | {case.name: measured}).values()]
     except Exception as error:
-        result["left_out"][name] = _told(error)
+        result["left_out"][name] = harness.told(error)
     save(result)
     return True
 

@@ -28,10 +28,7 @@ _CLASSES, _SIDE = 5, 32
 
 
 def checks(device: torch.device) -> dict[str, Check]:
-    """Every check by its name; those of an operation once for each backend that serves it.
-
-    What only a GPU shows comes first: time may run short.
-    """
+    """Every check by its name, first what only a GPU shows; the others for each backend."""
     found: dict[str, Check] = {function.__name__: function for function in BEHAVIOUR}
     for name, (build, dtypes) in trials().items():
         for backend in serving(build, device):
