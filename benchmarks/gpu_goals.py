@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks.gpu_plot import ratio
+from benchmarks.gpu_times import ratio
 
 BANDWIDTH = 0.9  # of a copy's, where all that is done is to move bytes
 

@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks import gpu_goals, gpu_plot
-from benchmarks.gpu_plot import BASELINES, fused, ratio
-from benchmarks.gpu_times import CALL, DEVICE
+from benchmarks.gpu_plot import BASELINES, fused
+from benchmarks.gpu_times import CALL, DEVICE, ratio
 from benchmarks.harness import duration
 
 
@@ -72,8 +72,10 @@ def markdown(result: dict) -> str:
         "- GB/s: bytes that have to move (benchmarks/models.py) by time; of copy: as a part of the "
         "copy's in the same rounds; takes: the baseline's time by the kernel's. All three go by "
         "the time on the GPU, in the group Small by the call.",
-        "- Memory: peak beyond what is held before the call, the gradient included. A star marks "
-        "what auto takes. What is not right in a case is not timed there.",
+        "- Memory: peak beyond what is held before the call, the gradient included. "
+        "What is not right in a case is not timed there.",
+        "- triton, cpp: fastmt's kernels in Triton and in CUDA C++; a star marks what a call takes "
+        "by itself.",
     ]
     for group, cases in groupby(result["cases"], key=lambda case: case["group"]):
         lines += ["", f"## {group.capitalize()}", "", *_table(list(cases))]

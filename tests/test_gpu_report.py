@@ -64,7 +64,7 @@ def test_the_plot_has_a_row_of_panels_for_each_group_and_plain_numbers(result, t
     titles = [axes.get_title(loc="left") for axes in panels[::2]]
     assert [title.partition(":")[0] for title in titles] == ["Dense", "Small", "Moving average"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
-    assert labels == ["consistency,  triton", "cpp", "confidence,  triton"]
+    assert labels == ["consistency,  Triton (auto)", "CUDA C++", "confidence,  Triton (auto)"]
     assert "1" in [label.get_text() for label in panels[0].get_xticklabels()]
     figure.canvas.draw()
     boxes = [label.get_window_extent() for axes in panels for label in axes.get_yticklabels()]
