@@ -149,7 +149,8 @@ def run(
     for case in headline if with_compile else ():
         if case.compiled and any(done["name"] == case.name for done in result["cases"]):
             before = clock.left()
-            if attempt(result, case, device, clock, write, with_compile=True, needed=needed):
+            if attempt(result, case, device, clock, save, with_compile=True, needed=needed):
+                write(result)
                 longest = max(longest, before - clock.left())
                 needed = max(_LEAST_SECONDS_TO_COMPILE, 1.25 * longest)
     write(result)
@@ -187,12 +188,15 @@ def attempt(
     """Measure a case in place of what is known of it, or say why not; whether it was begun.
 
     What is known stays until all of it is measured anew: a variant that then fails has its reason.
+    One that never ends is saved as such.
     """
     name = f"{case.name}, torch.compile" if with_compile else case.name
     if clock.left() < needed:
         result["left_out"][name] = f"the {clock.minutes:g} minutes are over"
         return False
     print(f"{name}, {clock.left():.0f} s left", file=sys.stderr, flush=True)
+    result["left_out"][name] = "did not end"
+    save(result)
     try:
         torch.cuda.empty_cache()  # raises after a kernel's fault, as everything does from then on
         measured = measure(case, device, with_compile=with_compile)
@@ -203,6 +207,7 @@ def attempt(
             result["left_out"][name] = measured["left_out"][lost[0]]
         else:
             result["cases"] = [*(known | {case.name: measured}).values()]
+            del result["left_out"][name]
     except Exception as error:
         result["left_out"][name] = harness.told(error)
     save(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -80,6 +81,24 @@ def test_what_is_saved_is_plotted_before_and_after_each_case_with_torch_compile(
     assert plotted == [0, 1, 2, 2]
 
 
+def test_a_case_that_never_ends_is_named_in_what_was_saved(no_gpu_needed, monkeypatch):
+    cases = [harness.Case(name, "dense", None, compiled=True) for name in ("one", "two")]
+    monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
+
+    def measured(case, device, *, with_compile):
+        if with_compile and case.name == "two":
+            raise KeyboardInterrupt
+        return gpu_results.case(case.name, "dense", {"triton": 1e-3})
+
+    monkeypatch.setattr(gpu, "measure", measured)
+    saved = []
+    with pytest.raises(KeyboardInterrupt):
+        gpu_results.run(with_compile=True, save=lambda result: saved.append(json.dumps(result)))
+    last = json.loads(saved[-1])
+    assert [case["name"] for case in last["cases"]] == ["one", "two"]
+    assert last["left_out"] == {"two, torch.compile": "did not end"}
+
+
 def test_torch_compile_is_left_out_first_when_time_runs_short(no_gpu_needed, monkeypatch):
     names = [f"case {i}" for i in range(4)]
     cases = [harness.Case(name, "dense", None, compiled=True) for name in names]
@@ -95,9 +114,7 @@ def test_torch_compile_is_left_out_first_when_time_runs_short(no_gpu_needed, mon
         return gpu_results.case(case.name, "dense", {"triton": 1e-3}, compile_s)
 
     monkeypatch.setattr(gpu, "measure", measured)
-    result = gpu_results.run(
-        clock=clock, with_compile=True
-    )  # 160, 104 and 48 s for torch.compile, of 60 or 70
+    result = gpu_results.run(clock=clock, with_compile=True)
     # With 160, 104 and 48 seconds left for torch.compile, which needs 60, or 70 after the first.
     assert asked == [*((name, False) for name in names), *((name, True) for name in names[:2])]
     assert [case["name"] for case in result["cases"]] == names
