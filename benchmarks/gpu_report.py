@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from itertools import groupby
 from pathlib import Path
 
@@ -63,10 +64,13 @@ def markdown(result: dict) -> str:
     ]
     lines += [
         "",
-        f"Medians of {result['rounds']} rounds in which all variants and a large copy take turns, "
+        f"Medians of {result['rounds']} rounds in which all variants and a large copy"
+        f"{_rate_of_copies(result['cases'])} take turns, "
         "each call on other tensors than the caches hold, but for moving averages, which small "
         "ones do hold.",
         "",
+        "- A case is named by images x classes x height x width and the dtype of the logits; from "
+        "1/8: they come at an eighth of height and width. Losses come with their gradient.",
         "- GPU: time of a call there while the host is ahead, as in training; a dash where the "
         "host did not get ahead. Call: in a loop of calls, whichever of host and GPU is slower.",
         "- GB/s: bytes that have to move (benchmarks/models.py) by time; of copy: as a part of the "
@@ -88,6 +92,11 @@ def markdown(result: dict) -> str:
     if left_out:
         lines += ["", "Left out:", "", *left_out]
     return "\n".join(lines) + "\n"
+
+
+def _rate_of_copies(cases: list[dict]) -> str:
+    rates = [case["copy_gb_per_s"] for case in cases if case["copy_gb_per_s"] is not None]
+    return f" ({statistics.median(rates):.0f} GB/s)" if rates else ""
 
 
 def _table(cases: list[dict]) -> list[str]:

@@ -41,7 +41,7 @@ def test_an_average_is_judged_by_bandwidth_and_launches():
     case["variants"]["triton"] |= {"of_copy": 0.8999, "launches": 1}
     assert judged(case) == {
         "at least 90% of a copy's rate": ("89.99%", False),
-        "one launch": ("1", True),
+        "one launch, its decay on the GPU": ("1", True),
     }
     case["variants"]["triton"] |= {"of_copy": 0.9, "launches": 2}
     assert [met for _, met in judged(case).values()] == [True, False]

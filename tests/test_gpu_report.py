@@ -26,6 +26,7 @@ def test_table_json_and_plot_are_made_from_results(result, tmp_path):
     text = (tmp_path / "gpu.md").read_text()
     assert text.startswith("fastmt's kernels beside eager PyTorch and torch.compile on one GPU")
     assert "1 of 1 checks passed." in text
+    assert "all variants and a large copy (1000 GB/s) take turns" in text
     cells = "1.00 ms | 1.10 ms | 1000 | 100% | 10.0 x | 2.0 x | 5.0 MB | 3 |"
     assert f"| consistency | triton * | {cells}" in text
     cells = "1.25 ms | 1.35 ms | 800 | 80% | 8.0 x | 1.6 x | 5.0 MB | 3 |"
