@@ -44,6 +44,26 @@ def test_a_check_that_never_ends_is_named_in_what_was_saved(no_gpu_needed, monke
     assert json.loads(saved[-1])["checks"] == {"one": None, "two": "did not end"}
 
 
+def test_after_a_fault_of_the_gpu_everything_says_so_and_what_was_measured_is_written(
+    no_gpu_needed, monkeypatch
+):
+    def faulty(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    cases = [harness.Case(name, "dense", None, compiled=True) for name in ("one", "two")]
+    measured = {"one": lambda: gpu_results.case("one", "dense", {"triton": 1e-3}), "two": faulty}
+    monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
+    monkeypatch.setattr(gpu, "measure", lambda case, *_, **__: measured[case.name]())
+    monkeypatch.setattr(gpu_checks, "checks", faulty)
+    written = []
+    result = gpu_results.run(with_compile=True, write=written.append)
+    assert written[-1] is result
+    assert [case["name"] for case in result["cases"]] == ["one"]
+    for told in (result["left_out"]["two"], *result["checks"].values()):
+        assert told == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert gpu.exit_status(result) == 1
+
+
 def test_a_red_check_is_told_and_leaves_the_times(no_gpu_needed, monkeypatch):
     def fails(device):
         raise AssertionError("wrong")
