@@ -3,9 +3,9 @@
 python -m benchmarks.gpu --out DIR [--only TEXT] [--no-compile] [--minutes 7]
 
 Only what gives the reference's result in the very case is timed, on the GPU and as a call
-(gpu_times). A check that fails, of an option, of graphs or of waits, is told above the times and
-spoils no other: GPUs are lent for minutes. What is left out, a backend or a case, has its reason in
-the results. They are written after each step, and cases are measured anew with torch.compile last.
+(gpu_times). GPUs are lent for minutes: the times come first, then checks of options, of graphs and
+of waits for half of what is left, and last the cases anew with torch.compile. A check or case that
+fails spoils no other. What is left out has its reason in the results, written after each step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu_cases, gpu_checks, gpu_report, gpu_times, harness, machine
-from benchmarks.gpu_cases import GpuWork
 from benchmarks.harness import COPY, Case
 
 ROUNDS = 15
@@ -44,18 +43,23 @@ class Clock:
 
 
 def verify(
-    checks: dict[str, Callable], device: torch.device, save: Callable = lambda results: None
+    checks: dict[str, Callable],
+    device: torch.device,
+    save: Callable = lambda results: None,
+    has_time: Callable[[], bool] = lambda: True,
 ) -> dict[str, str | None]:
-    """Run every check; None, or in one line what is wrong. One that never ends is saved as such."""
+    """Run checks; None, or in one line what is wrong. One that never ends is saved as such."""
     results: dict[str, str | None] = {}
     for name, check in checks.items():
+        if not has_time():
+            break
         results[name] = "did not end"
         save(results)
         try:
             check(device)
             results[name] = None
         except Exception as error:
-            results[name] = _told(error)
+            results[name] = harness.told(error)
             print(f"FAILED {name}: {results[name]}", file=sys.stderr, flush=True)
     return results
 
@@ -73,7 +77,7 @@ def measure(
     if case.compiled and with_compile:
         torch.compiler.reset()
     work = case.build(device, case.compiled and with_compile)
-    errors, failed = right_ones(work)
+    errors, failed = harness.right_ones(work)
     copy, copied = machine.copy(device, copy_bytes)
     runs = {**{name: work.runner(name) for name in errors}, COPY: copy}
     memory = {name: machine.peak_extra_bytes(run, device) for name, run in runs.items()}
@@ -117,41 +121,27 @@ def _launches(run: Callable, device: torch.device) -> int | None:
     return machine.launches(run) if device.type == "cuda" else None
 
 
-def right_ones(work: GpuWork) -> tuple[dict[str, float], dict[str, str]]:
-    """The errors of the variants that are right, and why the others are not; one has to be."""
-    expected = work.expected()
-    known = dataclasses.replace(work, expected=lambda: expected)
-    errors, failed, last = {}, {}, None
-    for name in work.variants:
-        try:
-            errors |= harness.check(known, [name])
-        except Exception as error:
-            failed[name], last = _told(error), error
-            print(f"FAILED {name}: {failed[name]}", file=sys.stderr, flush=True)
-    if not errors:
-        raise last
-    return errors, failed
-
-
-def _told(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
 def run(
-    device: torch.device, clock: Clock, *, only: str, with_compile: bool, save: Callable
+    device: torch.device,
+    clock: Clock,
+    *,
+    only: str,
+    with_compile: bool,
+    save: Callable,
+    write: Callable,
 ) -> dict[str, object]:
-    """Checks, then cases; `save(result)` after each step, so that nothing is lost."""
+    """Cases, then checks; `save(result)` after each step, so that nothing is lost.
+
+    `write(result)` plots what is saved too, wherever it is of use by itself.
+    """
     result: dict[str, object] = {**machine.record(device), "gpu": machine.gpu(device)}
-    result |= {"rounds": ROUNDS, "minutes": clock.minutes, "cases": [], "left_out": {}}
-    print("checks", file=sys.stderr, flush=True)
-    checks = gpu_checks.checks(device)
-    result["checks"] = verify(checks, device, lambda done: save(result | {"checks": done}))
-    save(result)
+    result |= {"rounds": ROUNDS, "minutes": clock.minutes}
+    result |= {"checks": {}, "cases": [], "left_out": {}}
     cases = [case for case in gpu_cases.cases() if only in case.name]
     for case in cases:
         attempt(result, case, device, clock, save, with_compile=False)
+    write(result)
+    _check(result, device, clock, save, spare=clock.left() / 2 if with_compile else 0)
     # Then anew with torch.compile, as many as there is time for, what fastmt is for first: a case
     # without it says more than none.
     headline = sorted(cases, key=lambda case: case.group != "up-sampled")
@@ -160,9 +150,36 @@ def run(
         if case.compiled and any(done["name"] == case.name for done in result["cases"]):
             before = clock.left()
             if attempt(result, case, device, clock, save, with_compile=True, needed=needed):
+                write(result)
                 longest = max(longest, before - clock.left())
                 needed = max(_LEAST_SECONDS_TO_COMPILE, 1.25 * longest)
+    write(result)
     return result
+
+
+def _check(
+    result: dict[str, object], device: torch.device, clock: Clock, save: Callable, *, spare: float
+) -> None:
+    """Checks, until no more than the seconds to spare are left."""
+    print(f"checks, {clock.left():.0f} s left", file=sys.stderr, flush=True)
+    try:
+        checks = gpu_checks.checks(device)  # makes tensors, which fails after a kernel's fault
+    except Exception as error:
+        checks = {"checks": partial(_raise, error)}
+    result["checks"] = verify(
+        checks,
+        device,
+        lambda done: save(result | {"checks": done}),
+        lambda: clock.left() > max(spare, 0),
+    )
+    if late := len(checks) - len(result["checks"]):
+        told = "no time was left for them; tests/gpu has them all"
+        result["left_out"][f"{late} of {len(checks)} checks"] = told
+    save(result)
+
+
+def _raise(error: Exception, device: torch.device) -> None:
+    raise error
 
 
 def attempt(
@@ -178,12 +195,15 @@ def attempt(
     """Measure a case in place of what is known of it, or say why not; whether it was begun.
 
     What is known stays until all of it is measured anew: a variant that then fails has its reason.
+    One that never ends is saved as such.
     """
     name = f"{case.name}, torch.compile" if with_compile else case.name
     if clock.left() < needed:
         result["left_out"][name] = f"the {clock.minutes:g} minutes are over"
         return False
     print(f"{name}, {clock.left():.0f} s left", file=sys.stderr, flush=True)
+    result["left_out"][name] = "did not end"
+    save(result)
     try:
         torch.cuda.empty_cache()  # raises after a kernel's fault, as everything does from then on
         measured = measure(case, device, with_compile=with_compile)
@@ -194,8 +214,9 @@ def attempt(
             result["left_out"][name] = measured["left_out"][lost[0]]
         else:
             result["cases"] = [*(known | {case.name: measured}).values()]
+            del result["left_out"][name]
     except Exception as error:
-        result["left_out"][name] = _told(error)
+        result["left_out"][name] = harness.told(error)
     save(result)
     return True
 
@@ -227,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(reason, file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
+    gpu_report.begin(options.out)
     # A kernel that hangs cannot be left out: this tells where it does, and what was saved stays.
     faulthandler.dump_traceback_later(60 * (options.minutes + _MINUTES_TO_END), exit=True)
     try:
@@ -236,10 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             only=options.only,
             with_compile=not options.no_compile,
             save=partial(gpu_report.save, out=options.out),
+            write=partial(gpu_report.write, out=options.out),
         )
     finally:
         faulthandler.cancel_dump_traceback_later()
-    gpu_report.write(result, options.out)
     print(gpu_report.markdown(result))
     return exit_status(result)
 

@@ -261,8 +261,9 @@ def _average(
         reference.ema_update_(averages, [s.double() for s in student], bench_ema.DECAY)
         return averages
 
+    decay = torch.tensor(bench_ema.DECAY, dtype=torch.float64, device=device)  # as EMATeacher's
     return _compared(
-        bench_ema.fused,
+        partial(fastmt.ema_update_, decay=decay),
         bench_ema.foreach_lerp if dtype == torch.float32 else bench_ema.loop,
         _updated,
         [[teacher, student]],

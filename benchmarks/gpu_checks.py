@@ -28,14 +28,14 @@ _CLASSES, _SIDE = 5, 32
 
 
 def checks(device: torch.device) -> dict[str, Check]:
-    """Every check by its name; those of an operation once for each backend that serves it."""
-    found: dict[str, Check] = {}
+    """Every check by its name, first what only a GPU shows; the others for each backend."""
+    found: dict[str, Check] = {function.__name__: function for function in BEHAVIOUR}
     for name, (build, dtypes) in trials().items():
         for backend in serving(build, device):
             for dtype in dtypes:
                 text = str(dtype).removeprefix("torch.")
                 found[f"{name}, {text}, {backend}"] = partial(is_right, build, dtype, backend)
-    return found | {function.__name__: function for function in BEHAVIOUR}
+    return found
 
 
 def trials() -> dict[str, tuple[selftest.Build, tuple[torch.dtype, ...]]]:

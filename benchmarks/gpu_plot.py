@@ -1,7 +1,7 @@
 """The plot of benchmarks.gpu: a row of panels for each group of cases.
 
-On the left how many times a kernel's time a baseline takes; on the right what bounds the group: the
-part of a copy's bandwidth where memory does, else the time.
+On the left how many times as fast as a baseline a kernel is; on the right what bounds the group:
+the part of a copy's bandwidth where memory does, else the time.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_times import CALL
+from benchmarks.gpu_goals import BANDWIDTH
+from benchmarks.gpu_times import CALL, ratio
 from benchmarks.harness import duration
 
 BASELINES = ("eager", "torch.compile")
 _BY_BANDWIDTH = ("dense", "moving average")  # groups
 _MARKERS = {"eager": ("o", "#4477aa"), "torch.compile": ("D", "#cc3311")}
 _COLORS = {"triton": "#66aadd", "cpp": "#ee9955"}
+_NAMES = {"triton": "Triton", "cpp": "CUDA C++"}
 _TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _TITLE = {"loc": "left", "fontsize": 10}
 _ROW, _PANEL = 0.27, 0.7  # inches: of a kernel, and around a panel
@@ -34,12 +36,6 @@ class Row(NamedTuple):
 def fused(case: dict) -> list[str]:
     """The names of the variants that are fastmt's."""
     return [name for name in case["variants"] if name not in BASELINES]
-
-
-def ratio(case: dict, name: str, other: str) -> float | None:
-    """Another variant's time by this one's, in the time that counts; None where one has none."""
-    times = [case["variants"].get(variant, {}).get(case["counts"]) for variant in (other, name)]
-    return None if None in times else times[0] / times[1]
 
 
 def plot(result: dict, path: Path) -> None:
@@ -68,11 +64,19 @@ def plot(result: dict, path: Path) -> None:
     limits = _limits([row for rows in groups.values() for row in rows])
     for (left, right), (group, rows) in zip(panels, groups.items(), strict=True):
         _ratios(left, rows, limits)
-        left.set_title(f"{group.capitalize()}: time of a baseline / kernel's", **_TITLE)
+        left.set_title(f"{group.capitalize()}: times as fast as a baseline", **_TITLE)
         (_rates if group in _BY_BANDWIDTH else _times)(right, rows)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
-    figure.suptitle(f"{result['device']}, torch {result['versions']['torch']}", x=0.02, ha="left")
+    figure.legend(
+        handles, labels, title="baselines", loc="outside upper right", ncols=2, frameon=False
+    )
+    what = f"fastmt's kernels on {result['device']}, torch {result['versions']['torch']}"
+    figure.suptitle(
+        f"{what}\n(auto): what a call takes by itself; dashed: the goal",
+        x=0.02,
+        ha="left",
+        fontsize=11,
+    )
     figure.get_layout_engine().set(w_pad=0.1)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -81,7 +85,8 @@ def plot(result: dict, path: Path) -> None:
 def _labelled(case: dict) -> list[tuple[str, str]]:
     """Each kernel with its label; the case is named once."""
     names = fused(case)
-    return [(n, f"{case['name']},  {n}" if n == names[0] else n) for n in names]
+    told = {n: _NAMES.get(n, n) + (" (auto)" if n == case["auto"] else "") for n in names}
+    return [(n, f"{case['name']},  {told[n]}" if n == names[0] else told[n]) for n in names]
 
 
 def _limits(rows: list[Row]) -> tuple[float, float]:
@@ -117,6 +122,7 @@ def _rates(axes: Any, rows: list[Row]) -> None:
     rates = [row.case["variants"][row.name]["of_copy"] for row in rows]
     _bars(axes, rows, [100 * (rate or 0) for rate in rates], "{:.0f} %".format)
     axes.axvline(100, color="black", linewidth=0.8, zorder=0)
+    axes.axvline(100 * BANDWIDTH, color="black", linewidth=0.8, linestyle="--", zorder=2)
     axes.set_xlim(0, max([115, *(115 * (rate or 0) for rate in rates)]))
     axes.set_title("bytes that have to move, % of a copy's rate", **_TITLE)
 

@@ -39,6 +39,12 @@ class Times:
         return statistics.median(samples) if samples else None
 
 
+def ratio(case: dict, name: str, other: str) -> float | None:
+    """Another variant's time by this one's, in the time that counts; None where one has none."""
+    times = [case["variants"].get(variant, {}).get(case["counts"]) for variant in (other, name)]
+    return None if None in times else times[0] / times[1]
+
+
 def interleave(
     runs: dict[str, Callable[[], object]],
     launches: dict[str, int | None],

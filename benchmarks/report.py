@@ -2,7 +2,8 @@
 
 python -m benchmarks.report [--cases quick|full|ema] [--only TEXT] [--out FILE.json]
 
-The set "ema" is the full one of the moving average alone.
+The set "ema" is the full one of the moving average alone. The results are written after each case,
+and a case that fails has its reason there: GPUs are lent for minutes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -39,19 +41,26 @@ def run(
     only: str = "",
     with_compile: bool = True,
     rounds: int = 15,
+    save: Callable[[dict], object] = lambda result: None,
 ) -> dict[str, object]:
     """Measure the cases of a set ("quick", "full", "ema", "tiny") whose name contains `only`."""
     tiny = which == "tiny"
     speed = {"sample_seconds": 0.001, "copy_bytes": 1 << 20} if tiny else {}
     result: dict[str, object] = {"cases_set": which, "rounds": rounds, **machine.record(device)}
-    result["cases"] = []
+    result |= {"cases": [], "left_out": {}}
     modules = (bench_ema,) if which == "ema" else MODULES
     for case in (case for module in modules for case in module.cases(which)):
-        if only in f"{case.group}: {case.name}":
-            print(f"{case.group}: {case.name}", file=sys.stderr, flush=True)
-            result["cases"].append(
-                harness.measure(case, device, with_compile=with_compile, rounds=rounds, **speed)
-            )
+        name = f"{case.group}: {case.name}"
+        if only in name:
+            print(name, file=sys.stderr, flush=True)
+            try:
+                result["cases"].append(
+                    harness.measure(case, device, with_compile=with_compile, rounds=rounds, **speed)
+                )
+            except Exception as error:
+                result["left_out"][name] = harness.told(error)
+                print(f"FAILED {result['left_out'][name]}", file=sys.stderr, flush=True)
+            save(result)
     setting = bench_trainer.TINY_STEP if tiny else bench_trainer.STEP
     if which != "ema" and only in f"trainer: {setting}":
         print(f"trainer: {setting}", file=sys.stderr, flush=True)
@@ -78,9 +87,32 @@ def markdown(result: dict[str, object]) -> str:
         measured = list(cases)
         lines += _table(measured)
         lines += _overheads(measured)
+        lines += _quicker(measured) if group == bench_ema.GROUP else []
     if "trainer" in result:
         lines += ["", "## Trainer", "", *_trainer_table(result["trainer"])]
+    left_out = [f"- {name}: {why}" for name, why in _left_out(result).items()]
+    lines += ["", "Left out:", "", *left_out] if left_out else []
     return "\n".join(lines) + "\n"
+
+
+def _left_out(result: dict[str, object]) -> dict[str, str]:
+    """Cases, and variants of others, with the reason why they were not timed."""
+    found = dict(result["left_out"])
+    for case in result["cases"]:
+        found |= {f"{case['name']}, {name}": why for name, why in case["left_out"].items()}
+    return found
+
+
+def _quicker(cases: list[dict]) -> list[str]:
+    """What of others takes less time than ours, if anything does."""
+    lines = []
+    for case in cases:
+        for ours, others in bench_ema.quicker(case).items():
+            what = "; ".join(f"{name}, {part:.2f} of it" for name, part in others.items())
+            lines.append(f"- {case['name']}, `{ours}`: {what}")
+    if not lines:
+        return ["", "Nothing takes less time than `ema_update_` or `EMATeacher.update`."]
+    return ["", "What takes less time than ours:", "", *lines]
 
 
 def _table(cases: list[dict]) -> list[str]:
@@ -145,7 +177,16 @@ def _megabytes(variant: dict | None) -> str:
     return "-" if peak is None else f"{peak / 1e6:.0f}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def write(result: dict[str, object], out: Path) -> str:
+    """The result and, beside it, its tables, which are returned."""
+    text = markdown(result)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", choices=("quick", "full", "ema"), default="quick")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
@@ -166,13 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         only=options.only,
         with_compile=not options.no_compile,
         rounds=options.rounds,
+        save=partial(write, out=out),
     )
-    text = markdown(result)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    out.with_suffix(".md").write_text(text)
-    print(text)
+    print(write(result, out))
+    return int(bool(_left_out(result)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

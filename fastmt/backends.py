@@ -131,7 +131,8 @@ def _resolve(
     if name == "eager":
         return Choice("eager", "eager was asked for")
     obstacle = _tensor_obstacle(tensors) or obstacle
-    on_cuda = bool(tensors) and tensors[0].is_cuda
+    # Not bool(tensors): torch.compile of torch 2.11 does not trace that of a list.
+    on_cuda = len(tensors) > 0 and tensors[0].is_cuda
     cpp = obstacle or cpp_backend.obstacle(tensors)
     if on_cuda:
         cpp = cpp or cpp_backend.cuda_obstacle(operation, len(tensors), upsampled)

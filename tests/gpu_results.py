@@ -1,6 +1,23 @@
-"""Results of benchmarks.gpu, as if a GPU had been measured."""
+"""Results of benchmarks.gpu, as if a GPU had been measured, and runs of it without one."""
 
 from __future__ import annotations
+
+import torch
+
+from benchmarks import gpu, gpu_cases, gpu_checks, machine
+
+
+def without_a_gpu(monkeypatch):
+    """The parts of a run that ask a GPU, answered for a CPU; and no case or check of its own."""
+    monkeypatch.setattr(machine, "gpu", lambda device: {"capability": "9.0"})
+    monkeypatch.setattr(gpu_checks, "checks", lambda device: {"one": lambda device: None})
+    monkeypatch.setattr(gpu_cases, "cases", list)
+
+
+def run(**options):
+    nothing = {name: lambda result: None for name in ("save", "write")}
+    options = {"only": "", "with_compile": False, **nothing, **options}
+    return gpu.run(torch.device("cpu"), options.pop("clock", gpu.Clock(8)), **options)
 
 
 def result(*cases):

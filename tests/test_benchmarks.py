@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -211,12 +213,55 @@ def test_report_writes_json_and_markdown(tmp_path, capsys, one_thread):
         "cross-entropy, up-sampled inside",
         "EMA",
     }
+    assert result["left_out"] == {}
     for case in result["cases"]:
         assert case["ratios"].keys() == case["variants"].keys() - {"fused"}
         assert case["fused_gb_per_s"] > 0 and case["fraction_of_copy"] > 0
         assert f"| {case['name']} | {case['backend']} |" in table
     for step in result["trainer"]["steps"].values():
         assert sum(step["parts_s"].values()) > step["own_s"] > 0
+
+
+def test_a_report_is_written_after_each_case_and_outlives_those_that_fail(
+    tmp_path, capsys, one_thread, monkeypatch
+):
+    out, written = tmp_path / "ema.json", []
+
+    def fails(device, compiled):
+        written.append(json.loads(out.read_text())["cases"][0]["name"])
+        raise RuntimeError("out of memory\nin detail")
+
+    good = bench_ema.cases("tiny")[0]
+    cases = [good, harness.Case("bad", "EMA", fails), dataclasses.replace(good, name="last")]
+    monkeypatch.setattr(bench_ema, "cases", lambda which: cases)
+    measure = partial(harness.measure, sample_seconds=0, copy_bytes=1 << 16)
+    monkeypatch.setattr(harness, "measure", measure)
+    assert report.main(["--cases", "ema", "--rounds", "2", "--out", str(out)]) == 1
+    result, table = json.loads(out.read_text()), out.with_suffix(".md").read_text()
+    assert written == [good.name]
+    assert [case["name"] for case in result["cases"]] == [good.name, "last"]
+    assert result["left_out"] == {"EMA: bad": "RuntimeError: out of memory"}
+    assert table.endswith("Left out:\n\n- EMA: bad: RuntimeError: out of memory\n")
+
+
+def test_a_baseline_that_is_wrong_is_left_out_of_its_case(capsys):
+    right = torch.tensor([1.0, 2.0])
+    fused = work(right.clone(), right, [])
+    broken = dataclasses.replace(fused, variants={**fused.variants, "loop": lambda: [2 * right]})
+    case = harness.Case("broken", "test", lambda *_: broken)
+    result = harness.measure(case, CPU, rounds=1, sample_seconds=0, copy_bytes=1 << 16)
+    assert result["variants"].keys() == {"fused"}
+    assert result["left_out"]["loop"].startswith("WrongResult: loop: error")
+
+
+def test_what_is_quicker_than_our_averages_is_named():
+    ratios = {"loop": 2.0, "_foreach_lerp_": 0.5, "EMATeacher": 1.25, "kernel": 0.1, "other": 1.0}
+    assert bench_ema.quicker({"ratios": ratios}) == {
+        "ema_update_": {"_foreach_lerp_": 0.5},
+        "EMATeacher.update": {"_foreach_lerp_": 0.4, "other": 0.8},
+    }
+    slower = dict.fromkeys(ratios, 2.0) | {"EMATeacher": 1.0}
+    assert bench_ema.quicker({"ratios": slower}) == {}
 
 
 @needs_kernels

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import gpu_results
 import pytest
@@ -22,15 +20,7 @@ needs_kernels = pytest.mark.skipif(cpp_backend.missing() is not None, reason="co
 
 @pytest.fixture
 def no_gpu_needed(monkeypatch):
-    """The parts of a run that ask a GPU, answered for a CPU; and no case or check of its own."""
-    monkeypatch.setattr(machine, "gpu", lambda device: {"capability": "9.0"})
-    monkeypatch.setattr(gpu_checks, "checks", lambda device: {"one": lambda device: None})
-    monkeypatch.setattr(gpu_cases, "cases", list)
-
-
-def run(**options):
-    options = {"only": "", "with_compile": False, "save": lambda result: None, **options}
-    return gpu.run(CPU, options.pop("clock", gpu.Clock(8)), **options)
+    gpu_results.without_a_gpu(monkeypatch)
 
 
 def test_a_failing_check_is_told_in_a_line_and_the_others_still_run(capsys):
@@ -50,22 +40,28 @@ def test_a_check_that_never_ends_is_named_in_what_was_saved(no_gpu_needed, monke
     monkeypatch.setattr(gpu_checks, "checks", lambda device: checks)
     saved = []
     with pytest.raises(KeyboardInterrupt):
-        run(save=lambda result: saved.append(json.dumps(result)))
+        gpu_results.run(save=lambda result: saved.append(json.dumps(result)))
     assert json.loads(saved[-1])["checks"] == {"one": None, "two": "did not end"}
 
 
-def test_a_run_that_hangs_ends_and_tells_where(tmp_path):
-    program = f"""
-import time, torch
-from benchmarks import gpu, gpu_report
-gpu.no_gpu, torch.cuda.current_device = lambda: None, lambda: 0
-gpu._MINUTES_TO_END = 0.01
-gpu.run = lambda *_, **__: time.sleep(60)
-gpu.main(["--out", {str(tmp_path)!r}, "--minutes", "0"])
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Timeout" in done.stderr and "in main" in done.stderr
+def test_after_a_fault_of_the_gpu_everything_says_so_and_what_was_measured_is_written(
+    no_gpu_needed, monkeypatch
+):
+    def faulty(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    cases = [harness.Case(name, "dense", None, compiled=True) for name in ("one", "two")]
+    measured = {"one": lambda: gpu_results.case("one", "dense", {"triton": 1e-3}), "two": faulty}
+    monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
+    monkeypatch.setattr(gpu, "measure", lambda case, *_, **__: measured[case.name]())
+    monkeypatch.setattr(gpu_checks, "checks", faulty)
+    written = []
+    result = gpu_results.run(with_compile=True, write=written.append)
+    assert written[-1] is result
+    assert [case["name"] for case in result["cases"]] == ["one"]
+    for told in (result["left_out"]["two"], *result["checks"].values()):
+        assert told == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert gpu.exit_status(result) == 1
 
 
 def test_a_red_check_is_told_and_leaves_the_times(no_gpu_needed, monkeypatch):
@@ -75,7 +71,7 @@ def test_a_red_check_is_told_and_leaves_the_times(no_gpu_needed, monkeypatch):
     monkeypatch.setattr(gpu_checks, "checks", lambda device: {"an option": fails})
     begun = []
     monkeypatch.setattr(gpu_cases, "cases", lambda: begun.append(True) or [])
-    result = run()
+    result = gpu_results.run()
     assert begun
     assert gpu.exit_status(result) == 1
     text = gpu_report.markdown(result)
@@ -135,7 +131,7 @@ def test_a_case_in_which_no_variant_is_right_is_left_out(no_gpu_needed, monkeypa
         return dataclasses.replace(work, tolerance=-1.0)
 
     monkeypatch.setattr(gpu_cases, "cases", lambda: [dataclasses.replace(case, build=build)])
-    result = run()
+    result = gpu_results.run()
     assert result["cases"] == []
     assert result["left_out"][case.name].startswith("WrongResult: cpp: error")
 
@@ -145,17 +141,10 @@ def test_a_wrong_result_is_left_out_and_sets_the_exit_status(no_gpu_needed, monk
         raise harness.WrongResult("triton: error 0.5 of the largest value; not timed")
 
     monkeypatch.setattr(gpu_cases, "cases", lambda: [harness.Case("bad", "dense", wrong)])
-    result = run()
+    result = gpu_results.run()
     assert result["left_out"]["bad"].startswith("WrongResult: triton: error 0.5")
     assert gpu.exit_status(result) == 1
     assert "- bad: WrongResult: triton: error 0.5" in gpu_report.markdown(result)
-
-
-def test_cases_for_which_no_time_is_left_are_named(no_gpu_needed, monkeypatch):
-    monkeypatch.setattr(gpu_cases, "cases", lambda: [harness.Case("late", "dense", None)])
-    result = run(clock=gpu.Clock(0))
-    assert result["left_out"] == {"late": "the 0 minutes are over"}
-    assert gpu.exit_status(result) == 0
 
 
 @pytest.mark.parametrize("error", [Exception("out of resource"), RuntimeError("lost")])
@@ -177,60 +166,9 @@ def test_a_case_that_fails_is_left_out_and_the_others_are_measured(
             else gpu_results.case(case.name, "dense", {"triton": 1e-3})
         ),
     )
-    result = run()
+    result = gpu_results.run()
     assert result["left_out"] == {"bad": f"{type(error).__name__}: {error}"}
     assert [case["name"] for case in result["cases"]] == ["good"]
-
-
-def test_torch_compile_is_left_out_first_when_time_runs_short(no_gpu_needed, monkeypatch):
-    names = [f"case {i}" for i in range(4)]
-    cases = [harness.Case(name, "dense", None, compiled=True) for name in names]
-    monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
-    clock, asked = gpu.Clock(3), []
-    left = [180.0]
-    monkeypatch.setattr(clock, "left", lambda: left[0])
-
-    def measured(case, device, *, with_compile):
-        asked.append((case.name, with_compile))
-        left[0] -= 56 if with_compile else 5
-        compile_s = 2e-3 if with_compile else None
-        return gpu_results.case(case.name, "dense", {"triton": 1e-3}, compile_s)
-
-    monkeypatch.setattr(gpu, "measure", measured)
-    result = run(clock=clock, with_compile=True)  # 160, 104 and 48 s for torch.compile, of 60 or 70
-    assert asked == [*((name, False) for name in names), *((name, True) for name in names[:2])]
-    assert [case["name"] for case in result["cases"]] == names
-    compiled = ["torch.compile" in case["variants"] for case in result["cases"]]
-    assert compiled == [True, True, False, False]
-    late = {f"{name}, torch.compile": "the 3 minutes are over" for name in names[2:]}
-    assert result["left_out"] == late
-
-
-def test_what_is_measured_again_with_torch_compile_takes_nothing_away(no_gpu_needed, monkeypatch):
-    names = ["lost", "fails", "good"]
-    cases = [harness.Case(name, "dense", None, compiled=True) for name in names]
-    monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
-
-    def measured(case, device, *, with_compile):
-        if with_compile and case.name == "fails":
-            raise RuntimeError("no compiler")
-        lost = with_compile and case.name == "lost"
-        fused, left_out = ({}, {"triton": "WrongResult: off"}) if lost else ({"triton": 1e-3}, {})
-        compile_s = 2e-3 if with_compile else None
-        return gpu_results.case(case.name, "dense", fused, compile_s, left_out)
-
-    monkeypatch.setattr(gpu, "measure", measured)
-    result = run(with_compile=True)
-    assert result["left_out"] == {
-        "lost, torch.compile": "WrongResult: off",
-        "fails, torch.compile": "RuntimeError: no compiler",
-    }
-    assert [[*case["variants"]] for case in result["cases"]] == [
-        ["eager", "triton"],
-        ["eager", "triton"],
-        ["eager", "torch.compile", "triton"],
-    ]
-    assert gpu.exit_status(result) == 1
 
 
 def test_a_fault_that_every_later_call_raises_ends_no_run(no_gpu_needed, monkeypatch):
@@ -239,7 +177,7 @@ def test_a_fault_that_every_later_call_raises_ends_no_run(no_gpu_needed, monkeyp
 
     monkeypatch.setattr(gpu_cases, "cases", lambda: [harness.Case("after", "dense", None)])
     monkeypatch.setattr(torch.cuda, "empty_cache", fault)
-    assert run()["left_out"]["after"].startswith("RuntimeError: CUDA error: an illegal")
+    assert gpu_results.run()["left_out"]["after"].startswith("RuntimeError: CUDA error: an illegal")
 
 
 def test_each_step_leaves_whole_files_behind(no_gpu_needed, monkeypatch, tmp_path):

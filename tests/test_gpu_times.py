@@ -153,3 +153,18 @@ def test_a_clock_that_speeds_up_after_it_was_measured_gives_no_wrong_time(gpu):
 
 def test_the_speed_of_the_spin_is_measured(gpu):
     assert gpu_times.cycles_per_second() == pytest.approx(CYCLES_PER_SECOND, rel=1e-2)
+
+
+def test_blocks_that_do_not_fit_are_told_in_their_line_and_stop_nothing(gpu, capsys):
+    pytest.importorskip("triton")
+    from benchmarks.gpu_choice.run import Timer
+
+    def fails():
+        raise RuntimeError("out of resource: shared memory\nin detail")
+
+    timer = Timer(CUDA)
+    timer("wide", fails, 1)
+    timer("copy", work(gpu, 1e-5, 1e-4), 10**8)
+    wide, copy = capsys.readouterr().out.splitlines()
+    assert " ".join(wide.split()) == "wide RuntimeError: out of resource: shared memory"
+    assert " ".join(copy.split()) == "copy 100.0 us 1000 GB/s"
