@@ -90,13 +90,16 @@ def check_logits(name: str, logits: Tensor) -> None:
         )
 
 
-def ensemble(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The detached members of an ensemble: one tensor of logits, or a sequence of equal N and C."""
+def members_of(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Of an ensemble: one tensor of logits, or a sequence of them; not checked."""
     if isinstance(logits, Tensor):
-        check_logits(name, logits)
-        return [logits.detach()]
+        return [logits]
     is_one = isinstance(logits, Mapping) or not isinstance(logits, Iterable)
-    members = [logits] if is_one else list(logits)
+    return [logits] if is_one else list(logits)
+
+
+def check_members(name: str, members: list[Tensor]) -> None:
+    """Logits of equal N, C and rank, on one device."""
     if not members:
         raise ValueError(f"{name}: got an empty sequence, expected at least one tensor of logits")
     for member in members:
@@ -107,7 +110,10 @@ def ensemble(name: str, logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
                 "or rank; expected the same"
             )
         check_device(name, member, members[0].device)
-    return [member.detach() for member in members]
+
+
+def detached(members: list[Tensor]) -> list[Tensor]:
+    return [member.detach() if member.requires_grad else member for member in members]
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmt import cpp_backend, triton_backend
+from fastmt.environment import Variable
+from fastmt.kinds import kinds_of
 
 BACKENDS = ("auto", "eager", "triton", "cpp")
 MAX_CLASSES = 4096
+MOST_ANSWERS = 4096  # that are remembered; training asks for the same few at every step
+T = TypeVar("T")
 
 
 class Choice(NamedTuple):
@@ -50,8 +54,10 @@ class _State(threading.local):
         self.explaining = False
 
 
+_DEFAULT = Variable("FASTMT_BACKEND")
 _state = _State()
 _warned: set[str] = set()
+_answers: dict[Hashable, Any] = {}
 
 
 @contextlib.contextmanager
@@ -96,7 +102,7 @@ def choose(
         upsampled: the kernels would up-sample the logits.
     """
     name, strict = _state.request or _Request(
-        _checked("FASTMT_BACKEND", os.environ.get("FASTMT_BACKEND", "auto")), False
+        _checked("FASTMT_BACKEND", _DEFAULT.value() or "auto"), False
     )
     choice = _resolve(operation, name, tensors, obstacle, upsampled)
     if _state.explaining:
@@ -104,6 +110,32 @@ def choose(
     if choice.backend == "eager" and name != "eager":
         _report(operation, name, strict, choice.reason)
     return choice
+
+
+def remembered(decide: Callable[..., T], *arguments: object) -> T:
+    """decide(*arguments), asked once for all arguments of the same kinds.
+
+    decide: checks the arguments, asking no tensor for strides or values, and chooses; its answer
+        has a `backend`. One that is "eager" is not remembered, as choose() reports it.
+    """
+    kinds = None if _is_special() else kinds_of(arguments)
+    if kinds is None:
+        return decide(*arguments)
+    key = (decide, _state.request or _DEFAULT.value(), kinds)
+    answer = _answers.get(key)
+    if answer is None:
+        answer = decide(*arguments)
+        if answer.backend != "eager":
+            if len(_answers) >= MOST_ANSWERS:
+                _answers.clear()
+            _answers[key] = answer
+    return answer
+
+
+def _is_special() -> bool:
+    """Whether a choice depends on more than its arguments."""
+    compiling = torch.compiler.is_compiling()
+    return compiling or torch._C._are_functorch_transforms_active() or _state.explaining
 
 
 class Remembered:
@@ -179,7 +211,15 @@ def _report(operation: str, name: str, strict: bool, reason: str) -> None:
         raise RuntimeError(f"{operation}: backend {name!r} cannot serve this call: {reason}")
     if message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warnings.warn(message, RuntimeWarning, stacklevel=_callers())
+
+
+def _callers() -> int:
+    """How many frames of fastmt there are up to whoever called it, as warnings count."""
+    frame, count = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith("fastmt."):
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def explain(function: Callable, *args: object, **kwargs: object) -> Choice:

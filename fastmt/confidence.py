@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -40,7 +41,31 @@ def softmax_confidence(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    members = arguments.ensemble("logits", logits)
+    members = arguments.members_of(logits)
+    backend, inside = backends.remembered(_choose, members, kind, temperature, size)
+    members = arguments.detached(members)
+    if backend == "eager":
+        return reference.softmax_confidence(
+            members, kind=kind, temperature=temperature, size=size, align_corners=align_corners
+        )
+    members = upsampled_before(members, size, align_corners)
+    kernels = backends.operations(backend)
+    return Confidence(
+        *kernels.softmax_confidence(
+            members, KINDS.index(kind), 1 / float(temperature), inside, align_corners
+        )
+    )
+
+
+class _Choice(NamedTuple):
+    backend: str
+    inside: list[int] | None  # the size that the kernels up-sample to
+
+
+def _choose(
+    members: list[Tensor], kind: str, temperature: float, size: Sequence[int] | None
+) -> _Choice:
+    arguments.check_members("logits", members)
     arguments.check_choice("kind", kind, KINDS)
     arguments.check_positive("temperature", temperature)
     arguments.output_shape([("logits", member) for member in members], size)
@@ -51,17 +76,7 @@ def softmax_confidence(
         obstacle=shape_obstacle(members[0]),
         upsampled=inside is not None,
     )
-    if choice.backend == "eager":
-        return reference.softmax_confidence(
-            members, kind=kind, temperature=temperature, size=size, align_corners=align_corners
-        )
-    members = upsampled_before(members, size, align_corners)
-    kernels = backends.operations(choice.backend)
-    return Confidence(
-        *kernels.softmax_confidence(
-            members, KINDS.index(kind), 1 / float(temperature), inside, align_corners
-        )
-    )
+    return _Choice(choice.backend, inside)
 
 
 def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> list[int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,17 +73,13 @@ def consistency_loss(
         Tarvainen & Valpola 2017 ("mse"); French et al. 2020 (masking by confidence, "bce");
         Yu et al. 2019 (entropy); Tranheden et al. 2021 ("ce" with "ratio").
     """
-    members = arguments.ensemble("teacher", teacher)
-    arguments.check_logits("student", student)
-    _check_call(student, members, size, pixel_weight, valid, threshold)
-    _check_options(loss, class_reduction, confidence, weight, normalize, temperature)
-    inside = upsampled_inside([student, *members], size)
-    choice = backends.choose(
-        "consistency_loss",
-        [student, *members],
-        obstacle=shape_obstacle(student),
-        upsampled=inside is not None,
+    members = arguments.members_of(teacher)
+    any_float = 0.0 if type(threshold) is float else threshold  # a schedule has a new one each step
+    maps, names = (pixel_weight, valid), (loss, class_reduction, confidence, weight, normalize)
+    choice = backends.remembered(
+        _choose, (student, members, size, *maps, any_float), (*names, temperature), strict
     )
+    members = arguments.detached(members)
     if choice.backend == "eager":
         return reference.consistency_loss(
             student,
@@ -101,7 +98,38 @@ def consistency_loss(
             align_corners=align_corners,
             return_stats=return_stats,
         )
-    options = [
+    student, *members = upsampled_before([student, *members], size, align_corners)
+    maps = [None if pixel_weight is None else pixel_weight.float(), valid]
+    wants_gradient = torch.is_grad_enabled() and student.requires_grad
+    limits = _limits(threshold, student.device, choice.backend)
+    sampling = (1 / float(temperature), choice.inside)
+    call = (members, limits, *maps, choice.options, *sampling, align_corners)
+    kernels = backends.operations(choice.backend)
+    results = _ConsistencyLoss.apply(student, kernels, call, wants_gradient, return_stats)
+    return (results[0], ConsistencyStats(*results[1:])) if return_stats else results
+
+
+class _Choice(NamedTuple):
+    backend: str
+    inside: list[int] | None  # the size that the kernels up-sample to
+    options: list[int]  # as kernels number them
+
+
+def _choose(operands: tuple, options: tuple, strict: bool) -> _Choice:
+    student, members, size, *_ = operands
+    arguments.check_members("teacher", members)
+    arguments.check_logits("student", student)
+    _check_call(*operands)
+    _check_options(*options)
+    inside = upsampled_inside([student, *members], size)
+    choice = backends.choose(
+        "consistency_loss",
+        [student, *members],
+        obstacle=shape_obstacle(student),
+        upsampled=inside is not None,
+    )
+    loss, class_reduction, confidence, weight, normalize, _ = options
+    numbers = [
         LOSSES.index(loss),
         CLASS_REDUCTIONS.index(class_reduction),
         KINDS.index(confidence),
@@ -109,15 +137,7 @@ def consistency_loss(
         int(strict),
         NORMALIZATIONS.index(normalize),
     ]
-    student, *members = upsampled_before([student, *members], size, align_corners)
-    maps = [None if pixel_weight is None else pixel_weight.float(), valid]
-    wants_gradient = torch.is_grad_enabled() and student.requires_grad
-    limits = _limits(threshold, student.device, choice.backend)
-    sampling = (1 / float(temperature), inside)
-    call = (members, limits, *maps, options, *sampling, align_corners)
-    kernels = backends.operations(choice.backend)
-    value, selected, mean_score = _ConsistencyLoss.apply(student, kernels, call, wants_gradient)
-    return (value, ConsistencyStats(selected, mean_score)) if return_stats else value
+    return _Choice(choice.backend, inside, numbers)
 
 
 def _check_call(
@@ -187,20 +207,22 @@ class _ConsistencyLoss(torch.autograd.Function):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod
-    def forward(ctx, student, kernels, call, wants_gradient):
+    def forward(ctx, student, kernels, call, wants_gradient, with_stats):
         value, selected, mean_score, scale, gradient = kernels.consistency_loss(
             student, *call, wants_gradient
         )
-        ctx.mark_non_differentiable(selected, mean_score)
         ctx.set_materialize_grads(False)
         if wants_gradient:
             gradients.keep(ctx, kernels, student, [*call[0], *call[1:4]], gradient, scale)
             ctx.again = lambda z: kernels.consistency_loss(z, *call, True)[-1]
+        if not with_stats:
+            return value
+        ctx.mark_non_differentiable(selected, mean_score)
         return value, selected, mean_score
 
     @staticmethod
     def backward(ctx, grad_value, *_):
-        return gradients.hand_over(ctx, grad_value), None, None, None
+        return gradients.hand_over(ctx, grad_value), None, None, None, None
 
 
 class ConsistencyLoss(nn.Module):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor, nn
 
 from fastmt import arguments, backends, gradients, reference
 from fastmt.confidence import shape_obstacle, upsampled_before, upsampled_inside
+from fastmt.environment import Variable
 
+_CHECK = Variable("FASTMT_CHECK")
 NORMALIZATIONS = ("all", "valid", "weight")
 
 
@@ -49,23 +49,12 @@ def cross_entropy(
         0..C-1 is named, on a GPU only where FASTMT_CHECK=1 is set, since that waits for the device;
         else it makes loss and gradient NaN there.
     """
-    arguments.check_logits("logits", logits)
-    classes, device = logits.shape[1], logits.device
-    _check_labels_shape(logits, labels)
-    arguments.check_map("pixel_weight", pixel_weight, labels.shape, arguments.FLOATS, device)
-    arguments.check_map("class_weight", class_weight, (classes,), arguments.FLOATS, device)
-    _check_options(ignore_index, normalize, label_smoothing)
-    size = tuple(labels.shape[1:])
-    choice = backends.choose(
-        "cross_entropy",
-        [logits],
-        obstacle=shape_obstacle(logits),
-        upsampled=upsampled_inside([logits], size) is not None,
-    )
+    tensors = (logits, labels, pixel_weight, class_weight)
+    choice = backends.remembered(_choose, *tensors, ignore_index, normalize, label_smoothing)
     if choice.backend == "eager":
         unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if _checks_labels(labels.device) and not unreadable:
-            arguments.check_labels(labels, classes, ignore_index)
+            arguments.check_labels(labels, logits.shape[1], ignore_index)
         return reference.cross_entropy(
             logits,
             labels,
@@ -76,7 +65,8 @@ def cross_entropy(
             normalize=normalize,
             align_corners=align_corners,
         )
-    (logits,) = upsampled_before([logits], size, align_corners)
+    if logits.ndim != 4:
+        (logits,) = upsampled_before([logits], labels.shape[1:], align_corners)
     weights = [
         None if pixel_weight is None else pixel_weight.float(),
         None if class_weight is None else class_weight.float().contiguous(),
@@ -87,6 +77,29 @@ def cross_entropy(
     call = (labels, *weights, options, float(label_smoothing), align_corners)
     kernels = backends.operations(choice.backend)
     return _CrossEntropy.apply(logits, kernels, call, wants_gradient)
+
+
+def _choose(
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    normalize: str,
+    label_smoothing: float,
+) -> backends.Choice:
+    arguments.check_logits("logits", logits)
+    classes, device = logits.shape[1], logits.device
+    _check_labels_shape(logits, labels)
+    arguments.check_map("pixel_weight", pixel_weight, labels.shape, arguments.FLOATS, device)
+    arguments.check_map("class_weight", class_weight, (classes,), arguments.FLOATS, device)
+    _check_options(ignore_index, normalize, label_smoothing)
+    return backends.choose(
+        "cross_entropy",
+        [logits],
+        obstacle=shape_obstacle(logits),
+        upsampled=upsampled_inside([logits], labels.shape[1:]) is not None,
+    )
 
 
 def _check_options(ignore_index: int, normalize: str, label_smoothing: float) -> None:
@@ -111,7 +124,7 @@ def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
 
 
 def _checks_labels(device: torch.device) -> bool:
-    return device.type == "cpu" or os.environ.get("FASTMT_CHECK") == "1"
+    return device.type == "cpu" or _CHECK.value() == "1"
 
 
 def _refuse(wrong: Tensor, wrong_label: Tensor, classes: int, ignore_index: int) -> None:

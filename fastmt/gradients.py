@@ -29,8 +29,11 @@ def keep(
     # The teacher's logits may be inference tensors, which save_for_backward refuses.
     ctx.save_for_backward(logits)
     ctx.kernels, ctx.gradient, ctx.scale = kernels, gradient, scale
-    tensors = [x for x in others if isinstance(x, Tensor) and not x.is_inference()]
-    ctx.versions = [(tensor, tensor._version) for tensor in tensors]
+    ctx.versions = [
+        (other, other._version)
+        for other in others
+        if isinstance(other, Tensor) and not other.is_inference()
+    ]
 
 
 def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:

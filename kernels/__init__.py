@@ -36,7 +36,7 @@ Size = Sequence[int] | None
 
 def as_it_lies(tensor: Tensor | None) -> Tensor | None:
     """The tensor as kernels read it: a view that negates what is in memory becomes a copy."""
-    return None if tensor is None else tensor.resolve_neg()
+    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
 
 
 def softmax_confidence(
@@ -153,7 +153,8 @@ def cross_entropy(
         return loss, scale, empty, wrong, wrong_label
     options, plain = tuple(options), class_weight is None and label_smoothing == 0
     layouts = map(layout_of, (logits, labels, pixel_weight))
-    key = (cross_entropy, align_corners, wants_gradient, plain, options, *layouts)
+    how = (align_corners, wants_gradient, plain, class_weight is None, options)
+    key = (cross_entropy, *how, *layouts)
     operands = (logits, labels, pixel_weight, plain, options, align_corners, gradient)
     passes, total = prepared(key, _cross_entropy, *operands)
     with device_of(logits):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmt.kernels.launch import launch
+from fastmt.kernels.launch import GIVEN, Launch, launch, prepared
 from fastmt.kernels.rounding import at_random, mixed, nearest, widened
 from fastmt.kernels.views import device_of
 
@@ -268,6 +268,12 @@ def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
     """
     elements = data.numel()
     if elements:
-        programs = min(triton.cdiv(elements, BLOCK), programs_on(data.device))
+        key = (scale_, elements, data.dtype, data.get_device())
+        scaled = prepared(key, _scaling, elements, data.device)
         with device_of(data):
-            launch(scale_kernel, programs, data, elements, scale, factor, BLOCK=BLOCK, num_warps=4)
+            scaled(data, scale, factor)
+
+
+def _scaling(elements: int, device: torch.device) -> Launch:
+    programs = min(triton.cdiv(elements, BLOCK), programs_on(device))
+    return Launch(scale_kernel, programs, GIVEN, elements, GIVEN, GIVEN, BLOCK=BLOCK)

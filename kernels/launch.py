@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ MOST = 4096  # launches that are remembered, and calls that are prepared
 # Of Triton, whose compiled kernels are launched by the arguments in `_direct`.
 DIRECT = ((3, 6), (3, 7))
 GIVEN = object()  # stands for an argument that comes at each launch
+ALIGNED = 16  # bytes: from addresses that are multiples of it Triton reads in wider accesses
 _compiled: dict[Hashable, tuple[Any, Callable[..., bool]]] = {}
 _prepared: dict[Hashable, Any] = {}
 
@@ -21,7 +24,8 @@ _prepared: dict[Hashable, Any] = {}
 class Launch:
     """A launch that is repeated: all of it is known but the arguments that are GIVEN.
 
-    These are tensors, tuples of them, None or numbers that are not whole.
+    These are tensors, tuples of them, None or numbers that are not whole, and each is at every
+    launch of the same kind, dtype and device: of a tensor only where it lies is asked.
     """
 
     def __init__(
@@ -34,25 +38,33 @@ class Launch:
         **constants: Any,
     ) -> None:
         self._kernel, self._programs = kernel, programs
-        self._arguments = list(arguments)
-        self._places = [i for i, argument in enumerate(arguments) if argument is GIVEN]
         self._constants = {"num_warps": num_warps, "num_stages": num_stages, **constants}
-        self._all = [*arguments, *constants.values()]
-        self._direct: dict[Hashable, Callable[..., bool] | None] = {}
+        self._count, every = len(arguments), (*arguments, *constants.values())
+        self._known = tuple([argument for argument in every if argument is not GIVEN])
+        given, known = itertools.count(), itertools.count(len(every) - len(self._known))
+        self._order = operator.itemgetter(
+            *[next(given if argument is GIVEN else known) for argument in every]
+        )
+        self._direct: Callable[..., bool] | None = None  # for tensors that are all aligned
 
     def __call__(self, *given: Any) -> None:
-        traits, passed = _read(given)
-        key = tuple(traits)
-        direct = self._direct.get(key)
-        if direct is None or not direct(self._programs, self._filled(self._all, passed)):
-            arguments = self._filled(self._arguments, given)
-            self._direct[key] = launch(self._kernel, self._programs, *arguments, **self._constants)
-
-    def _filled(self, arguments: list[Any], given: Sequence[Any]) -> list[Any]:
-        filled = arguments.copy()
-        for place, value in zip(self._places, given, strict=True):
-            filled[place] = value
-        return filled
+        passed, addresses = [], 0
+        for argument in given:
+            if isinstance(argument, Tensor):
+                argument = argument.data_ptr()
+                addresses |= argument
+            elif type(argument) is tuple:
+                argument = tuple([tensor.data_ptr() for tensor in argument])
+                for address in argument:
+                    addresses |= address
+            passed.append(argument)
+        aligned, direct = addresses % ALIGNED == 0, self._direct
+        if aligned and direct and direct(self._programs, self._order((*passed, *self._known))):
+            return
+        arguments = self._order((*given, *self._known))[: self._count]
+        direct = launch(self._kernel, self._programs, *arguments, **self._constants)
+        if aligned:
+            self._direct = direct
 
 
 def launch(
@@ -130,7 +142,7 @@ def _read(arguments: Sequence[Any]) -> tuple[list[Hashable], list[Any]]:
             traits.append(argument)
         elif isinstance(argument, Tensor):
             address = argument.data_ptr()
-            traits.append((argument.dtype, argument.get_device(), address % 16 == 0))
+            traits.append((argument.dtype, argument.get_device(), address % ALIGNED == 0))
             argument = address
         elif kind is tuple and argument and isinstance(argument[0], Tensor):
             own, addresses = _read(argument)

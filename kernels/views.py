@@ -15,6 +15,7 @@ from torch import Tensor
 
 NARROW = 2**31  # offsets within a block below this are 32-bit
 OUTER = 3  # dimensions of pixels around the inner one
+_CURRENT = contextlib.nullcontext()
 REMEMBERED = 1024  # descriptions of layouts; training asks for the same few at every step
 
 
@@ -93,9 +94,9 @@ def merge(shape: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[list[int
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    return _CURRENT
 
 
 @triton.jit

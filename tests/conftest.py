@@ -69,6 +69,12 @@ def forgotten_warnings(monkeypatch):
     monkeypatch.setattr(backends, "_warned", set())
 
 
+@pytest.fixture(autouse=True)
+def forgotten_choices(monkeypatch):
+    """A test may change what serves a call."""
+    monkeypatch.setattr(backends, "_answers", {})
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A domain by day with labels and one by dusk, in tmp_path."""
