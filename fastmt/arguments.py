@@ -181,6 +181,22 @@ def check_map(
     check_device(name, tensor, device)
 
 
+def check_threshold(threshold: float | Tensor, classes: int, device: torch.device) -> None:
+    """A number, a tensor of one, or one for each class."""
+    if not isinstance(threshold, Tensor):
+        if type(threshold) is not float and not isinstance(threshold, Real):
+            raise TypeError(
+                f"threshold: got {type(threshold).__name__}, expected a float or a tensor"
+            )
+    elif threshold.ndim > 1 or (threshold.ndim == 1 and len(threshold) != classes):
+        raise ValueError(
+            f"threshold: got shape {shape(threshold)}, expected a 0-dim tensor or "
+            f"({classes},), one for each class"
+        )
+    elif threshold.ndim == 1 or threshold.device.type != "cpu":
+        check_device("threshold", threshold, device)
+
+
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
     """ValueError for a label outside 0..C-1; reads the labels, so only for tensors on the CPU."""
     labels = labels.long()  # a uint8 tensor would compare with 300 as with 44

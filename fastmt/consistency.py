@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -105,7 +104,7 @@ def consistency_loss(
     sampling = (1 / float(temperature), choice.inside)
     call = (members, limits, *maps, choice.options, *sampling, align_corners)
     kernels = backends.operations(choice.backend)
-    results = _ConsistencyLoss.apply(student, kernels, call, wants_gradient, return_stats)
+    results = _ConsistencyLoss.record(student, kernels, call, wants_gradient, return_stats)
     return (results[0], ConsistencyStats(*results[1:])) if return_stats else results
 
 
@@ -159,19 +158,7 @@ def _check_call(
     out = arguments.output_shape(named, size)
     arguments.check_map("pixel_weight", pixel_weight, out, arguments.FLOATS, device)
     arguments.check_map("valid", valid, out, (torch.bool,), device)
-    classes = student.shape[1]
-    if not isinstance(threshold, Tensor):
-        if type(threshold) is not float and not isinstance(threshold, Real):
-            raise TypeError(
-                f"threshold: got {type(threshold).__name__}, expected a float or a tensor"
-            )
-    elif threshold.ndim > 1 or (threshold.ndim == 1 and len(threshold) != classes):
-        raise ValueError(
-            f"threshold: got shape {arguments.shape(threshold)}, expected a 0-dim tensor or "
-            f"({classes},), one for each class"
-        )
-    elif threshold.ndim == 1 or threshold.device.type != "cpu":
-        arguments.check_device("threshold", threshold, device)
+    arguments.check_threshold(threshold, student.shape[1], device)
 
 
 def _check_options(
@@ -203,7 +190,7 @@ def _limits(threshold: float | Tensor, device: torch.device, backend: str) -> Te
     return threshold.detach().to(device, torch.float32, non_blocking=True).reshape(-1).contiguous()
 
 
-class _ConsistencyLoss(torch.autograd.Function):
+class _ConsistencyLoss(gradients.KnownGradient):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod

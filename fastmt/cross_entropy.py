@@ -76,7 +76,7 @@ def cross_entropy(
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     call = (labels, *weights, options, float(label_smoothing), align_corners)
     kernels = backends.operations(choice.backend)
-    return _CrossEntropy.apply(logits, kernels, call, wants_gradient)
+    return _CrossEntropy.record(logits, kernels, call, wants_gradient)
 
 
 def _choose(
@@ -138,7 +138,7 @@ def _refuse(wrong: Tensor, wrong_label: Tensor, classes: int, ignore_index: int)
         raise ValueError(arguments.label_message(int(wrong_label), classes, ignore_index))
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(gradients.KnownGradient):
     """Loss and gradient in one pass over the logits; the backward pass only scales the gradient."""
 
     @staticmethod

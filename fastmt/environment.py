@@ -18,7 +18,8 @@ class Variable:
         self._name, self._key = name, os.environ.encodekey(name)
 
     def value(self) -> str | None:
-        if torch.compiler.is_compiling():
+        kept = getattr(os.environ, "_data", None)
+        if kept is None or torch.compiler.is_compiling():
             return os.environ.get(self._name)
-        found = os.environ._data.get(self._key)
+        found = kept.get(self._key)
         return None if found is None else os.environ.decodevalue(found)
