@@ -7,8 +7,15 @@ import itertools
 import pytest
 import torch
 from agreement import FIXED, assert_consistency
-from operands import DTYPES, LAYOUTS, laid_out, random_logits, thresholds_by_class
-from test_upsampling import assert_cross_entropy_is_the_reference
+from operands import (
+    DTYPES,
+    LAYOUTS,
+    laid_out,
+    random_logits,
+    threshold_near,
+    thresholds_by_class,
+)
+from test_upsampling import assert_cross_entropy_is_the_reference, decided
 
 import fastmt
 from fastmt import reference
@@ -97,6 +104,20 @@ def test_a_nan_score_never_passes_and_its_pixels_leave_no_trace(classes):
     assert loss.isfinite()
     assert gradient.isfinite().all()
     assert gradient.any()
+
+
+@pytest.mark.parametrize("classes", [*FIXED, 7])
+def test_a_nan_weight_of_a_pixel_that_does_not_count_leaves_no_trace(classes):
+    student, teacher = (random_logits((2, classes, 3, 5), seed, 4.0) for seed in (1, 2))
+    score, valid = decided([teacher], (12, 20), False, "max_prob")
+    threshold = threshold_near(score, 0.5)
+    counts = valid & (score >= threshold)
+    weight = torch.where(counts, 1.5, torch.nan)
+    assert_consistency(
+        student, [teacher], (12, 20), threshold=threshold, valid=valid, pixel_weight=weight
+    )
+    labels = torch.where(counts, 1, 255)
+    assert_cross_entropy_is_the_reference(student, labels, align_corners=False, pixel_weight=weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

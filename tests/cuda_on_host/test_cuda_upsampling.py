@@ -50,6 +50,19 @@ def test_logits_of_any_range_with_a_constant_number_of_classes(classes, scale):
     assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
 
 
+@pytest.mark.parametrize("classes", FIXED)
+@pytest.mark.parametrize("rise", [100.0, -100.0])
+@pytest.mark.parametrize("across", [False, True])
+def test_a_class_that_rises_from_row_to_row_or_column_to_column_is_followed(classes, rise, across):
+    student = random_logits((1, classes, 6, 6), 0, 0.1)
+    student[:, 3, 1::2] += rise
+    student = student.mT if across else student
+    for loss in ("mse", "ce"):
+        assert_consistency(student, [student.flip(1)], (48, 48), loss=loss, weight="none")
+    labels = torch.full((1, 48, 48), 3)
+    assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
+
+
 @pytest.mark.parametrize("classes", [*FIXED, 5])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
 def test_what_is_left_out_changes_nothing_for_the_pixels_beside_it(classes, kept):
