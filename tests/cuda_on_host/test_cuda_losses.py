@@ -106,6 +106,17 @@ def test_a_nan_score_never_passes_and_its_pixels_leave_no_trace(classes):
     assert gradient.any()
 
 
+@pytest.mark.parametrize("classes", [19, 4])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_ratio_of_0_leaves_no_trace_of_a_nan(classes, normalize):
+    student = torch.full((1, classes, 3, 5), torch.nan).requires_grad_()
+    options = {"weight": "ratio", "threshold": 2.0, "normalize": normalize, "size": (12, 20)}
+    loss = fastmt.consistency_loss(student, torch.zeros(1, classes, 3, 5), **options)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss == 0
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("classes", [*FIXED, 7])
 def test_a_nan_weight_of_a_pixel_that_does_not_count_leaves_no_trace(classes):
     student, teacher = (random_logits((2, classes, 3, 5), seed, 4.0) for seed in (1, 2))

@@ -51,11 +51,12 @@ def test_logits_of_any_range_with_a_constant_number_of_classes(classes, scale):
 
 
 @pytest.mark.parametrize("classes", FIXED)
-@pytest.mark.parametrize("rise", [100.0, -100.0])
+@pytest.mark.parametrize("steps", [(0, 100), (100, 0), (-200, 50), (50, -200)])
 @pytest.mark.parametrize("across", [False, True])
-def test_a_class_that_rises_from_row_to_row_or_column_to_column_is_followed(classes, rise, across):
+def test_a_class_that_rises_from_row_to_row_or_column_to_column_is_followed(classes, steps, across):
     student = random_logits((1, classes, 6, 6), 0, 0.1)
-    student[:, 3, 1::2] += rise
+    for first, step in enumerate(steps):
+        student[:, 3, first::2] += step
     student = student.mT if across else student
     for loss in ("mse", "ce"):
         assert_consistency(student, [student.flip(1)], (48, 48), loss=loss, weight="none")
