@@ -68,16 +68,8 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="session", params=["host", *["gpu"] * torch.cuda.is_available()])
-def operations(request, tmp_path_factory):
-    """The operations of csrc/cuda on CPU tensors."""
-    if reason := cpp_backend.missing():
-        pytest.skip(reason)
-    if request.param == "gpu":
-        if reason := cpp_backend.cuda_missing():
-            pytest.skip(reason)
-        yield OnGpu(torch.ops.fastmt)
-        return
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     library = torch.library.Library("fastmt_cuda_on_host", "DEF")
@@ -87,6 +79,18 @@ def operations(request, tmp_path_factory):
     torch.ops.load_library(str(compiled_once(tmp_path_factory.getbasetemp())))
     yield torch.ops.fastmt_cuda_on_host
     library._destroy()
+
+
+@pytest.fixture(scope="module", params=["host", *["gpu"] * torch.cuda.is_available()])
+def operations(request):
+    """The operations of csrc/cuda on CPU tensors."""
+    if reason := cpp_backend.missing():
+        pytest.skip(reason)
+    if request.param == "host":
+        return request.getfixturevalue("on_host")
+    if reason := cpp_backend.cuda_missing():
+        pytest.skip(reason)
+    return OnGpu(torch.ops.fastmt)
 
 
 @pytest.fixture(autouse=True)
