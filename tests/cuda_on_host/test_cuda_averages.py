@@ -62,9 +62,20 @@ def test_decay_1_keeps_whatever_the_student_holds(operations):
     assert torch.equal(teacher, before)
 
 
+@pytest.mark.parametrize(
+    ("decay", "teacher", "student"), [(0.9999, 0, 1), (0.9999, 1, 1e6), (1e-4, 1e6, 1)]
+)
+def test_an_average_is_taken_from_the_nearer_end(operations, decay, teacher, student):
+    average, value = torch.full((9,), float(teacher)), torch.full((9,), float(student))
+    update(operations, [average], [value], decay)
+    expected = torch.full((9,), decay * teacher + (1 - decay) * student)
+    torch.testing.assert_close(average, expected, rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scaling_multiplies_by_both_factors_and_0_clears_a_nan(operations, dtype):
-    data = random_logits((9001,), 0, dtype=dtype)
+@pytest.mark.parametrize("length", [9001, 200_000])  # fewer pieces than blocks, and more
+def test_scaling_multiplies_by_both_factors_and_0_clears_a_nan(operations, dtype, length):
+    data = random_logits((length,), 0, dtype=dtype)
     expected = (data.float() * 0.75).to(dtype)
     operations.scale_(data, torch.tensor(1.5), torch.tensor(0.5))
     assert torch.equal(data, expected)

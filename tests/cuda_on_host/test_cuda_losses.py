@@ -107,6 +107,18 @@ def test_a_nan_score_never_passes_and_its_pixels_leave_no_trace(classes):
 
 
 @pytest.mark.parametrize("classes", [19, 4])
+def test_an_infinite_weight_of_a_class_whose_pixels_have_none_leaves_no_trace(classes):
+    labels = torch.arange(12 * 16).view(1, 12, 16) % classes
+    class_weight = torch.ones(classes)
+    class_weight[2] = torch.inf
+    logits = random_logits((1, classes, 3, 4), 1)
+    options = {"class_weight": class_weight, "pixel_weight": (labels != 2).float()}
+    loss = fastmt.cross_entropy(logits, labels, normalize="weight", **options)
+    expected = reference.cross_entropy(logits.double(), labels, normalize="weight", **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("classes", [19, 4])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_a_ratio_of_0_leaves_no_trace_of_a_nan(classes, normalize):
     student = torch.full((1, classes, 3, 5), torch.nan).requires_grad_()
