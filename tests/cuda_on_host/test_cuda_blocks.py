@@ -16,7 +16,13 @@ from fastmt import reference
 
 @pytest.mark.parametrize("classes", [19, 4])
 @pytest.mark.parametrize(
-    ("low", "size"), [((3, 5), (210, 300)), ((30, 40), (5, 300)), ((2, 3000), (3, 40))]
+    ("low", "size"),
+    [
+        ((3, 5), (210, 300)),
+        ((30, 40), (5, 300)),
+        ((2, 3000), (3, 40)),
+        ((3, 5), (65, 40)),  # the last band has one row more than a block walks, the first has not
+    ],
 )
 def test_images_of_many_blocks(classes, low, size):
     student, teacher = (random_logits((2, classes, *low), seed, 4.0) for seed in (1, 2))
