@@ -1,7 +1,8 @@
 // CUDA as a loop, so that a host compiler can run the kernels of csrc/cuda: block after block, and
-// in a block thread after thread, each on a stack of its own up to the next __syncthreads. It goes
-// up the threads and down them by turns, the other way round at every other call of an operation of
-// two launches: what a missing barrier lets race comes out otherwise there.
+// in a block thread after thread, each on a stack of its own up to the next __syncthreads or vote of
+// its warp. It goes up the threads and down them by turns, or in an order that is drawn anew after
+// each barrier, which changes from call to call of an operation of two launches: what a missing
+// barrier lets race comes out otherwise there.
 #pragma once
 
 #include <ucontext.h>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -44,10 +46,15 @@ To bit_cast(From from) {
   return to;
 }
 
+constexpr int WARP = 32;
+
+enum class State { runs, votes, meets, done };  // a vote of the warp; all threads of the block
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(128 * 1024);
-  bool done;
+  State state;
+  bool vote;
 };
 
 inline std::vector<Fiber> fibers;
@@ -57,44 +64,86 @@ inline int64_t most_shared_bytes;
 inline void (*body)(const void*);
 inline const void* body_argument;
 
+inline void wait_as(State state) {
+  Fiber& own = fibers[running];
+  own.state = state;
+  swapcontext(&own.context, &scheduler);
+}
+
 inline void enter() {
   body(body_argument);
-  fibers[running].done = true;
-  swapcontext(&fibers[running].context, &scheduler);
+  wait_as(State::done);
+}
+
+inline int count(const std::vector<int>& threads, State state) {
+  return int(std::count_if(threads.begin(), threads.end(),
+                           [&](int i) { return fibers[i].state == state; }));
+}
+
+// The threads of a warp, from vote to vote up to a barrier.
+inline void run_warp(const std::vector<int>& threads) {
+  for (bool voted = false;;) {
+    for (const int i : threads) {
+      fibers[i].vote = voted;
+      fibers[i].state = State::runs;
+      threadIdx.x = unsigned(running = i);
+      swapcontext(&scheduler, &fibers[i].context);
+    }
+    const int votes = count(threads, State::votes);
+    if (votes == 0) return;
+    if (votes != int(threads.size())) throw std::runtime_error("threads that miss a vote");
+    voted = std::any_of(threads.begin(), threads.end(), [](int i) { return fibers[i].vote; });
+  }
+}
+
+enum class Order { up, down, drawn };
+
+template <class T>
+void put_in(Order order, std::vector<T>& values) {
+  static std::minstd_rand source;
+  if (order == Order::down) std::reverse(values.begin(), values.end());
+  if (order == Order::drawn) std::shuffle(values.begin(), values.end(), source);
+}
+
+inline std::vector<std::vector<int>> warps_in(Order order, int threads) {
+  std::vector<std::vector<int>> warps((threads + WARP - 1) / WARP);
+  for (int i = 0; i < threads; ++i) warps[i / WARP].push_back(i);
+  for (auto& warp : warps) put_in(order, warp);
+  put_in(order, warps);
+  return warps;
 }
 
 // The threads of one block, from barrier to barrier; all of them must meet each.
-inline void run_block(int threads, bool upwards) {
+inline void run_block(int threads, Order order) {
   if (int(fibers.size()) < threads) fibers.resize(threads);
   for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    ucontext_t& context = fibers[i].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fibers[i].stack.data();
+    context.uc_stack.ss_size = fibers[i].stack.size();
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
   }
-  for (int done = 0; done == 0; upwards = !upwards) {
-    for (int i = 0; i < threads; ++i) {
-      running = upwards ? i : threads - 1 - i;
-      threadIdx.x = unsigned(running);
-      swapcontext(&scheduler, &fibers[running].context);
-      done += fibers[running].done;
+  for (int done = 0; done == 0;) {
+    for (const auto& warp : warps_in(order, threads)) {
+      run_warp(warp);
+      done += count(warp, State::done);
     }
     if (done != 0 && done != threads) throw std::runtime_error("threads that miss a barrier");
+    if (order != Order::drawn) order = order == Order::up ? Order::down : Order::up;
   }
 }
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() {
-  using namespace cuda_on_host;
-  swapcontext(&fibers[running].context, &scheduler);
+inline void __syncthreads() { cuda_on_host::wait_as(cuda_on_host::State::meets); }
+
+// Of a whole warp, as all of ours are.
+inline bool __any_sync(unsigned, bool here) {
+  cuda_on_host::fibers[cuda_on_host::running].vote = here;
+  cuda_on_host::wait_as(cuda_on_host::State::votes);
+  return cuda_on_host::fibers[cuda_on_host::running].vote;
 }
-// A warp of one thread: what its neighbours vote for may only decide what is worked out, never a
-// result.
-inline bool __any_sync(unsigned, bool here) { return here; }
 
 inline uint32_t __float_as_uint(float x) { return cuda_on_host::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t bits) { return cuda_on_host::bit_cast<float>(bits); }
@@ -152,11 +201,11 @@ void launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t bytes
   cuda_on_host::body_argument = &argument;
   blockDim.x = unsigned(threads);
   gridDim.x = unsigned(blocks);
-  const bool upwards = cuda_on_host::launches++ / 2 % 2 == 0;
+  const auto order = cuda_on_host::Order(cuda_on_host::launches++ / 2 % 3);
   for (int64_t block = 0; block < blocks; ++block) {
     blockIdx.x = unsigned(block);
     std::memset(static_cast<void*>(shared), 0xff, sizeof shared);  // NaN
-    cuda_on_host::run_block(threads, upwards);
+    cuda_on_host::run_block(threads, order);
   }
 }
 

@@ -1,0 +1,63 @@
+"""What the blocks and threads of csrc/cuda share: images, shared memory, any order of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import FIXED, assert_consistency
+from on_gpu import OnGpu
+from operands import random_logits
+from test_upsampling import assert_cross_entropy_is_the_reference
+
+import fastmt
+from benchmarks import cuda_resources
+from fastmt import reference
+
+
+@pytest.mark.parametrize("classes", [19, 4])
+@pytest.mark.parametrize(
+    ("low", "size"),
+    [
+        ((3, 5), (210, 300)),
+        ((30, 40), (5, 300)),
+        ((2, 3000), (3, 40)),
+        ((3, 5), (65, 40)),  # the last band has one row more than a block walks, the first has not
+    ],
+)
+def test_images_of_many_blocks(classes, low, size):
+    student, teacher = (random_logits((2, classes, *low), seed, 4.0) for seed in (1, 2))
+    assert_consistency(student, [teacher], size, 0.4)
+    labels = reference.upsample(teacher, size, False).argmax(1)
+    assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
+
+
+@pytest.mark.parametrize("classes", [*FIXED, 33])
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_threads_in_any_order_give_the_same_bits(classes, loss):
+    student, teacher = (random_logits((2, classes, 5, 9), seed, 4.0) for seed in (1, 2))
+    student.requires_grad_()
+    labels = torch.arange(2 * 40 * 170).view(2, 40, 170) % classes
+
+    def everything():
+        value, stats = fastmt.consistency_loss(
+            student, teacher, loss=loss, threshold=0.7, size=(40, 170), return_stats=True
+        )
+        supervised = fastmt.cross_entropy(student, labels)
+        gradients = [torch.autograd.grad(v, student)[0] for v in (value, supervised)]
+        return [value, *stats, supervised, *gradients]
+
+    first = everything()
+    for _ in range(5):  # in each of the orders
+        for one, other in zip(first, everything(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("classes", FIXED)
+def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
+    student, teacher = (random_logits((1, classes, 2, 32), seed) for seed in (1, 2))
+    if isinstance(operations, OnGpu):
+        pytest.skip("the host's launches measure it")
+    operations.most_shared_bytes()
+    assert_consistency(student, [teacher], (4, 256))
+    reach = cuda_resources.TILE // 8 + 2
+    assert operations.most_shared_bytes() == cuda_resources.shared_bytes(classes, 2, reach, True)
