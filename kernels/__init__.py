@@ -7,7 +7,7 @@ interpreter (TRITON_INTERPRET=1) the same kernels run on CPU tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,12 +20,11 @@ from fastmt.kernels import (
     dense_confidence,
     dense_consistency,
     dense_cross_entropy,
-    sums,
 )
-from fastmt.kernels.calls import KINDS, WEIGHTS, ConsistencyCall, CrossEntropyCall, Passes
+from fastmt.kernels.calls import KINDS, ConsistencyCall, CrossEntropyCall, Run
 from fastmt.kernels.ema import ema_update_, scale_, scale_kernel
 from fastmt.kernels.launch import Launch, layout_of, prepared
-from fastmt.kernels.sums import NORMALIZATIONS, GradientScale
+from fastmt.kernels.sums import GradientScale, scalars
 from fastmt.kernels.views import device_of
 
 __all__ = ["consistency_loss", "cross_entropy", "ema_update_", "scale_", "softmax_confidence"]
@@ -102,11 +101,11 @@ def consistency_loss(
     key = (consistency_loss, size, align_corners, wants_gradient, limit, options, *layouts)
     maps = (pixel_weight, valid)
     operands = (student, teacher, *maps, limit, options, size, align_corners, gradient)
-    passes, total = prepared(key, _consistency, *operands)
+    run = prepared(key, _consistency, *operands)
+    results = scalars(student, torch.float32, 4)
     with device_of(student):
-        partials = student.new_empty((5, passes.programs), dtype=torch.float32)
-        passes.fill(student, gradient, teacher, *maps, threshold, partials, inverse_temperature)
-        return *total(partials), empty
+        run(student, gradient, teacher, *maps, threshold, inverse_temperature, results)
+    return *results, empty
 
 
 def _consistency(
@@ -119,15 +118,12 @@ def _consistency(
     size: Size,
     align_corners: bool,
     gradient: Tensor | None,
-) -> tuple[Passes, Callable]:
+) -> Run:
     pixels = student.shape[0] * math.prod(size or student.shape[2:])
     call = ConsistencyCall.of(student, teacher, limit, pixel_weight, valid, options, pixels)
     if size is None:
-        passes = dense_consistency.prepare(call, student, gradient)
-    else:
-        passes = cells_consistency.prepare(call, student, size, align_corners, gradient)
-    how = (NORMALIZATIONS[options[5]], WEIGHTS[options[3]] == "ratio")
-    return passes, sums.prepare_consistency_total(passes.programs, call.scale, pixels, *how)
+        return dense_consistency.prepare(call, student, gradient)
+    return cells_consistency.prepare(call, student, size, align_corners, gradient)
 
 
 def cross_entropy(
@@ -156,14 +152,12 @@ def cross_entropy(
     how = (align_corners, wants_gradient, plain, class_weight is None, options)
     key = (cross_entropy, *how, *layouts)
     operands = (logits, labels, pixel_weight, plain, options, align_corners, gradient)
-    passes, total = prepared(key, _cross_entropy, *operands)
+    run = prepared(key, _cross_entropy, *operands)
+    results = (*scalars(logits, torch.float32, 2), *scalars(logits, torch.int64, 2))
     with device_of(logits):
-        partials = logits.new_empty((4, passes.programs), dtype=torch.float32)
-        lowest = logits.new_empty(passes.programs, dtype=torch.int64)
-        weights = (pixel_weight, class_weight)
-        passes.fill(logits, gradient, labels, *weights, partials, lowest, label_smoothing)
-        loss, outside, wrong, wrong_label = total(partials, lowest)
-    return loss, outside, empty, wrong, wrong_label
+        run(logits, gradient, labels, pixel_weight, class_weight, label_smoothing, results)
+    loss, scale, *wrong = results
+    return loss, scale, empty, *wrong
 
 
 def _cross_entropy(
@@ -174,13 +168,12 @@ def _cross_entropy(
     options: Sequence[int],
     align_corners: bool,
     gradient: Tensor | None,
-) -> tuple[Passes, Callable]:
+) -> Run:
     pixels, (ignore_index, normalize) = labels.numel(), options
     scale = GradientScale(logits, pixels, normalize == 0)
-    call = CrossEntropyCall(labels, pixel_weight, plain, ignore_index, scale)
+    total = {"NORMALIZE": ("all", "valid", "weight")[normalize], "COMPLETE": scale.complete}
+    operands = (labels, pixel_weight, plain, ignore_index)
+    call = CrossEntropyCall(*operands, float(pixels), scale, total)
     if labels.shape[1:] == logits.shape[2:]:
-        passes = dense_cross_entropy.prepare(call, logits, gradient)
-    else:
-        passes = cells_cross_entropy.prepare(call, logits, align_corners, gradient)
-    denominator = ("all", "valid", "weight")[normalize]
-    return passes, sums.prepare_cross_entropy_total(passes.programs, scale, pixels, denominator)
+        return dense_cross_entropy.prepare(call, logits, gradient)
+    return cells_cross_entropy.prepare(call, logits, align_corners, gradient)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,11 +16,7 @@ WEIGHTS = ("mask", "confidence", "ratio", "none")
 COLUMNS = {"mse": 2, "kl": 3, "soft_ce": 2.3, "ce": 2, "bce": 6, "js": 5}
 
 
-class Passes(NamedTuple):
-    """The passes over the logits of a call, prepared for layouts and options; of no tensor."""
-
-    programs: int  # that each leave partial sums
-    fill: Callable[..., None]  # fills the gradient and what the programs leave
+Run = Callable[..., None]  # all launches of a call, prepared for layouts and options; of no tensor
 
 
 @dataclasses.dataclass
@@ -31,9 +26,11 @@ class ConsistencyCall:
     teacher: Sequence[Tensor]
     pixel_weight: Tensor | None  # float32
     valid: Tensor | None  # uint8
+    pixels: float
     scale: GradientScale
     columns: float
     constants: dict[str, object]
+    total: dict[str, object]  # constants of what adds up the sums
 
     @classmethod
     def of(
@@ -49,11 +46,13 @@ class ConsistencyCall:
         loss, class_mean, kind, weight, strict, normalize = options
         known = normalize == 0 or (normalize == 1 and valid is None)
         mean = class_mean and LOSSES[loss] != "ce"
+        scale = GradientScale(student, pixels, known and WEIGHTS[weight] != "ratio")
         return cls(
             teacher,
             pixel_weight,
             valid,
-            GradientScale(student, pixels, known and WEIGHTS[weight] != "ratio"),
+            float(pixels),
+            scale,
             COLUMNS[LOSSES[loss]] + (len(teacher) > 1),
             {
                 "LOSS": LOSSES[loss],
@@ -63,6 +62,11 @@ class ConsistencyCall:
                 "STRICT": bool(strict),
                 "LIMIT": limit,
                 "SUM_WEIGHTS": NORMALIZATIONS[normalize] == "weight",
+            },
+            {
+                "NORMALIZE": NORMALIZATIONS[normalize],
+                "RATIO": WEIGHTS[weight] == "ratio",
+                "COMPLETE": scale.complete,
             },
         )
 
@@ -75,4 +79,6 @@ class CrossEntropyCall:
     pixel_weight: Tensor | None  # float32
     plain: bool  # without weights of classes and smoothing
     ignore_index: int
+    pixels: float
     scale: GradientScale
+    total: dict[str, object]  # constants of what adds up the sums

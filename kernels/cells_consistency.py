@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmt.kernels import pixel
-from fastmt.kernels.calls import ConsistencyCall, Passes
+from fastmt.kernels.calls import ConsistencyCall, Run
 from fastmt.kernels.cells import (
     ROWS,
     WINDOW,
@@ -29,6 +29,7 @@ from fastmt.kernels.grid import (
     put_strip,
 )
 from fastmt.kernels.launch import GIVEN, Launch
+from fastmt.kernels.sums import consistency_sums, consistency_total_kernel, prepare_total
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
 
@@ -163,8 +164,8 @@ def prepare(
     size: tuple[int, int],
     align_corners: bool,
     gradient: Tensor | None,
-) -> Passes:
-    """The passes that fill the gradient and the partial sums (5, programs)."""
+) -> Run:
+    """What fills the gradient and the results of a call."""
     classes, teacher = student.shape[1], call.teacher
     strip = strips_for(classes, ROWS + call.columns)
     walk = walk_of(student, teacher, size, align_corners, strip.pixels)
@@ -203,11 +204,14 @@ def prepare(
     )
     join = None if gradient is None else prepare_join(walk, gradient, strip.pixels, wide)
 
-    def fill(student, gradient, teacher, pixel_weight, valid, threshold, partials, temperature):
-        scratch = partials if gradient is None else walk.scratch(student, strip)
-        maps = (pixel_weight, valid, threshold)
-        launch(student, teacher, *maps, partials, scratch, temperature)
+    total = prepare_total(consistency_total_kernel, 5, walk.programs, call)
+
+    def run(student, gradient, teacher, pixel_weight, valid, threshold, temperature, results):
+        sums = consistency_sums(results, walk.programs)
+        scratch = sums[0] if gradient is None else walk.scratch(student, strip)
+        launch(student, teacher, pixel_weight, valid, threshold, *sums, scratch, temperature)
         if gradient is not None:
             join(scratch, gradient)
+        total(*sums, results=results)
 
-    return Passes(walk.programs, fill)
+    return run

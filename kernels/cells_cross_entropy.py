@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmt.kernels.calls import CrossEntropyCall, Passes
+from fastmt.kernels.calls import CrossEntropyCall, Run
 from fastmt.kernels.cells import (
     WINDOW,
     map_row,
@@ -28,6 +28,7 @@ from fastmt.kernels.grid import (
 )
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
+from fastmt.kernels.sums import cross_entropy_sums, cross_entropy_total_kernel, prepare_total
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
 ROWS = 4  # columns of a band: two of the logits, two of the gradient
@@ -129,8 +130,8 @@ def cells_cross_entropy_kernel(
 
 def prepare(
     call: CrossEntropyCall, logits: Tensor, align_corners: bool, gradient: Tensor | None
-) -> Passes:
-    """The passes that fill gradient, partial sums (4, programs) and the lowest wrong labels."""
+) -> Run:
+    """What fills the gradient and the results of a call."""
     classes, size = logits.shape[1], tuple(call.labels.shape[1:])
     strip = strips_for(classes, ROWS + 2)
     walk = walk_of(logits, [], size, align_corners, strip.pixels)
@@ -168,11 +169,14 @@ def prepare(
     )
     join = None if gradient is None else prepare_join(walk, gradient, strip.pixels, wide)
 
-    def fill(logits, gradient, labels, pixel_weight, class_weight, partials, wrong, smoothing):
-        scratch = partials if gradient is None else walk.scratch(logits, strip)
-        weights = (pixel_weight, class_weight)
-        launch(logits, labels, *weights, partials, wrong, scratch, smoothing)
+    total = prepare_total(cross_entropy_total_kernel, 4, walk.programs, call)
+
+    def run(logits, gradient, labels, pixel_weight, class_weight, smoothing, results):
+        sums = cross_entropy_sums(results, walk.programs)
+        scratch = sums[0] if gradient is None else walk.scratch(logits, strip)
+        launch(logits, labels, pixel_weight, class_weight, *sums, scratch, smoothing)
         if gradient is not None:
             join(scratch, gradient)
+        total(*sums, results=results)
 
-    return Passes(walk.programs, fill)
+    return run

@@ -7,9 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmt.kernels import pixel
-from fastmt.kernels.calls import ConsistencyCall, Passes
+from fastmt.kernels.calls import ConsistencyCall, Run
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.launch import GIVEN, Launch
+from fastmt.kernels.sums import consistency_sums, consistency_total_kernel, prepare_total
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
@@ -84,8 +85,8 @@ def consistency_kernel(
     put_sum(partials, 0, loss)
 
 
-def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> Passes:
-    """The pass that fills the gradient and the partial sums (5, programs)."""
+def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> Run:
+    """What fills the gradient and the results of a call."""
     classes = student.shape[1]
     itemsize = min(t.itemsize for t in (student, *call.teacher))
     columns = [student, student if gradient is None else gradient, *call.teacher]
@@ -110,9 +111,12 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
         num_stages=1,
     )
 
-    def fill(student, gradient, teacher, pixel_weight, valid, threshold, partials, temperature):
-        written = student if gradient is None else gradient
-        maps = (pixel_weight, valid, threshold)
-        launch(student, written, teacher, *maps, partials, temperature)
+    total = prepare_total(consistency_total_kernel, 5, pixels.blocks, call)
 
-    return Passes(pixels.blocks, fill)
+    def run(student, gradient, teacher, pixel_weight, valid, threshold, temperature, results):
+        sums = consistency_sums(results, pixels.blocks)
+        written = student if gradient is None else gradient
+        launch(student, written, teacher, pixel_weight, valid, threshold, *sums, temperature)
+        total(*sums, results=results)
+
+    return run

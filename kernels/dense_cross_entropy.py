@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmt.kernels.calls import CrossEntropyCall, Passes
+from fastmt.kernels.calls import CrossEntropyCall, Run
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
+from fastmt.kernels.sums import cross_entropy_sums, cross_entropy_total_kernel, prepare_total
 from fastmt.kernels.views import describe, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
@@ -69,8 +70,8 @@ def cross_entropy_kernel(
     put_sum(partials, 0, loss)
 
 
-def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> Passes:
-    """The pass that fills gradient, partial sums (4, programs) and the lowest wrong labels."""
+def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> Run:
+    """What fills the gradient and the results of a call."""
     classes = logits.shape[1]
     columns = [logits, logits if gradient is None else gradient]
     block, warps, tiles, vector = blocks_for(classes, logits.itemsize, 2, lie_apart(columns))
@@ -95,8 +96,12 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
         num_stages=1,
     )
 
-    def fill(logits, gradient, labels, pixel_weight, class_weight, partials, wrong, smoothing):
-        written = logits if gradient is None else gradient
-        launch(logits, written, labels, pixel_weight, class_weight, partials, wrong, smoothing)
+    total = prepare_total(cross_entropy_total_kernel, 4, pixels.blocks, call)
 
-    return Passes(pixels.blocks, fill)
+    def run(logits, gradient, labels, pixel_weight, class_weight, smoothing, results):
+        sums = cross_entropy_sums(results, pixels.blocks)
+        written = logits if gradient is None else gradient
+        launch(logits, written, labels, pixel_weight, class_weight, *sums, smoothing)
+        total(*sums, results=results)
+
+    return run

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmt.kernels.launch import GIVEN, Launch
 
-ROWS = 8  # of partial sums that are added up at once
+ROWS = tl.constexpr(8)  # of partial sums that are added up at once
 NORMALIZATIONS = ("all", "valid", "selected", "weight")
 BLOCK = 1024
 FEW = 4096  # partial sums that one program adds up
@@ -34,13 +34,13 @@ class GradientScale:
         self.inside = 1 / pixels if self.complete else 1 / max(in_cell, 1.0)
 
 
-def scalars(like: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+def scalars(like: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
     first = like.new_empty((), dtype=dtype)
-    return [first, *(torch.empty_like(first) for _ in range(count - 1))]
+    return first, *[torch.empty_like(first) for _ in range(count - 1)]
 
 
 @triton.jit
-def add_up(partials, begin, end, programs, COUNT, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def add_up(partials, begin, end, programs, COUNT, BLOCK: tl.constexpr):
     """Float64 sums (ROWS,) over the programs [begin, end) of partials (COUNT, programs)."""
     rows = tl.arange(0, ROWS)
     totals = tl.zeros((ROWS, BLOCK), tl.float64)
@@ -71,13 +71,12 @@ def fold_kernel(
     folded,
     folded_labels,
     COUNT: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Partial sums of BLOCK programs each, in float64, and the lowest of their labels, if any."""
     begin = tl.program_id(0) * BLOCK
     end = tl.minimum(begin + BLOCK, programs)
-    totals = add_up(partials, begin, end, programs, COUNT, ROWS, BLOCK)
+    totals = add_up(partials, begin, end, programs, COUNT, BLOCK)
     rows = tl.arange(0, ROWS)
     at = folded + rows * tl.num_programs(0) + tl.program_id(0)
     tl.store(at, totals, mask=rows < COUNT)
@@ -86,7 +85,7 @@ def fold_kernel(
 
 
 @triton.jit
-def pick(totals, row: tl.constexpr, ROWS: tl.constexpr):
+def pick(totals, row: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, ROWS) == row, totals, 0.0), 0)
 
 
@@ -101,22 +100,21 @@ def ratio(numerator, denominator):
 def consistency_total_kernel(
     partials,
     programs,
-    loss,
-    selected,
-    mean_score,
-    scale,
+    results,
     pixels,
     inside,
     NORMALIZE: tl.constexpr,
     RATIO: tl.constexpr,
     COMPLETE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """From (loss, weight, score, selected, valid) of each program, the scalars of the call."""
-    totals = add_up(partials, 0, programs, programs, 5, ROWS, BLOCK)
-    passing = pick(totals, 3, ROWS)
-    valid = pick(totals, 4, ROWS)
+    """From (loss, weight, score, selected, valid) of each program, the results of the call.
+
+    These are loss, selected, mean_score, scale.
+    """
+    totals = add_up(partials, 0, programs, programs, 5, BLOCK)
+    passing = pick(totals, 3)
+    valid = pick(totals, 4)
     fraction = ratio(passing, valid)
     factor = fraction if RATIO else fraction * 0 + 1
     if NORMALIZE == "all":
@@ -126,13 +124,13 @@ def consistency_total_kernel(
     elif NORMALIZE == "selected":
         denominator = passing
     else:
-        denominator = factor * pick(totals, 1, ROWS)
-    value = tl.where(factor == 0, 0.0, ratio(factor * pick(totals, 0, ROWS), denominator))
+        denominator = factor * pick(totals, 1)
+    value = tl.where(factor == 0, 0.0, ratio(factor * pick(totals, 0), denominator))
     outside = ratio(factor, denominator) / inside
-    tl.store(loss, value.to(tl.float32))
-    tl.store(selected, fraction.to(tl.float32))
-    tl.store(mean_score, ratio(pick(totals, 2, ROWS), valid).to(tl.float32))
-    tl.store(scale, 1.0 if COMPLETE else outside.to(tl.float32))
+    tl.store(results[0], value.to(tl.float32))
+    tl.store(results[1], fraction.to(tl.float32))
+    tl.store(results[2], ratio(pick(totals, 2), valid).to(tl.float32))
+    tl.store(results[3], 1.0 if COMPLETE else outside.to(tl.float32))
 
 
 @triton.jit
@@ -140,40 +138,36 @@ def cross_entropy_total_kernel(
     partials,
     wrong_labels,
     programs,
-    loss,
-    scale,
-    wrong,
-    wrong_label,
+    results,
     pixels,
     inside,
     NORMALIZE: tl.constexpr,
     COMPLETE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """From (loss, weight, valid, wrong) of each program, the scalars of the call.
+    """From (loss, weight, valid, wrong) of each program, the results of the call.
 
-    A label out of range makes loss and gradient NaN. `wrong` such labels came, the lowest of them
-    is `wrong_label`.
+    These are loss, scale, labels out of range, the lowest of them. Such a label makes loss and
+    gradient NaN.
     """
-    totals = add_up(partials, 0, programs, programs, 4, ROWS, BLOCK)
-    valid = pick(totals, 2, ROWS)
-    count = pick(totals, 3, ROWS)
+    totals = add_up(partials, 0, programs, programs, 4, BLOCK)
+    valid = pick(totals, 2)
+    wrong = pick(totals, 3)
     if NORMALIZE == "all":
         denominator = valid * 0 + pixels
     elif NORMALIZE == "valid":
         denominator = valid
     else:
-        denominator = pick(totals, 1, ROWS)
-    poison = tl.where(count > 0, float("nan"), 1.0)
-    value = ratio(pick(totals, 0, ROWS), denominator) * poison
+        denominator = pick(totals, 1)
+    poison = tl.where(wrong > 0, float("nan"), 1.0)
+    value = ratio(pick(totals, 0), denominator) * poison
     outside = ratio(1.0, denominator) / inside
     if COMPLETE:
         outside = outside * 0 + 1
-    tl.store(loss, value.to(tl.float32))
-    tl.store(scale, (outside * poison).to(tl.float32))
-    tl.store(wrong, count.to(tl.int64))
-    tl.store(wrong_label, lowest_of(wrong_labels, 0, programs, BLOCK))
+    tl.store(results[0], value.to(tl.float32))
+    tl.store(results[1], (outside * poison).to(tl.float32))
+    tl.store(results[2], wrong.to(tl.int64))
+    tl.store(results[3], lowest_of(wrong_labels, 0, programs, BLOCK))
 
 
 class Fold(NamedTuple):
@@ -188,77 +182,40 @@ class Fold(NamedTuple):
         if programs <= FEW:
             return cls(count, programs, None)
         fewer = triton.cdiv(programs, BLOCK)
-        constants = {"COUNT": count, "ROWS": ROWS, "BLOCK": BLOCK}
+        constants = {"COUNT": count, "BLOCK": BLOCK}
         operands = (GIVEN, GIVEN, programs, GIVEN, GIVEN)
         return cls(count, fewer, Launch(fold_kernel, fewer, *operands, **constants, num_warps=8))
 
-    def __call__(
-        self, partials: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, partials: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
         if self.launch is None:
-            return partials, labels
+            return partials, *labels
         sums = partials.new_empty((self.count, self.programs), dtype=torch.float64)
-        lowest = None if labels is None else labels.new_empty(self.programs)
-        self.launch(partials, labels, sums, lowest)
-        return sums, lowest
+        lowest = [each.new_empty(self.programs) for each in labels]
+        self.launch(partials, *(labels or [None]), sums, *(lowest or [None]))
+        return sums, *lowest
 
 
-def prepare_consistency_total(
-    programs: int, scale: GradientScale, pixels: int, normalize: str, ratio: bool
-) -> Callable[[Tensor], list[Tensor]]:
-    """From partial sums (5, programs): (loss, selected, mean_score, scale) on the device."""
-    fold = Fold.of(5, programs)
-    launch = Launch(
-        consistency_total_kernel,
-        1,
-        GIVEN,
-        fold.programs,
-        *[GIVEN] * 4,
-        float(pixels),
-        scale.inside,
-        NORMALIZE=normalize,
-        RATIO=ratio,
-        COMPLETE=scale.complete,
-        ROWS=ROWS,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
-
-    def total(partials: Tensor) -> list[Tensor]:
-        results = scalars(partials, torch.float32, 4)
-        partials, _ = fold(partials)
-        launch(partials, *results)
-        return results
-
-    return total
+def consistency_sums(results: Sequence[Tensor], programs: int) -> tuple[Tensor]:
+    """Room for the sums of each program of a call, of the dtype of its results."""
+    return (results[0].new_empty((5, programs)),)
 
 
-def prepare_cross_entropy_total(
-    programs: int, scale: GradientScale, pixels: int, normalize: str
-) -> Callable[[Tensor, Tensor], list[Tensor]]:
-    """From partial sums (4, programs) and lowest wrong labels, (loss, scale, labels out of range,
-    the lowest of them) on the device.
+def cross_entropy_sums(results: Sequence[Tensor], programs: int) -> tuple[Tensor, Tensor]:
+    """Room for the sums of each program of a call, and for its lowest wrong label."""
+    return results[0].new_empty((4, programs)), results[3].new_empty(programs)
+
+
+def prepare_total(kernel: Any, count: int, programs: int, call: Any) -> Callable[..., None]:
+    """What adds up `count` sums of programs: it is given these, lowest labels if any, and results.
+
+    kernel: consistency_total_kernel or cross_entropy_total_kernel.
     """
-    fold = Fold.of(4, programs)
-    launch = Launch(
-        cross_entropy_total_kernel,
-        1,
-        GIVEN,
-        GIVEN,
-        fold.programs,
-        *[GIVEN] * 4,
-        float(pixels),
-        scale.inside,
-        NORMALIZE=normalize,
-        COMPLETE=scale.complete,
-        ROWS=ROWS,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    fold = Fold.of(count, programs)
+    sums = [GIVEN] * (1 if kernel is consistency_total_kernel else 2)
+    operands = (*sums, fold.programs, GIVEN, call.pixels, call.scale.inside)
+    launch = Launch(kernel, 1, *operands, **call.total, BLOCK=BLOCK, num_warps=8)
 
-    def total(partials: Tensor, wrong_labels: Tensor) -> list[Tensor]:
-        results = scalars(partials, torch.float32, 2) + scalars(partials, torch.int64, 2)
-        launch(*fold(partials, wrong_labels), *results)
-        return results
+    def total(*sums: Tensor, results: tuple[Tensor, ...]) -> None:
+        launch(*fold(*sums), results)
 
     return total

@@ -20,6 +20,7 @@ from torch import nn
 import fastmt
 from fastmt import ema_lists, ema_table, kernels
 from fastmt.kernels import ema
+from fastmt.kernels import launch as launching
 
 
 @pytest.fixture(autouse=True)
@@ -121,9 +122,13 @@ def test_a_gradient_is_scaled_by_both_factors(dtype, elements):
 
 def test_scaling_starts_no_more_programs_than_fill_the_device(monkeypatch):
     started = []
-    monkeypatch.setattr(
-        ema, "launch", lambda kernel, programs, *_, **options: started.append(programs)
-    )
+
+    def prepare(kernel, programs, *_, **options):
+        started.append(programs)
+        return lambda *given: None
+
+    monkeypatch.setattr(launching, "_prepared", {})
+    monkeypatch.setattr(ema, "Launch", prepare)
     kernels.scale_(torch.zeros(10 * ema.BLOCK), torch.tensor(1.0), torch.tensor(1.0))
     assert started == [ema.programs_on(torch.device("cpu"))]
 
