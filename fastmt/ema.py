@@ -40,7 +40,8 @@ def ema_update_(
             become copies of the student's. A tensor that occurs twice (tied parameters) is averaged
             once.
         student: tensors of the same shapes, in the same order; never written.
-        decay: in [0, 1], a float or a 0-dim tensor; one on a GPU is read there alone, unchecked.
+        decay: in [0, 1], a float or a 0-dim tensor; one on a GPU is read there alone, unchecked. 0
+            copies, also over a NaN, and 1 keeps, also beside one.
 
     The first call with these tensors checks and binds them (some microseconds each), further ones
     only look whether they are the same objects and have kept their layout. They are let go when

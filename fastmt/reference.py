@@ -239,28 +239,29 @@ def ema_update_(
 ) -> None:
     """teacher <- decay * teacher + (1 - decay) * student; integer, bool and float8 are copied.
 
-    A negative decay changes nothing. How a half-precision teacher is stored: "nearest";
-    "stochastic", up or down at random with the mean where the average is, by random numbers of
-    `draw`, the tensor's number and the element's; or "kahan", with what the rounding lost kept in
-    `compensation`.
+    Decay 0 copies, also over a NaN; 1 keeps an average, also beside one; a negative decay changes
+    nothing. How a half-precision teacher is stored: "nearest"; "stochastic", up or down at random
+    with the mean where the average is, by random numbers of `draw`, the tensor's number and the
+    element's; or "kahan", with what the rounding lost kept in `compensation`.
     """
     numbers = range(len(teacher)) if numbers is None else numbers
     lost = [None] * len(teacher) if compensation is None else compensation
     for average, value, number, rest in zip(teacher, student, numbers, lost, strict=True):
         average, value = _reals(average, value)
         is_wide = average.dtype in (torch.float32, torch.float64)
-        if is_wide and rest is None and not isinstance(decay, Tensor) and decay > 0:
+        if is_wide and rest is None and not isinstance(decay, Tensor) and 0 < decay < 1:
             average.lerp_(value.to(average), 1 - decay)  # the same numbers by one operation
             continue
         before = average if rest is None else average.float() + rest.float()
-        after = _where_counted(decay, _mean(before, value, decay), before)
-        rounded = after.to(average.dtype)
+        after = _mean(before, value, decay)
         if rounding == "stochastic" and average.dtype in HALVES:
             random = random_bits(average, draw, number)
-            rounded = stochastically_rounded(after.float(), average.dtype, random)
+            after = stochastically_rounded(after.float(), average.dtype, random)
+        rounded = after.to(average.dtype)
         if rest is not None:
-            rest.copy_((after - rounded.float()).nan_to_num(0.0, 0.0, 0.0))
-        average.copy_(rounded)
+            lost_now = (after - rounded.float()).nan_to_num(0.0, 0.0, 0.0).to(rest.dtype)
+            rest.copy_(_unless_kept(decay, lost_now, rest))
+        average.copy_(_unless_kept(decay, rounded, average))
 
 
 def is_averaged(tensor: Tensor) -> bool:
@@ -296,14 +297,15 @@ def _beside(tensor: Tensor, value: float | Tensor, dtype: torch.dtype) -> Tensor
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-def _where_counted(decay: float | Tensor, after: Tensor, before: Tensor) -> Tensor:
+def _unless_kept(decay: float | Tensor, after: Tensor, before: Tensor) -> Tensor:
+    """`after`, but `before` to the bit where the decay is negative, or 1 of what is averaged."""
+    averaged = is_averaged(before)
     if not isinstance(decay, Tensor):
-        return after if decay >= 0 else before
-    counted = decay.to(after.device) >= 0
-    if after.dtype != before.dtype:
-        return torch.where(counted, after, before)
+        return before if decay < 0 or (averaged and decay == 1) else after
+    decay = decay.to(after.device)
+    moves = (decay >= 0) & (decay != 1) if averaged else decay >= 0
     bits = _SIGNED.get(after.dtype, after.dtype)  # torch.where of 2.11 takes no unsigned ones
-    return torch.where(counted, after.view(bits), before.view(bits)).view(after.dtype)
+    return torch.where(moves, after.view(bits), before.view(bits)).view(after.dtype)
 
 
 def gaussian_noise(images: Tensor, seed: Tensor, sigma: float, clip: float, clamp: bool) -> Tensor:

@@ -72,17 +72,15 @@ def expected(
     results = []
     for each in listed:
         average, lost = (None if t is None else t.clone() for t in (each.average, each.lost))
-        decay = decays[each.teacher]
-        if decay != 1:  # which keeps, whatever the student holds
-            reference.ema_update_(
-                [average],
-                [each.value],
-                decay,
-                rounding=NAMES[each.rounding],
-                draw=draws[each.teacher],
-                numbers=[each.number],
-                compensation=[lost],
-            )
+        reference.ema_update_(
+            [average],
+            [each.value],
+            decays[each.teacher],
+            rounding=NAMES[each.rounding],
+            draw=draws[each.teacher],
+            numbers=[each.number],
+            compensation=[lost],
+        )
         results.append((average, lost))
     return results
 

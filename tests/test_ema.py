@@ -108,10 +108,13 @@ def test_half_precision_is_rounded_to_the_nearest_and_between_two_to_the_even(dt
         assert torch.equal(average, value.to(dtype))
 
 
-def test_decay_1_leaves_the_teacher_as_it_is():
-    teacher, student = random_logits((40,), 0), random_logits((40,), 1)
+@pytest.mark.parametrize("number", [float, partial(torch.tensor, dtype=torch.float64)])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("given", [0.5, torch.nan, torch.inf])
+def test_decay_1_leaves_the_teacher_as_it_is(given, dtype, number):
+    teacher, student = random_logits((40,), 0).to(dtype), torch.full((40,), given)
     before = teacher.clone()
-    fastmt.ema_update_([teacher], [student], 1.0)
+    fastmt.ema_update_([teacher], [student], number(1.0))
     assert torch.equal(teacher, before)
 
 

@@ -50,9 +50,10 @@ Type type_or_bytes(const Tensor& tensor) {
 
 void update_span(const Bound& bound, int64_t row, const Use& use, double decay, uint32_t draw,
                  int64_t first, int64_t last) {
-  if (use.mode == EmaMode::keep || decay < 0) return;
+  const bool copies = use.mode == EmaMode::copy;
+  if (use.mode == EmaMode::keep || decay < 0 || (decay == 1 && !copies)) return;
   const Held &average = bound.tensors[use.average], &value = bound.value(row);
-  if (use.mode == EmaMode::copy && average.dtype == value.dtype) {
+  if (copies && average.dtype == value.dtype) {
     const size_t offset = first * use.element_size;
     std::memcpy(static_cast<char*>(average.pointer) + offset,
                 static_cast<const char*>(value.pointer) + offset,
@@ -67,7 +68,7 @@ void update_span(const Bound& bound, int64_t row, const Use& use, double decay, 
     span.rounding = Rounding::kahan;
     span.compensation = bound.tensors[use.compensation].pointer;
   }
-  kernels().ema(span, use.mode == EmaMode::copy ? 0 : decay);
+  kernels().ema(span, copies ? 0 : decay);
 }
 
 // Whether no value shares memory with an average that is written, and none of these is there twice.
