@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 TORCH_TARGET = (2, 10)
 SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
@@ -273,6 +274,23 @@ class KernelsWheel(bdist_wheel):
         return (python, abi, platform) if abi.endswith("t") else ("cp310", "abi3", platform)
 
 
+class KernelsEditable(editable_wheel):
+    """An editable install that is found before any folder on the way is searched.
+
+    A folder named fastmt, as a clone is beside somebody's script, would be taken for the package.
+    """
+
+    def _select_strategy(self, *arguments: object) -> object:
+        strategy = super()._select_strategy(*arguments)
+        files = getattr(strategy, "get_implementation", None)
+        if files is not None:  # or it leads there by a path, which is asked for
+            strategy.get_implementation = lambda: [
+                (name, content.replace(b"meta_path.append(", b"meta_path.insert(0, "))
+                for name, content in files()
+            ]
+        return strategy
+
+
 def build_requirements() -> list[str]:
     """What an isolated build must fetch: torch's headers, where they are wanted and not at hand."""
     if request() == "0":
@@ -293,5 +311,9 @@ setup(
     package_dir={"fastmt.kernels": "kernels"},
     ext_modules=[Extension("fastmt._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES])],
     setup_requires=build_requirements(),
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelsWheel},
+    cmdclass={
+        "build_ext": BuildKernels,
+        "bdist_wheel": KernelsWheel,
+        "editable_wheel": KernelsEditable,
+    },
 )

@@ -185,6 +185,15 @@ def test_editable_install_serves_the_checkout_and_states_why_kernels_are_absent(
     assert "FASTMT_BUILD_CPP=0" in report["reason"]
 
 
+def test_editable_install_serves_a_script_beside_the_clone(tmp_path):
+    clone, executable = copy_source(tmp_path / "fastmt"), clean_environment(tmp_path / "env")
+    install(executable, "--editable", str(clone), FASTMT_BUILD_CPP="0")
+    script = "import fastmt, fastmt.kernels; print(fastmt.__file__, fastmt.kernels.__file__)"
+    done = python("-c", script, folder=tmp_path, executable=executable)
+    files = [clone / "fastmt/__init__.py", clone / "kernels/__init__.py"]
+    assert done.stdout.split() == list(map(str, files)), done.stderr
+
+
 @needs_compiler
 def test_editable_install_compiles_where_python_started_in_the_checkout_looks(source, tmp_path):
     only_a_stub(source)
