@@ -217,9 +217,14 @@ def _report(operation: str, name: str, strict: bool, reason: str) -> None:
 def _callers() -> int:
     """How many frames of fastmt there are up to whoever called it, as warnings count."""
     frame, count = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith("fastmt."):
+    while frame.f_back and _is_of_fastmt(frame.f_globals):
         frame, count = frame.f_back, count + 1
     return count
+
+
+def _is_of_fastmt(scope: dict[str, object]) -> bool:
+    """Not what exec() runs in a scope without a name."""
+    return str(scope.get("__name__")).startswith("fastmt.")
 
 
 def explain(function: Callable, *args: object, **kwargs: object) -> Choice:

@@ -78,6 +78,14 @@ def test_float64_goes_to_the_reference_with_one_warning_and_strict_refuses(call)
         function(*arguments)
 
 
+@pytest.mark.parametrize("scope", [{"__name__": "script"}, {}], ids=["a module", "exec"])
+def test_the_warning_points_at_who_called(scope):
+    code = compile("fastmt.softmax_confidence(logits)", "script.py", "exec")
+    with pytest.warns(RuntimeWarning, match="float64") as caught:
+        exec(code, {"fastmt": fastmt, "logits": torch.zeros(1, 3, 2, 2).double(), **scope})
+    assert [warning.filename for warning in caught] == ["script.py"]
+
+
 @built
 def test_upsampling_is_served_in_2_d_and_before_the_kernels_in_3_d():
     assert fastmt.explain(fastmt.softmax_confidence, TEACHER, size=(12, 14)).backend == "cpp"
