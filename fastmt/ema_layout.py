@@ -34,7 +34,7 @@ class Layout:
 def unmoved(tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """A function that holds these tensors, and tells whether none has moved since.
 
-    C++ looks at their records, a tenth of the time of Layout. Once it has said no it says no.
+    C++ looks at their records, which takes less time than Layout. Once it has said no it says no.
     """
     if tensors and cpp_backend.missing() is None:
         return _Held(tensors).lie_where_they_did

@@ -55,8 +55,8 @@ class Lists:
     def is_of(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
         """Whether the table holds for two lists.
 
-        Objects that come again are held, since C++ then sees in a tenth of the time whether they
-        have moved; others, as the `data` of parameters, are only looked at.
+        Objects that come again are held, since C++ then sees sooner whether they have moved;
+        others, as the `data` of parameters, are only looked at.
         """
         if self._objects is not None and self._objects.are(teacher, student):
             return self._holds(teacher, student)

@@ -10,8 +10,8 @@ import copy
 import pytest
 import torch
 from followed import assert_same
-from test_ema_table import Net, as_on_a_gpu, moved  # noqa: F401
-from test_rounding_kernels import operations  # noqa: F401
+from test_ema_table import Net, as_on_a_gpu, moved  # noqa: F401, with a fixture
+from test_rounding_kernels import operations  # noqa: F401, a fixture
 from torch import nn
 
 import fastmt

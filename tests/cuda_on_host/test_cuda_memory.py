@@ -10,7 +10,7 @@ from agreement import FIXED
 from guarded import guarded
 from on_gpu import OnGpu
 from operands import random_logits
-from test_large import (  # noqa: F401
+from test_large import (  # noqa: F401, run here on these kernels too
     test_images_more_than_2_31_elements_apart_give_the_same_results,
 )
 

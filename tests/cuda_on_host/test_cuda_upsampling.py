@@ -19,7 +19,7 @@ from test_upsampling import (  # noqa: F401, the cases of the C++ kernels for th
     test_nothing_to_learn_gives_zero_loss_and_gradient,
     test_one_class_that_rises_from_nothing_to_everything_within_a_cell_is_followed,
 )
-from test_upsampling_borders import (  # noqa: F401
+from test_upsampling_borders import (  # noqa: F401, run here on these kernels too
     test_a_logit_leaves_no_trace_where_it_has_no_weight,
     test_a_nan_in_either_network_makes_loss_and_gradient_of_its_pixel_nan,
 )
