@@ -228,15 +228,6 @@ def exit_status(result: dict[str, object]) -> int:
     return int(any(result["checks"].values()) or any(wrong))
 
 
-def no_gpu() -> str | None:
-    """Why nothing can be measured, in one line."""
-    if torch.cuda.is_available():
-        return None
-    built = torch.version.cuda or torch.version.hip
-    why = "no device is visible" if built else "this torch is built without CUDA"
-    return f"benchmarks.gpu: error: no GPU: {why} (torch {torch.__version__})"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -244,8 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="when to stop")
     options = parser.parse_args(arguments)
-    if reason := no_gpu():
-        print(reason, file=sys.stderr)
+    if reason := machine.no_gpu():
+        print(f"benchmarks.gpu: error: {reason}", file=sys.stderr)
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     gpu_report.begin(options.out)

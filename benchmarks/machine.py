@@ -29,6 +29,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def no_gpu() -> str | None:
+    """Why nothing can be measured on a GPU, in one line."""
+    if torch.cuda.is_available():
+        return None
+    built = torch.version.cuda or torch.version.hip
+    why = "no device is visible" if built else "this torch is built without CUDA"
+    return f"no GPU: {why} (torch {torch.__version__})"
+
+
 def copy(device: torch.device, size: int = COPY_BYTES) -> tuple[Callable[[], object], int]:
     """A call that copies `size` bytes between two buffers, and the bytes that it moves."""
     source = torch.ones(size // 4, device=device)

@@ -194,13 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each case")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's own")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="result file; default: by device and set")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and (reason := machine.no_gpu()):
+        parser.error(reason)
     if options.threads:
         torch.set_num_threads(options.threads)
     which = "tiny" if options.tiny else options.cases
-    out = options.out or RESULTS / f"{options.device.partition(':')[0]}-{which}.json"
+    out = options.out or RESULTS / f"{options.device}-{which}.json"
     result = run(
         which,
         torch.device(options.device),

@@ -197,6 +197,14 @@ def test_the_set_of_the_moving_average_has_its_own_file(tmp_path, monkeypatch, c
     assert any("ViT-L" in case.name for case in bench_ema.cases("ema"))
 
 
+def test_the_report_of_a_gpu_says_that_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        report.main(["--device", "cuda", "--cases", "ema"])
+    assert "no GPU: " in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_report_writes_json_and_markdown(tmp_path, capsys, one_thread):
     out = tmp_path / "results" / "tiny.json"
     report.main(["--tiny", "--no-compile", "--rounds", "2", "--out", str(out)])

@@ -183,7 +183,7 @@ def test_a_fault_that_every_later_call_raises_ends_no_run(no_gpu_needed, monkeyp
 def test_each_step_leaves_whole_files_behind(no_gpu_needed, monkeypatch, tmp_path):
     cases = [harness.Case(name, "dense", None) for name in ("first", "killed")]
     monkeypatch.setattr(gpu_cases, "cases", lambda: cases)
-    monkeypatch.setattr(gpu, "no_gpu", lambda: None)
+    monkeypatch.setattr(machine, "no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def measured(case, *_, **__):
