@@ -23,7 +23,7 @@ def lists(
     teacher: list[Tensor], student: list[Tensor], positions: Callable[..., Sequence[int]]
 ) -> Lists:
     """The table of two lists, from the last few; `positions` of a new one are checked first."""
-    key = (len(teacher), *(tensors[0].data_ptr() for tensors in (teacher, student) if tensors))
+    key = (len(teacher), *(_place(tensors[0]) for tensors in (teacher, student) if tensors))
     table = _tables.get(key)
     if table is None or not table.is_of(teacher, student):
         table = _tables[key] = Lists(teacher, student, positions(teacher, student))
@@ -33,6 +33,14 @@ def lists(
     if len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
     return table
+
+
+def _place(tensor: Tensor) -> int:
+    """Of its memory; of what has none, which is refused or left out, the object's own."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return id(tensor)
 
 
 class Lists:

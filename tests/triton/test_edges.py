@@ -17,7 +17,7 @@ from test_consistency import (  # noqa: F401
 from test_semantics import (  # noqa: F401
     test_bce_of_a_student_that_excludes_all_classes_but_the_right_one_is_zero,
 )
-from test_upsampling_borders import (  # noqa: F401, every fifth of the cases
+from test_upsampling_borders import (  # noqa: F401
     test_a_logit_leaves_no_trace_where_it_has_no_weight,
     test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other,
     test_the_gradients_of_one_cell_add_up_within_the_range_of_float16,
