@@ -180,6 +180,24 @@ def test_a_logit_leaves_no_trace_where_it_has_no_weight(size, align_corners, cla
         torch.testing.assert_close(result, clean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize(
+    ("low", "high", "align_corners", "output", "at"), [(7, 25, False, 12, 3), (15, 51, True, 25, 7)]
+)
+def test_an_output_pixel_that_falls_on_a_logit_knows_nothing_of_the_next_one(
+    axis, low, high, align_corners, output, at
+):
+    shape, size = [1, 3, 2, 2], [2, 2]
+    shape[axis], size[axis - 2] = low, high
+    logits = random_logits(shape, 1, 3.0)
+    poisoned = logits.index_fill(axis, torch.tensor([at - 1, at + 1]), torch.nan)
+    options = {"size": size, "align_corners": align_corners}
+    scores, seen = (fastmt.softmax_confidence(z, **options).score for z in (logits, poisoned))
+    torch.testing.assert_close(
+        seen.select(axis - 1, output), scores.select(axis - 1, output), rtol=0, atol=TOLERANCE
+    )
+
+
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_nan_in_either_network_makes_loss_and_gradient_of_its_pixel_nan(which, loss):

@@ -23,14 +23,17 @@ Axis::Axis(int64_t size, int64_t out, bool align_corners)
     : step(!align_corners ? double(size) / double(out)
            : out > 1      ? double(size - 1) / double(out - 1)
                           : 0) {
-  const int32_t highest = int32_t(std::max<int64_t>(size - 2, 0));
+  const int64_t highest = std::max<int64_t>(size - 2, 0);
+  // Positions in whole parts of a low-resolution one: rounded, one that falls on a logit would give
+  // a little weight to the next, which may hold a NaN.
+  const int64_t unit = align_corners ? std::max<int64_t>(out - 1, 1) : 2 * out;
   for (int64_t o = 0; o < out; ++o) {
-    const double position = align_corners ? step * double(o) : step * (double(o) + 0.5) - 0.5;
-    const double clamped = std::clamp(position, 0.0, double(size - 1));
-    const int32_t lower = std::min(int32_t(clamped), highest);
-    index.push_back(lower);
-    t.push_back(float(clamped - lower));
-    side.push_back(position < 0 ? -1 : position > double(size - 1) ? 1 : 0);
+    const int64_t place = align_corners ? o * (size - 1) : (2 * o + 1) * size - out;
+    const int64_t clamped = std::clamp<int64_t>(place, 0, (size - 1) * unit);
+    const int64_t lower = std::min(clamped / unit, highest);
+    index.push_back(int32_t(lower));
+    t.push_back(float(double(clamped - lower * unit) / double(unit)));
+    side.push_back(place < 0 ? -1 : place > (size - 1) * unit ? 1 : 0);
   }
   for (int64_t o = 0; o < out; ++o) {
     const bool follows = o > 0 && index[o] == index[o - 1] && is_even(t[o], t[o - 1], step) &&
