@@ -163,7 +163,8 @@ def consistency_loss(
         limit = limit[label] if limit.ndim else limit
         selected = keep & (score > limit if strict else score >= limit)
         valid_count, selected_count = keep.sum(), selected.sum()
-        fraction = _ratio(selected_count, valid_count).to(score.dtype)
+        # Not of integers, whose quotient has the default dtype.
+        fraction = _ratio(selected_count.to(score.dtype), valid_count)
         pixels = {
             "mask": lambda: selected.to(score.dtype),
             "confidence": lambda: torch.where(selected, score, 0),

@@ -173,7 +173,7 @@ def test_weights_and_denominators_are_as_documented(weight, normalize):
     pixel = {
         "mask": passes.double(),
         "confidence": passes * score,
-        "ratio": valid * passes.sum() / valid.sum(),
+        "ratio": valid * passes.sum().double() / valid.sum(),
         "none": valid.double(),
     }[weight] * extra
     total = (pixel * plain("mse", student.softmax(1), teacher.softmax(1))).sum()
@@ -191,6 +191,23 @@ def test_weights_and_denominators_are_as_documented(weight, normalize):
     torch.testing.assert_close(value, total / count[normalize], rtol=1e-12, atol=0)
     torch.testing.assert_close(stats.selected.double(), passes.sum() / valid.sum().double())
     torch.testing.assert_close(stats.mean_score.double(), score[valid].mean())
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_the_fraction_that_passes_has_the_precision_of_the_scores(default):
+    student, teacher = pair((1, 4, 41, 49))
+    score = reference.softmax_confidence(teacher).score
+    options = {"threshold": threshold_near(score, 0.4), "return_stats": True}
+    fraction = (score >= options["threshold"]).double().mean()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        value, stats = reference.consistency_loss(student, teacher, weight="ratio", **options)
+        all_pixels, _ = reference.consistency_loss(student, teacher, weight="none", **options)
+    finally:
+        torch.set_default_dtype(before)
+    assert value.item() == pytest.approx((fraction * all_pixels).item(), rel=1e-14)
+    assert stats.selected == fraction.float()
 
 
 def test_scores_of_known_distributions():
