@@ -271,7 +271,7 @@ def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
         key = (scale_, elements, data.dtype, data.get_device())
         scaled = prepared(key, _scaling, elements, data.device)
         with device_of(data):
-            scaled(data, scale, factor)
+            scaled(data, scale, factor.resolve_neg())  # may be a view that negates its memory
 
 
 def _scaling(elements: int, device: torch.device) -> Launch:

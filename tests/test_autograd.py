@@ -89,6 +89,15 @@ def test_the_gradient_is_linear_in_grad_output(operation):
 
 
 @each_operation
+def test_a_grad_output_that_negates_its_memory_is_read_with_its_sign(operation):
+    z, factor = logits(), torch.tensor(3.0)
+    (expected,) = torch.autograd.grad(operation(z), z, factor)
+    negated = torch._neg_view(-factor)  # as is the imaginary part of a conjugate
+    (gradient,) = torch.autograd.grad(operation(z), z, negated)
+    assert torch.equal(gradient, expected)
+
+
+@each_operation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_loss_scale_keeps_half_precision_gradients_from_vanishing(operation, dtype):
     z = logits(dtype)
