@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_POSITIONS = 2**31 - 1  # along one dimension that is up-sampled
 
 
 def shape(tensor: Tensor) -> str:
@@ -47,8 +48,15 @@ def check_at_least(name: str, value: float, least: float) -> None:
 def check_between(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, Real | Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name}: got shape {shape(value)}, expected a number")
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value!r}, expected a number in [{low}, {high}]")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not (value is True or value is False or value in (0, 1)):  # NumPy's, too
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
 
 
 def check_height_width(name: str, size: Sequence[int], least: int) -> None:
@@ -82,12 +90,16 @@ def check_logits(name: str, logits: Tensor) -> None:
         raise TypeError(f"{name}: got {type(logits).__name__}, expected a tensor of logits")
     if logits.dtype not in FLOATS:
         raise TypeError(f"{name}: got {logits.dtype}, expected float32, bfloat16, float16, float64")
-    if logits.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {logits.layout}, expected a strided tensor")
+    check_strided(name, logits)
     if logits.ndim < 2 or logits.shape[1] == 0:
         raise ValueError(
             f"{name}: got shape {shape(logits)}, expected (N, C, *spatial) with C >= 1"
         )
+
+
+def check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {tensor.layout}, expected a strided tensor")
 
 
 def members_of(logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -153,6 +165,8 @@ def output_shape(
         )
     if min(size) < 1:
         raise ValueError(f"{got} {tuple(size)}, expected positive integers")
+    if max(size) > MOST_POSITIONS:
+        raise ValueError(f"{got} {tuple(size)}, expected integers below 2**31")
     for name, logits in named_logits:
         if 0 in logits.shape[2:]:
             raise ValueError(f"{name}: got shape {shape(logits)}, cannot up-sample zero pixels")
@@ -174,6 +188,7 @@ def check_map(
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: got {tensor.dtype}, expected {names}")
+    check_strided(name, tensor)
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{name}: got shape {shape(tensor)}, expected {tuple(expected)}")
     if tensor.requires_grad:
@@ -183,18 +198,25 @@ def check_map(
 
 def check_threshold(threshold: float | Tensor, classes: int, device: torch.device) -> None:
     """A number, a tensor of one, or one for each class."""
+    check_threshold_type(threshold)
     if not isinstance(threshold, Tensor):
-        if type(threshold) is not float and not isinstance(threshold, Real):
-            raise TypeError(
-                f"threshold: got {type(threshold).__name__}, expected a float or a tensor"
-            )
-    elif threshold.ndim > 1 or (threshold.ndim == 1 and len(threshold) != classes):
+        return
+    if threshold.ndim > 1 or (threshold.ndim == 1 and len(threshold) != classes):
         raise ValueError(
             f"threshold: got shape {shape(threshold)}, expected a 0-dim tensor or "
             f"({classes},), one for each class"
         )
-    elif threshold.ndim == 1 or threshold.device.type != "cpu":
+    if threshold.ndim == 1 or threshold.device.type != "cpu":
         check_device("threshold", threshold, device)
+
+
+def check_threshold_type(threshold: float | Tensor) -> None:
+    if isinstance(threshold, Tensor):
+        check_strided("threshold", threshold)
+        if threshold.is_complex():
+            raise TypeError(f"threshold: got {threshold.dtype}, expected real numbers")
+    elif type(threshold) is not float and not isinstance(threshold, Real):
+        raise TypeError(f"threshold: got {type(threshold).__name__}, expected a float or a tensor")
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:

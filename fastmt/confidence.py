@@ -42,7 +42,7 @@ def softmax_confidence(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     members = arguments.members_of(logits)
-    backend, inside = backends.remembered(_choose, members, kind, temperature, size)
+    backend, inside = backends.remembered(_choose, members, kind, temperature, size, align_corners)
     members = arguments.detached(members)
     if backend == "eager":
         return reference.softmax_confidence(
@@ -63,11 +63,16 @@ class _Choice(NamedTuple):
 
 
 def _choose(
-    members: list[Tensor], kind: str, temperature: float, size: Sequence[int] | None
+    members: list[Tensor],
+    kind: str,
+    temperature: float,
+    size: Sequence[int] | None,
+    align_corners: bool,
 ) -> _Choice:
     arguments.check_members("logits", members)
     arguments.check_choice("kind", kind, KINDS)
     arguments.check_positive("temperature", temperature)
+    arguments.check_flag("align_corners", align_corners or False)  # None, as in F.interpolate
     arguments.output_shape([("logits", member) for member in members], size)
     inside = upsampled_inside(members, size)
     choice = backends.choose(

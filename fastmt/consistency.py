@@ -76,7 +76,9 @@ def consistency_loss(
     any_float = 0.0 if type(threshold) is float else threshold  # a schedule has a new one each step
     maps, names = (pixel_weight, valid), (loss, class_reduction, confidence, weight, normalize)
     choice = backends.remembered(
-        _choose, (student, members, size, *maps, any_float), (*names, temperature), strict
+        _choose,
+        (student, members, size, *maps, any_float),
+        (*names, temperature, strict, align_corners),
     )
     members = arguments.detached(members)
     if choice.backend == "eager":
@@ -114,7 +116,7 @@ class _Choice(NamedTuple):
     options: list[int]  # as kernels number them
 
 
-def _choose(operands: tuple, options: tuple, strict: bool) -> _Choice:
+def _choose(operands: tuple, options: tuple) -> _Choice:
     student, members, size, *_ = operands
     arguments.check_members("teacher", members)
     arguments.check_logits("student", student)
@@ -127,7 +129,7 @@ def _choose(operands: tuple, options: tuple, strict: bool) -> _Choice:
         obstacle=shape_obstacle(student),
         upsampled=inside is not None,
     )
-    loss, class_reduction, confidence, weight, normalize, _ = options
+    loss, class_reduction, confidence, weight, normalize, _, strict, _ = options
     numbers = [
         LOSSES.index(loss),
         CLASS_REDUCTIONS.index(class_reduction),
@@ -168,6 +170,8 @@ def _check_options(
     weight: str,
     normalize: str,
     temperature: float,
+    strict: bool,
+    align_corners: bool,
 ) -> None:
     arguments.check_choice("loss", loss, LOSSES)
     arguments.check_choice("class_reduction", class_reduction, CLASS_REDUCTIONS)
@@ -175,6 +179,8 @@ def _check_options(
     arguments.check_choice("weight", weight, WEIGHTS)
     arguments.check_choice("normalize", normalize, NORMALIZATIONS)
     arguments.check_positive("temperature", temperature)
+    arguments.check_flag("strict", strict)
+    arguments.check_flag("align_corners", align_corners or False)  # None, as in F.interpolate
 
 
 def _limits(threshold: float | Tensor, device: torch.device, backend: str) -> Tensor | float:
@@ -242,11 +248,11 @@ class ConsistencyLoss(nn.Module):
         defaults = consistency_loss.__kwdefaults__
         self._options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
         threshold = self._options["threshold"]
+        arguments.check_threshold_type(threshold)
         self.register_buffer("threshold", threshold if isinstance(threshold, Tensor) else None)
+        others = ("threshold", "return_stats")
         _check_options(
-            *(self.options[name] for name in ("loss", "class_reduction", "confidence", "weight")),
-            self.options["normalize"],
-            self.options["temperature"],
+            **{name: self._options[name] for name in self._OPTIONS if name not in others}
         )
 
     @property

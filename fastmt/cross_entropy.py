@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,9 @@ def cross_entropy(
         else it makes loss and gradient NaN there.
     """
     tensors = (logits, labels, pixel_weight, class_weight)
-    choice = backends.remembered(_choose, *tensors, ignore_index, normalize, label_smoothing)
+    choice = backends.remembered(
+        _choose, *tensors, ignore_index, normalize, label_smoothing, align_corners
+    )
     if choice.backend == "eager":
         unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if _checks_labels(labels.device) and not unreadable:
@@ -87,13 +91,14 @@ def _choose(
     ignore_index: int,
     normalize: str,
     label_smoothing: float,
+    align_corners: bool,
 ) -> backends.Choice:
     arguments.check_logits("logits", logits)
     classes, device = logits.shape[1], logits.device
     _check_labels_shape(logits, labels)
     arguments.check_map("pixel_weight", pixel_weight, labels.shape, arguments.FLOATS, device)
     arguments.check_map("class_weight", class_weight, (classes,), arguments.FLOATS, device)
-    _check_options(ignore_index, normalize, label_smoothing)
+    _check_options(ignore_index, normalize, label_smoothing, align_corners)
     return backends.choose(
         "cross_entropy",
         [logits],
@@ -102,11 +107,19 @@ def _choose(
     )
 
 
-def _check_options(ignore_index: int, normalize: str, label_smoothing: float) -> None:
-    if not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an integer")
+def _check_options(
+    ignore_index: int, normalize: str, label_smoothing: float, align_corners: bool
+) -> None:
+    try:
+        index = operator.index(ignore_index)
+    except TypeError:
+        got = type(ignore_index).__name__
+        raise TypeError(f"ignore_index: got {got}, expected an integer") from None
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"ignore_index: got {ignore_index}, expected an integer of 64 bits")
     arguments.check_choice("normalize", normalize, NORMALIZATIONS)
     arguments.check_between("label_smoothing", label_smoothing, 0, 1)
+    arguments.check_flag("align_corners", align_corners or False)  # None, as in F.interpolate
 
 
 def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
@@ -176,9 +189,7 @@ class CrossEntropy(nn.Module):
                 raise TypeError(f"{name}: not an option; expected {', '.join(self._OPTIONS)}")
         defaults = cross_entropy.__kwdefaults__
         self.options = {name: options.get(name, defaults[name]) for name in self._OPTIONS}
-        _check_options(
-            *(self.options[name] for name in ("ignore_index", "normalize", "label_smoothing"))
-        )
+        _check_options(**self.options)
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, logits: Tensor, labels: Tensor, **call: object) -> Tensor:

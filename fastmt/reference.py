@@ -39,7 +39,7 @@ def upsample(logits: Tensor, size: Sequence[int] | None, align_corners: bool) ->
     if size is None or tuple(size) == logits.shape[2:]:
         return logits
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
-    return F.interpolate(logits, size=tuple(size), mode=mode, align_corners=align_corners)
+    return F.interpolate(logits, size=tuple(size), mode=mode, align_corners=bool(align_corners))
 
 
 def ensemble_softmax(

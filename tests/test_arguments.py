@@ -35,7 +35,9 @@ CONFIDENCE = [
     ((Z,), {"size": (12.0, 14.0)}, TypeError, r"size: got \(12.0, 14.0\)"),
     ((Z,), {"size": (12,)}, ValueError, r"size: got \(12,\), expected 2 integers"),
     ((Z,), {"size": (0, 3)}, ValueError, r"size: got \(0, 3\), expected positive"),
+    ((Z,), {"size": (2**31, 1)}, ValueError, r"size: got \(2147483648, 1\), expected integers"),
     ((Z[:, :, :0],), {"size": (3, 3)}, ValueError, r"logits: got shape \(2, 5, 0, 7\)"),
+    ((Z,), {"align_corners": "yes"}, TypeError, "align_corners: got 'yes', expected True or"),
 ]
 
 CONSISTENCY = [
@@ -59,6 +61,11 @@ CONSISTENCY = [
     ((Z, Z), {"threshold": torch.ones(4)}, ValueError, r"threshold: got shape \(4\), expected .*5"),
     ((Z, Z), {"threshold": torch.ones(5, 1)}, ValueError, r"threshold: got shape \(5, 1\)"),
     ((Z, Z), {"threshold": "0.9"}, TypeError, "threshold: got str"),
+    ((Z, Z), {"threshold": torch.ones(5).to_sparse()}, TypeError, "threshold: got layout torch.sp"),
+    ((Z, Z), {"threshold": torch.tensor(1j)}, TypeError, "threshold: got torch.complex64"),
+    ((Z, Z), {"strict": "no"}, TypeError, "strict: got 'no', expected True or False"),
+    ((Z, Z), {"strict": 0.5}, TypeError, "strict: got 0.5, expected True or False"),
+    ((Z, Z), {"align_corners": 2}, TypeError, "align_corners: got 2, expected True or False"),
     ((Z, Z), {"threshold": torch.ones(5, device="meta")}, ValueError, "threshold: got a tensor on"),
     (
         (Z, Z),
@@ -71,6 +78,7 @@ CONSISTENCY = [
     ((Z, Z), {"pixel_weight": 2.0}, TypeError, "pixel_weight: got float"),
     ((Z, Z), {"pixel_weight": MAP.to("meta")}, ValueError, "pixel_weight: got a tensor on meta"),
     ((Z, Z), {"pixel_weight": MAP.clone().requires_grad_()}, ValueError, "pixel_weight: requires"),
+    ((Z, Z), {"pixel_weight": MAP.to_sparse()}, TypeError, "pixel_weight: got layout torch.sp"),
     ((Z, Z), {"valid": MAP}, TypeError, "valid: got torch.float32, expected bool"),
     ((Z, Z), {"valid": MAP[:, 1:].bool()}, ValueError, f"valid: got shape .*expected {SHAPED}"),
     ((Z, Z), {"valid": MAP.bool(), "size": (12, 14)}, ValueError, "valid: got shape"),
@@ -91,6 +99,7 @@ CROSS_ENTROPY = [
         r"labels: got size \(6, 7, 2, 2\) for logits .*: 1 to 3 dimensions can be up-sampled",
     ),
     ((Z, LABELS.to("meta")), {}, ValueError, "labels: got a tensor on meta"),
+    ((Z, LABELS.to_sparse()), {}, TypeError, "labels: got layout torch.sparse_coo, expected a str"),
     ((Z.long(), LABELS), {}, TypeError, "logits: got torch.int64"),
     ((torch.zeros(2, 5, 0, 7), LABELS), {}, ValueError, r"logits: got shape \(2, 5, 0, 7\)"),
     ((Z, LABELS), {"class_weight": torch.ones(4)}, ValueError, r"class_weight: got shape \(4\)"),
@@ -105,8 +114,17 @@ CROSS_ENTROPY = [
     ((Z, LABELS), {"normalize": "selected"}, ValueError, "normalize: got 'selected'"),
     ((Z, LABELS), {"ignore_index": None}, TypeError, "ignore_index: got NoneType"),
     ((Z, LABELS), {"ignore_index": 255.0}, TypeError, "ignore_index: got float"),
+    ((Z, LABELS), {"ignore_index": torch.ones(2).int()}, TypeError, "ignore_index: got Tensor"),
+    ((Z, LABELS), {"ignore_index": 2**63}, ValueError, "ignore_index: got 9223372036854775808"),
     ((Z, LABELS), {"label_smoothing": "0.1"}, TypeError, "label_smoothing: got str"),
+    (
+        (Z, LABELS),
+        {"label_smoothing": torch.ones(2)},
+        TypeError,
+        r"label_smoothing: got shape \(2\)",
+    ),
     ((Z, LABELS), {"label_smoothing": 1.5}, ValueError, "label_smoothing: got 1.5"),
+    ((Z, LABELS), {"align_corners": "no"}, TypeError, "align_corners: got 'no', expected True or"),
     ((Z, LABELS), {"label_smoothing": float("nan")}, ValueError, "label_smoothing: got nan"),
 ]
 
@@ -138,6 +156,15 @@ def test_messages_are_one_line():
     with pytest.raises(ValueError, match="teacher") as error:
         fastmt.consistency_loss(Z, Z[:1])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", [1, np.True_, None])
+def test_flags_may_be_numbers_and_those_of_numpy_and_none_as_in_pytorch(flag):
+    given, expected = (
+        fastmt.softmax_confidence(Z.cumsum(3), size=(11, 13), align_corners=align).score
+        for align in (flag, bool(flag))
+    )
+    assert torch.equal(given, expected)
 
 
 def test_numbers_of_numpy_are_numbers():
