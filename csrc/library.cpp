@@ -26,11 +26,11 @@ std::string instruction_set() { return kernels().name; }
 STABLE_TORCH_LIBRARY(fastmt, m) {
   m.def("instruction_set() -> str");
   m.def(
-      "softmax_confidence(Tensor[] logits, int kind, float inverse_temperature, int[]? size,"
+      "softmax_confidence(Tensor[] logits, int kind, float inverse_temperature, SymInt[]? size,"
       " bool align_corners) -> (Tensor score, Tensor label)");
   m.def(
       "consistency_loss(Tensor student, Tensor[] teacher, Tensor threshold, Tensor? pixel_weight,"
-      " Tensor? valid, int[] options, float inverse_temperature, int[]? size, bool align_corners,"
+      " Tensor? valid, int[] options, float inverse_temperature, SymInt[]? size, bool align_corners,"
       " bool wants_gradient)"
       " -> (Tensor loss, Tensor selected, Tensor mean_score, Tensor scale, Tensor gradient)");
   m.def(

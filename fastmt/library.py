@@ -14,11 +14,13 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 _LIBRARY = torch.library.Library("fastmt", "FRAGMENT")
-SCHEMAS = {  # of csrc/library.cpp, for kernels that are written in Python
-    "softmax_confidence": "(Tensor[] logits, int kind, float inverse_temperature, int[]? size,"
+# Of csrc/library.cpp, for kernels that are written in Python. An int[] as size would make a graph
+# that is traced with dynamic shapes one of a single size.
+SCHEMAS = {
+    "softmax_confidence": "(Tensor[] logits, int kind, float inverse_temperature, SymInt[]? size,"
     " bool align_corners) -> (Tensor score, Tensor label)",
     "consistency_loss": "(Tensor student, Tensor[] teacher, Tensor threshold, Tensor? pixel_weight,"
-    " Tensor? valid, int[] options, float inverse_temperature, int[]? size, bool align_corners,"
+    " Tensor? valid, int[] options, float inverse_temperature, SymInt[]? size, bool align_corners,"
     " bool wants_gradient)"
     " -> (Tensor loss, Tensor selected, Tensor mean_score, Tensor scale, Tensor gradient)",
     "cross_entropy": "(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight,"

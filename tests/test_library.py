@@ -137,10 +137,13 @@ def test_a_moving_threshold_and_weight_compile_once():
     assert graphs() == 1
 
 
-def test_one_dynamic_graph_serves_every_size():
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_one_dynamic_graph_serves_every_size(upsampled):
     def objective(z, y, labels):
-        consistency = fastmt.consistency_loss(z, y, threshold=0.4)
-        return consistency + fastmt.cross_entropy(z, labels)
+        size = labels.shape[1:] if upsampled else None
+        consistency = fastmt.consistency_loss(z, y, threshold=0.4, size=size)
+        score = fastmt.softmax_confidence(y, size=size).score
+        return consistency + fastmt.cross_entropy(z, labels) + score.mean()
 
     function = compiled(objective, dynamic=True)
     for side in (6, 9, 12):
