@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Whether the backward pass that runs may be repeated.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 
 class KnownGradient(torch.autograd.Function):
     """A loss whose forward pass leaves the gradient too."""
@@ -66,6 +69,8 @@ def _scaled(ctx: Any, logits: Tensor, grad_value: Tensor) -> Tensor:
     gradient, ctx.gradient = ctx.gradient, None
     if gradient is None:
         gradient = _computed_again(ctx, logits)
+    if not _graph_is_kept():  # as PyTorch lets go of what it saved, though the loss may live on
+        ctx.again, ctx.versions = None, []
     ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     return gradient
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from operands import DTYPES, random_logits
@@ -63,6 +65,19 @@ def test_a_repeated_backward_never_takes_what_was_modified_since(modified, eithe
     else:
         assert either == "eager"
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("keep", ["teacher", "labels"])
+def test_a_loss_that_is_kept_after_its_backward_pass_keeps_no_tensor_alive(keep):
+    tensors = {"teacher": random_logits(SHAPE, 2), "labels": LABELS.clone()}
+    z, alive = logits(), weakref.ref(tensors[keep])
+    value = fastmt.consistency_loss(z, tensors["teacher"], threshold=0.5)
+    value = value + fastmt.cross_entropy(z, tensors["labels"])
+    value.backward(retain_graph=True)
+    value.backward()
+    assert alive() is not None
+    tensors.clear()
+    assert alive() is None
 
 
 @each_operation
