@@ -56,8 +56,7 @@ def cross_entropy(
         _choose, *tensors, ignore_index, normalize, label_smoothing, align_corners
     )
     if choice.backend == "eager":
-        unreadable = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if _checks_labels(labels.device) and not unreadable:
+        if _checks_labels(labels.device) and _is_readable(labels):
             arguments.check_labels(labels, logits.shape[1], ignore_index)
         return reference.cross_entropy(
             logits,
@@ -138,6 +137,12 @@ def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
 
 def _checks_labels(device: torch.device) -> bool:
     return device.type == "cpu" or _CHECK.value() == "1"
+
+
+def _is_readable(labels: Tensor) -> bool:
+    """Not in a trace, nor under torch.func, nor of fake tensors, which hold no values."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not traced and not hasattr(labels, "fake_mode")
 
 
 def _refuse(wrong: Tensor, wrong_label: Tensor, classes: int, ignore_index: int) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from operands import random_logits
+from torch._subclasses import FakeTensorMode
 
 import fastmt
 from fastmt import backends, cpp_backend
@@ -112,6 +113,16 @@ def test_transforms_of_torch_func_are_a_stated_reason_and_taken_by_the_reference
     sum(map(each_loss, student, TEACHER, LABELS)).backward()
     torch.testing.assert_close(gradients, student.grad)
     assert fastmt.explain(fastmt.cross_entropy, STUDENT, LABELS).backend == "cpp"
+
+
+@pytest.mark.filterwarnings("ignore:.* falls back to eager PyTorch")
+@pytest.mark.parametrize("loss", [fastmt.consistency_loss, fastmt.cross_entropy])
+def test_fake_tensors_without_values_pass_through_a_loss_and_its_backward_pass(loss):
+    with FakeTensorMode() as mode:  # to estimate the memory of a step
+        student, teacher, labels = map(mode.from_tensor, (STUDENT, TEACHER, LABELS))
+        student.requires_grad_()
+        loss(student, teacher if loss is fastmt.consistency_loss else labels).backward()
+    assert student.grad.shape == STUDENT.shape
 
 
 def test_too_many_classes_are_a_stated_reason():
