@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastmt.data import DataError, Scenes, SegmentationDataset, SegmentationFolder
-from fastmt.data.folders import names_file
+from fastmt.data.folders import expanded, names_file
 
 _CACHE_BYTES = 4 << 30
 
@@ -46,9 +45,9 @@ def folder_domains(
 
     Every file is read once up front, and all are kept where they take less than 4 GiB, by the size
     of each folder's first image. Raises DataError naming the file and the remedy, also for a
-    training image smaller than `crop` (height, width), for a test image that is a training image
-    of the target, and for a classes.txt of the test images that is not that of the source, unless
-    `classes` are given.
+    training image smaller than `crop` (height, width), for a test image that is a training image,
+    and for a classes.txt of the test images that is not that of the source, unless `classes` are
+    given.
     """
     if classes is None:
         _check_names(source, test)
@@ -60,26 +59,31 @@ def folder_domains(
     for folder in folders:
         folder.cache = cache
         folder.check(crop=None if folder is test_folder else crop)
-    trained = {target_folder.path(i).resolve() for i in range(len(target_folder))}
-    for i in range(len(test_folder)):
-        if test_folder.path(i).resolve() in trained:
-            raise DataError(
-                f"{test_folder.path(i)}: is in the target and in the test folder; hold the test"
-                " images out of the target"
-            )
+    _check_held_out(test_folder, source=labelled, target=target_folder)
     names = (", ".join(map(str, folders)) for folders in (source, target, test))
     return Domains(labelled, target_folder, test_folder, "{} -> {}, tested on {}".format(*names))
 
 
 def _check_names(source: Sequence[str], test: Sequence[str]) -> None:
     """A class id has to mean the same in both, where both say what it means."""
-    found = [names_file([Path(f).expanduser() for f in folders]) for folders in (source, test)]
+    found = [names_file(list(map(expanded, folders))) for folders in (source, test)]
     (trained, expected), (tested, names) = found
     if expected is not None and names is not None and names != expected:
         raise DataError(
             f"{tested}: other classes than in {trained}; number the labels of both alike, or give"
             " the names for both as classes"
         )
+
+
+def _check_held_out(test: SegmentationFolder, **trained: SegmentationFolder) -> None:
+    for name, folder in trained.items():
+        seen = {folder.path(i).resolve() for i in range(len(folder))}
+        for path in map(test.path, range(len(test))):
+            if path.resolve() in seen:
+                raise DataError(
+                    f"{path}: is in the {name} and in the test folder; hold the test images out of"
+                    f" the {name}"
+                )
 
 
 def _bytes(folder: SegmentationFolder) -> int:

@@ -45,6 +45,12 @@ def test_subfolders_and_sequences_are_joined_in_order(tmp_path):
     assert [data.stem(i) for i in range(2)] == ["val0", "train0"]
 
 
+def test_a_folder_may_be_named_like_a_user_that_there_is_none_of(tmp_path, monkeypatch):
+    write(tmp_path / "~nobody-here", "a")
+    monkeypatch.chdir(tmp_path)
+    assert len(SegmentationFolder("~nobody-here")) == 1
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".bmp", ".WebP", ".PNG"])
 def test_image_formats_are_found_in_any_case(tmp_path, suffix):
     write(tmp_path, "a", suffix=suffix)

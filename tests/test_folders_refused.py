@@ -90,6 +90,12 @@ def more_names_than_labels_hold(root):
     return root, {"classes": ["x"] * 256}, "^classes: got 256 classes, expected at most 255"
 
 
+def one_name_for_two_classes(root):
+    write(root, "a")
+    (root / "classes.txt").write_text("road\nsky\nroad\n")
+    return root, {}, "classes.txt: got 'road' for 2 classes, expected a name for each"
+
+
 def only_void(root):
     write(root, "a", label=np.full((6, 8), 255, np.uint8))
     return root, {}, "every label pixel is void"
@@ -112,6 +118,7 @@ def only_void(root):
         fewer_than_no_class,
         no_name,
         more_names_than_labels_hold,
+        one_name_for_two_classes,
         only_void,
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +39,8 @@ class SegmentationFolder:
 
     Args:
         num_classes: C; by default the number of names, else the largest label id + 1 (reads all).
-        classes: C names; by default `classes.txt` in the root or its parent, one name a line, else
-            "class 0", "class 1", ...
+        classes: C different names; by default `classes.txt` in the root or its parent, one name a
+            line, else "class 0", "class 1", ...
         labelled: False never opens `labels/` and gives None for every label, which a DataLoader
             batches with a collate_fn of its own only; `Batches` takes it.
         cache: keep decoded images and labels in memory.
@@ -64,7 +65,7 @@ class SegmentationFolder:
         roots = [root] if isinstance(root, (str, os.PathLike)) else list(root)
         if not roots:
             raise DataError("root: got an empty sequence, expected at least one folder")
-        roots = [Path(r).expanduser() for r in roots]
+        roots = [expanded(r) for r in roots]
         self.labelled = labelled
         self.cache = cache
         self._files = [f for r in roots for part in _parts(r) for f in _pairs(part, labelled)]
@@ -152,6 +153,11 @@ class SegmentationFolder:
         if len(names) > VOID:
             name = source or "num_classes"
             raise DataError(f"{name}: got {len(names)} classes, expected at most {VOID}")
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(
+                f"{source}: got {repeated[0]!r} for {names.count(repeated[0])} classes, expected a"
+                " name for each"
+            )
         return tuple(names)
 
     def _infer_num_classes(self) -> int:
@@ -214,6 +220,11 @@ def _by_stem(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
             raise DataError(f"{path}: same stem as {found[path.stem].name}; keep one of the two")
         found[path.stem] = path
     return found
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path from the home folder where it begins with ~ and not with a name like ~old."""
+    return Path(os.path.expanduser(path))
 
 
 def names_file(roots: list[Path]) -> tuple[str, list[str] | None]:
