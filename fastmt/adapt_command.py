@@ -20,6 +20,7 @@ from fastmt.networks import UNet
 from fastmt.options import MIN_SIDE, device, even, integer, location, number, side
 from fastmt.pictures import require_pillow
 
+_LARGEST_SEED = (1 << 64) - 1  # of PyTorch's generators
 _EVALUATION = "Of both runs the moving average of the student is evaluated, on images never seen."
 
 
@@ -102,8 +103,9 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="photometric jitter of source and student view [on]",
     )
-    seeds = {"dest": "seeds", "type": integer(0), "nargs": "+", "default": [0], "metavar": "SEED"}
-    group.add_argument("--seeds", "--seed", **seeds, help="one pair of runs for each [0]")
+    seeds = {"dest": "seeds", "nargs": "+", "default": [0], "metavar": "SEED"}
+    seeds |= {"type": integer(0, most=_LARGEST_SEED), "help": "one pair of runs for each [0]"}
+    group.add_argument("--seeds", "--seed", **seeds)
     group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads [PyTorch's]")
     group.add_argument("--device", type=device, help="cpu, cuda, cuda:1 [cuda where there is one]")
     group.add_argument(

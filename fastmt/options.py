@@ -13,14 +13,16 @@ from fastmt.arguments import first_line
 MIN_SIDE = 32  # pixels: one at the U-Net's coarsest level
 
 
-def integer(least: int) -> Callable[[str], int]:
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    expected = f"an integer >= {least}" + ("" if most is None else f" and <= {most}")
+
     def integer(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= {least}")
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
         return value
 
     return integer

@@ -64,6 +64,13 @@ def _test_in_target(folder):
     return folder / "dusk_test" / "images" / "dusk0.png", "hold the test images out"
 
 
+def _test_in_source(folder):
+    for part in ("images", "labels"):
+        shutil.rmtree(folder / "dusk_test" / part)
+        (folder / "dusk_test" / part).symlink_to(folder / "day" / part)
+    return folder / "dusk_test" / "images" / "day0.png", "is in the source and in the test folder"
+
+
 def _too_small(folder):
     path = folder / "dusk" / "images" / "dusk1.png"
     Image.new("RGB", (24, 24)).save(path)
@@ -87,6 +94,7 @@ def _other_classes(folder):
         _truncated,
         _sixteen_bit,
         _test_in_target,
+        _test_in_source,
         _too_small,
         _other_classes,
     ],
@@ -118,6 +126,7 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--width", "3"], "--width"),
         (["--style", "cubist"], "--style"),
         (["--seeds", "-1"], "--seeds"),
+        (["--seeds", str(1 << 64)], "got '18446744073709551616', expected an integer >= 0 and <="),
         (["--device", "toaster"], "--device"),
         (["--batch", "1", "--crop", "32", "32"], "--batch 1 needs a --crop with a side above 32"),
         (["--seeds", "0", "1", "0"], "--seeds: got [0, 1, 0], expected each seed once"),
