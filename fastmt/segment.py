@@ -155,7 +155,8 @@ def _look(
     passes = []
     for scale in scales:
         view = _resized(padded, scale, divisor).to(dtype)
-        passes.append(logits_of(network(view), view, "network"))
+        # A network may write into what it is given: the next pass and the caller look at it too.
+        passes.append(logits_of(network(view.clone()), view, "network"))
         if flip:
             passes.append(logits_of(network(view.flip(-1)), view, "network").flip(-1))
     return passes, (height, width)

@@ -201,7 +201,7 @@ class MeanTeacher:
         self._zero_grad()
         losses = []
         for source, labels in self._parts(images, source_labels):
-            loss = self._supervised(self._logits(self.student, source, "student"), labels)
+            loss = self._supervised(self._logits(self.student, source.clone(), "student"), labels)
             self._backward(loss / self.accumulate)
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()

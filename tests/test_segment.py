@@ -159,6 +159,23 @@ def test_a_mirrored_image_gives_the_mirrored_result_when_flips_are_averaged(size
     torch.testing.assert_close(mirrored.score.flip(-1), result.score, rtol=0, atol=1e-5)
 
 
+class InPlace(Net):
+    """Normalises what it is given where it lies."""
+
+    def forward(self, images):
+        return super().forward(images.sub_(0.4).div_(0.2))
+
+
+def test_a_network_that_writes_into_its_input_writes_into_no_image_and_no_other_pass():
+    pixels = image(40, 48)
+    options = {"tile": 16, "overlap": 8, "flip": True, "scales": (1.0, 0.5)}
+    given = pixels.clone()
+    result = fastmt.segment(InPlace(), given, **options)
+    assert torch.equal(given, pixels)
+    expected = fastmt.segment(Net(), (pixels - 0.4) / 0.2, **options)
+    torch.testing.assert_close(result.score, expected.score, rtol=0, atol=1e-4)
+
+
 def test_padding_to_the_stride_puts_logits_over_their_pixels():
     network, pixels = Net(), image(45, 61)
     result = fastmt.segment(network, pixels, divisor=STRIDE)

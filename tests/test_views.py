@@ -70,6 +70,19 @@ def test_the_callers_tensors_are_never_written():
     assert_same(list(batch), copies)
 
 
+def test_a_student_that_writes_into_its_input_leaves_the_callers_images():
+    def normalise(network, images):
+        images[0].sub_(0.4)
+
+    trainer, batch = make_trainer(**STILL), make_batch()
+    for network in (trainer.student, trainer.teacher.module):
+        network.register_forward_pre_hook(normalise)
+    copies = [tensor.clone() for tensor in batch]
+    trainer.step(*batch)
+    trainer.supervised_step(*batch[:2])
+    assert_same(list(batch), copies)
+
+
 def test_jitter_has_the_options_that_it_was_given():
     grey = {"brightness": 0, "contrast": 0, "saturation": 0, "greyscale": 1}
     source, labels, target = make_batch()
