@@ -133,7 +133,7 @@ def software_of(path: str | os.PathLike[str]) -> str | None:
     try:
         with Image.open(path) as picture:
             return picture.info.get("Software")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError):
         return None  # damaged, another kind of file, or too large to be a result
 
 

@@ -6,7 +6,7 @@ import builtins
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from test_folders import png, write
 
 from fastmt.data import DataError, SegmentationFolder
@@ -146,6 +146,24 @@ def text_as_image(root):
     return "images/b.png: cannot be decoded"
 
 
+def damaged_avif_of_another_name(root):
+    if not features.check("avif"):
+        pytest.skip("this pillow decodes no AVIF")
+    path = root / "images" / "b.png"
+    Image.new("RGB", (8, 6)).save(path, format="AVIF")
+    path.write_bytes(path.read_bytes().replace(b"av01", b"av09"))
+    return "images/b.png: cannot be decoded"
+
+
+def unknown_texture_of_another_name(root):
+    path = root / "images" / "b.png"
+    Image.new("RGB", (8, 6)).save(path, format="DDS")
+    content = bytearray(path.read_bytes())
+    content[80:84] = bytes(4)  # of the pixel format: none that there is
+    path.write_bytes(content)
+    return "images/b.png: cannot be decoded"
+
+
 def empty_label(root):
     (root / "labels" / "b.png").write_bytes(b"")
     return "labels/b.png: cannot be decoded"
@@ -194,6 +212,8 @@ def label_of_another_format(root):
         truncated_image,
         truncated_label,
         text_as_image,
+        damaged_avif_of_another_name,
+        unknown_texture_of_another_name,
         empty_label,
         other_size,
         id_outside,

@@ -131,6 +131,14 @@ def test_a_picture_too_large_to_open_has_no_known_origin(tmp_path, monkeypatch):
     assert software_of(tmp_path / "p.png") is None
 
 
+def test_a_texture_of_an_unknown_kind_has_no_known_origin(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "p.png", format="DDS")
+    content = bytearray((tmp_path / "p.png").read_bytes())
+    content[80:84] = bytes(4)  # flags of the pixel format: none
+    (tmp_path / "p.png").write_bytes(content)
+    assert software_of(tmp_path / "p.png") is None
+
+
 @pytest.mark.parametrize(
     ("rows", "titles", "message"),
     [

@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 _LABEL_MODES = frozenset({"P", "L", "1"})
 _WIDE_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 # Besides OSError, pillow's decoders let these through on damaged files.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
 
 
 class DataError(ValueError):
@@ -275,7 +275,7 @@ def _decode(path: Path):
             picture.load()
             bits = file.read(25)[24] if picture.format == "PNG" else None
             return ImageOps.exif_transpose(picture), bits
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
         reason = first_line(error)
         raise DataError(f"{path}: cannot be decoded ({reason}); export it again") from error
 
