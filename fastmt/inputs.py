@@ -28,6 +28,11 @@ def check_networks(student: nn.Module, teacher: EMATeacher | None, decay: float)
         raise ValueError("student: got a module without parameters, expected one to train")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("student: got a frozen module, expected a parameter that requires grad")
+    if any(hasattr(parameter, "placements") for parameter in student.parameters()):
+        raise ValueError(
+            "student: got sharded parameters (DTensor), expected whole ones; EMATeacher takes them "
+            "in a loop of your own"
+        )
     if not isinstance(teacher, EMATeacher | None):
         raise TypeError(
             f"teacher: got {type(teacher).__name__}, expected an EMATeacher; wrap the network that "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 class Buffers:
@@ -59,6 +59,23 @@ class Buffers:
 def _is_expanded(tensor: Tensor) -> bool:
     """Whether several elements are one place in memory."""
     return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def on_all_processes(finite: Tensor, student: nn.Module) -> Tensor:
+    """`finite`, and of a DistributedDataParallel student whether it holds in every process.
+
+    Their gradients are one, but each has a loss of its own: where one alone left out the step, the
+    replicas would differ from there on.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return finite
+    parallel = nn.parallel.DistributedDataParallel
+    group = next((m.process_group for m in student.modules() if isinstance(m, parallel)), None)
+    if group is None:
+        return finite
+    agreed = finite.int()
+    distributed.all_reduce(agreed, distributed.ReduceOp.MIN, group)
+    return agreed.bool()
 
 
 def step_where(

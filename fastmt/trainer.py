@@ -264,7 +264,7 @@ class MeanTeacher:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        finite = loss.isfinite() & norm.isfinite()
+        finite = skipping.on_all_processes(loss.isfinite() & norm.isfinite(), self.student)
         skipping.step_where(finite, self.optimizer, buffers, wait=not self.capturable)
         self.teacher.update(student=self.student, finite=finite, decay=decay)
         if self.scaler is not None:
