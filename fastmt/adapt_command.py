@@ -174,11 +174,7 @@ def _report(
     out, classes = Path(args.out), domains.test.classes
     text = adapt_report.table(scores, classes)
     tested = f"{len(domains.test)} test images. {_EVALUATION}"
-    print(f"\n{text}\n\n{tested}")
-    picture = out / PICTURE
-    adapt_report.picture(picture, networks, domains.test, device)
     note = f"Data: {domains.description}\n\n{tested}"
-    adapt_report.write_text(out / TABLE, f"{note}\n\n{text}\n\n`{command}`\n")
     figures = {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -189,8 +185,13 @@ def _report(
         "settings": asdict(settings),
         **adapt_report.results(scores, classes, args.seeds),
     }
-    adapt_report.write_results(out / FIGURES, figures)
-    print(f"Picture: {picture}; table, figures, curves and checkpoints beside it")
+    try:
+        adapt_report.picture(out / PICTURE, networks, domains.test, device)
+        adapt_report.write_text(out / TABLE, f"{note}\n\n{text}\n\n`{command}`\n")
+        adapt_report.write_results(out / FIGURES, figures)
+    finally:  # it is printed where the disk is full, and written where nothing reads stdout
+        print(f"\n{text}\n\n{tested}")
+    print(f"Picture: {out / PICTURE}; table, figures, curves and checkpoints beside it")
 
 
 def _settings(args: argparse.Namespace) -> adapt.Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import shlex
 import sys
 import warnings
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _note
             status = args.run(args, shlex.join(["python", "-m", "fastmt", *words]))
+            print(end="", flush=True)  # what cannot be written is told here
     except Interrupted as stop:
         _say(f"{name}: {stop}; go on with --resume")
         return 130
@@ -50,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"; what is finished is in {args.out}" if args.out else ""
         _say(f"{name}: interrupted{kept}{go_on}")
         return 130
+    except BrokenPipeError:
+        _drop_output()
+        _say(f"{name}: error: nothing reads its output any more")
+        return 2
     except (DataError, CheckpointError, ImportError, OSError, MemoryError, RuntimeError) as error:
         if (told := _told(error, args)) is None:
             raise  # a mistake of fastmt itself, which only its traceback explains
@@ -65,6 +71,8 @@ def _told(error: Exception, args: argparse.Namespace) -> str | None:
     if isinstance(error, (DataError, CheckpointError, ImportError)):
         return str(error)
     if isinstance(error, OSError):
+        if args.out is None:
+            return f"{error.filename or 'stdout'}: {error.strerror or error}"
         written = error.filename is None or _within(error.filename, args.out)
         remedy = "choose a writable --out with free space" if written else "make it readable"
         return f"{error.filename or args.out}: {error.strerror or error}; {remedy}"
@@ -91,6 +99,12 @@ def _print_any_character() -> None:
     """What the encoding of stdout lacks is escaped, as on stderr: no result may be lost to it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Nothing that stdout still holds is written at the end: it would raise once more there."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _note(message: Warning | str, *_: object) -> None:

@@ -54,6 +54,17 @@ def run(*call, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+def started(*call, **environment):
+    """Python in a process of its own, whose stdout and stderr are pipes."""
+    return subprocess.Popen(
+        [sys.executable, *call],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
 def fail(capfd, words):
     """Run in this process; the one line on stderr of a command that must fail with status 2."""
     capfd.readouterr()

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from adapt_runs import command, fail, run, write_domains
+from adapt_runs import command, fail, run, started, write_domains
 
 from fastmt import adapt, adapt_out, checkpoint, cli
 
@@ -129,6 +129,18 @@ def test_what_stdout_or_utf8_cannot_write_is_escaped(tmp_path):
     table = (out / "table.md").read_text(encoding="utf-8")
     assert "±" in table and "d\\udcff" in table
     assert set(RESULTS) <= set(os.listdir(out))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_run_whose_output_is_read_no_further_leaves_its_results(tmp_path, unbuffered):
+    words = command(write_domains(tmp_path), steps=1)
+    with started("-m", "fastmt", *words, PYTHONUNBUFFERED=unbuffered) as process:
+        assert process.stdout.readline().startswith("Data: ")
+        process.stdout.close()
+        (line,) = process.stderr
+    assert line == "fastmt adapt: error: nothing reads its output any more\n"
+    assert process.returncode == 2
+    assert set(RESULTS) <= set(os.listdir(tmp_path / "out"))
 
 
 def test_a_run_whose_steps_were_left_out_says_so(tmp_path, capfd):

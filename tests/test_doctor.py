@@ -115,3 +115,12 @@ def test_an_operation_that_raises_is_a_finding_and_not_the_end(monkeypatch):
     assert [f.operation for f in report.findings if f.failure] == ["consistency_loss"]
     assert report.findings[0].failure == "RuntimeError: no such"
     assert not report.ok
+
+
+def test_a_report_that_finds_no_room_names_no_option_that_there_is_not(capfd, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("fastmt.doctor"), "doctor", full)
+    assert cli.main(["doctor"]) == 2
+    assert capfd.readouterr().err == "fastmt doctor: error: stdout: No space left on device\n"
