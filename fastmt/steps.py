@@ -24,7 +24,7 @@ class StepReport:
     loss: Tensor  # supervised + weight * consistency
     supervised: Tensor
     consistency: Tensor
-    selected: Tensor  # fraction of the target's pixels that taught
+    selected: Tensor  # fraction of the valid target pixels that pass the threshold
     mean_score: Tensor  # mean confidence of the teacher
     skipped: Tensor  # updates left out so far, for a loss or gradient that was not finite
     weight: float
