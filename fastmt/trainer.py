@@ -226,9 +226,9 @@ class MeanTeacher:
     def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Continue from a checkpoint of `save`, with the numbers of an uninterrupted run.
 
-        Restores the global generators too, for dropout, and returns the `extra` of `save`; another
-        kind of device draws other numbers. Raises CheckpointError, before anything is changed, when
-        the file does not fit, as that of an optimiser or scheduler of another class.
+        Restores seed and global generators too, so that of several processes each needs its own
+        file, and returns the `extra` of `save`; another kind of device draws other numbers. Raises
+        CheckpointError, before anything is changed, when the file does not fit.
         """
         state = checkpoint.load(path)
         trainer_state.restore(self, state, path)
