@@ -54,6 +54,11 @@ def untrained(student: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
         raise TypeError(
             f"optimizer: got {_kind(optimizer)}, expected an optimizer of the student's parameters"
         )
+    if not _steps_alone(optimizer):
+        raise TypeError(
+            f"optimizer: got {_kind(optimizer)}, expected one that is stepped without a closure, "
+            "as the loss is computed once a step"
+        )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     parameters = list(student.parameters())
     others = [parameter for parameter in parameters if id(parameter) not in trained]
@@ -251,9 +256,9 @@ def _dtypes(network: nn.Module) -> list[torch.dtype]:
     return list(dict.fromkeys(dtypes))
 
 
-def _steps_alone(scheduler: object) -> bool:
+def _steps_alone(stepped: object) -> bool:
     """Whether its step() takes no argument that has to be given, as far as its class tells."""
-    step = getattr(type(scheduler), "step", None)
+    step = getattr(type(stepped), "step", None)
     required = list(inspect.signature(step).parameters.values())[1:] if step is not None else []
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return all(p.default is not p.empty or p.kind in variable for p in required)

@@ -122,6 +122,8 @@ def test_an_optimizer_that_does_not_train_the_student_is_named():
         MeanTeacher(student, torch.optim.SGD(other.parameters()))
     with pytest.raises(TypeError, match="^optimizer: got the class SGD, expected an optimizer"):
         MeanTeacher(student, torch.optim.SGD)
+    with pytest.raises(TypeError, match="^optimizer: got LBFGS, expected .* without a closure"):
+        MeanTeacher(student, torch.optim.LBFGS(student.parameters()))
     with pytest.raises(TypeError, match="^optimizer: got NoneType"):
         MeanTeacher(student, None)
 
