@@ -16,6 +16,7 @@ from fastmt.ema_bound import (
     COPY,
     KERNEL_DTYPES,
     Bound,
+    Rest,
     Row,
     is_served,
     storage_of,
@@ -168,7 +169,7 @@ class _Binding:
         rows = {i: _row(i, teacher[i], student[i]) for i in positions}
         fits = {i: is_served(row) for i, row in rows.items()}
         served = [i for i in positions if fits[i]]
-        self._rest = [i for i in positions if not fits[i]]
+        self._rest = Rest([rows[i] for i in positions if not fits[i]])
         self.objects = SameObjects(teacher, student, served)
         served.sort(key=lambda i: i != self.objects.watched)
         self._first = served[:1]
@@ -176,13 +177,12 @@ class _Binding:
 
     def update(self, teacher: list[Tensor], student: list[Tensor], decay: float) -> bool:
         """False, with nothing done, where a layout has changed."""
-        rest = [_row(i, teacher[i], student[i]) for i in self._rest]
-        if any(row.averages[0].shape != row.value.shape for row in rest):
+        if not self._rest.holds():
             return False
         first = [tensors[i] for i in self._first for tensors in (teacher, student)]
         if self._bound is not None and not self._bound.update(first, [decay], [0]):
             return False
-        for row in rest:
+        for row in self._rest.rows:
             update_eagerly(row, [decay], [0])
         return True
 

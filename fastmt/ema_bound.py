@@ -81,6 +81,27 @@ class Bound:
             raise RuntimeError("the launch failed")
 
 
+class Rest:
+    """Rows that no launch takes, and whether they still are what was checked."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
+        tensors = (tensor for row in self.rows for tensor in (*row.averages, row.value))
+        self._tensors = [t for t in tensors if not is_traceable_wrapper_subclass(t)]
+        self._addresses = self._now()
+
+    def _now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._tensors))
+
+    def holds(self) -> bool:
+        """Whether the shapes fit, and no tensor lies elsewhere: it may share memory there."""
+        return self._addresses == self._now() and all(map(_fits, self.rows))
+
+
+def _fits(row: Row) -> bool:
+    return all(average.shape == row.value.shape for average in row.averages)
+
+
 def is_served(row: Row) -> bool:
     """Whether the launch takes a row: it walks each tensor as one stretch of memory on the CPU."""
     value, pairs = row.value, zip(row.averages, row.modes, strict=True)

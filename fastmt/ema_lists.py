@@ -77,11 +77,8 @@ class Lists:
 
     def _holds(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
         watched = self._objects.watched
-        return (
-            self._unmoved()
-            and self._watched.is_that_of([teacher[watched], student[watched]])
-            and all(teacher[i].shape == student[i].shape for i in self.rest)
-        )
+        looked_at = _pairs(teacher, student, [watched, *self.rest])
+        return self._unmoved() and self._looked_at.is_that_of(looked_at)
 
     def _hold(self, teacher: list[Tensor], student: list[Tensor]) -> None:
         objects = SameObjects(teacher, student, self._served)
@@ -90,12 +87,16 @@ class Lists:
         let_go = weakref.WeakMethod(self._let_go)
         objects.watch(teacher, student, lambda _: (method := let_go()) and method())
         watched, others = objects.watched, [i for i in self._served if i != objects.watched]
-        self._watched = Layout([teacher[watched], student[watched]])
-        self._unmoved = unmoved([tensors[i] for i in others for tensors in (teacher, student)])
+        self._looked_at = Layout(_pairs(teacher, student, [watched, *self.rest]))
+        self._unmoved = unmoved(_pairs(teacher, student, others))
         self._objects = objects
 
     def _let_go(self) -> None:
         self._objects = self._unmoved = None
+
+
+def _pairs(teacher: list[Tensor], student: list[Tensor], positions: Sequence[int]) -> list[Tensor]:
+    return [tensors[i] for i in positions for tensors in (teacher, student)]
 
 
 def _first_of(*lists: list[Tensor]) -> list[weakref.ref[Tensor]]:

@@ -18,6 +18,7 @@ from fastmt.ema_bound import (
     KEEP,
     STOCHASTIC,
     Bound,
+    Rest,
     Row,
     is_served,
     update_eagerly,
@@ -70,7 +71,8 @@ class Plan:
         usable = cpp_backend.missing() is None
         served = [usable and is_served(row) for row in self.rows]
         bound = [row for row, fits in zip(self.rows, served, strict=True) if fits]
-        self._rest = [row for row, fits in zip(self.rows, served, strict=True) if not fits]
+        rest = [row for row, fits in zip(self.rows, served, strict=True) if not fits]
+        self._rest, self._all = Rest(rest), Rest(self.rows)
         self._bound = Bound(bound) if bound else None
         self._on_device: DeviceUpdate | None = None  # made when first needed
 
@@ -112,13 +114,13 @@ class Plan:
             return self._run_on_device(backends.operations(backend), decays, draws)
         bound, rest = self._bound, self._rest
         if backend == "eager" or [decay for decay in decays if isinstance(decay, Tensor)]:
-            bound, rest = None, self.rows
-        if (rest and not all(map(_fits, rest))) or (bound is not None and not bound.holds()):
+            bound, rest = None, self._all
+        if not rest.holds() or (bound is not None and not bound.holds()):
             return False
         increment_version(self._written)
         if bound is not None:
             bound.run(decays, draws)
-        for row in rest:
+        for row in rest.rows:
             update_eagerly(row, decays, draws)
         return True
 
@@ -138,10 +140,6 @@ class Plan:
 
 def _holds(guard: Shards | Structure) -> bool:
     return guard.holds()
-
-
-def _fits(row: Row) -> bool:
-    return all(average.shape == row.value.shape for average in row.averages)
 
 
 def _is_offloaded(row: Row) -> bool:

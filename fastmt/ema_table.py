@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmt.ema_bound import AVERAGE, COPY, KEEP, KERNEL_DTYPES, Row, is_dense, is_plain
+from fastmt.ema_bound import AVERAGE, COPY, KEEP, KERNEL_DTYPES, Rest, Row, is_dense, is_plain
 from fastmt.ema_layout import unmoved
 from fastmt.rounding import HALVES, mixed
 
@@ -130,8 +130,13 @@ class DeviceUpdate:
                     entries.append(entry)
                 elif mode != KEEP:
                     self.rest.append((teacher, alone))
-        self.holds = unmoved([tensor for entry in entries for tensor in entry.tensors])
+        self._unmoved = unmoved([tensor for entry in entries for tensor in entry.tensors])
+        self._rest = Rest([row for _, row in self.rest])
         self._table = Table(entries, device)
+
+    def holds(self) -> bool:
+        """Whether all tensors lie where they did."""
+        return self._unmoved() and self._rest.holds()
 
     def run(
         self, kernels: Any, decays: Sequence[Tensor], draws: Sequence[int | Tensor] = ()

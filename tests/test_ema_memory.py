@@ -48,12 +48,15 @@ def test_new_strides_behind_the_same_pointer_are_noticed():
 
 
 @pytest.mark.parametrize("offset", [0, 8])
-def test_memory_that_becomes_shared_is_refused(offset):
-    teacher, student = [torch.zeros(16)[:8], torch.zeros(8)], [torch.ones(8), torch.ones(8)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_that_becomes_shared_is_refused(offset, dtype):
+    teacher = [torch.zeros(3), torch.zeros(16, dtype=dtype)[:8], torch.zeros(8, dtype=dtype)]
+    student = [torch.ones_like(average) for average in teacher]
     fastmt.ema_update_(teacher, student, 0.5)
-    student[1].data = teacher[0].as_strided((8,), (1,), offset)
-    with pytest.raises(ValueError, match=r"^student\[1\]: shares storage"):
-        fastmt.ema_update_(teacher, student, 0.5)
+    student[2].data = teacher[1].as_strided((8,), (1,), offset)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^student\[2\]: shares storage"):
+            fastmt.ema_update_(teacher, student, 0.5)
 
 
 def test_tensors_that_become_tied_are_averaged_once():

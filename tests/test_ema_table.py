@@ -120,6 +120,17 @@ def test_a_tensor_that_moved_in_memory_is_found_again(as_on_a_gpu):
         assert average.module.scalar.item() == pytest.approx(0.9 * old + 0.1 * 5.0)
 
 
+@pytest.mark.parametrize("name", ["in_half", "wide"])  # in the table and left out of it
+def test_memory_that_becomes_shared_is_refused(name, as_on_a_gpu):
+    student, teacher, _ = teachers(buffers="ema")
+    as_on_a_gpu()
+    teacher.update()
+    student.get_buffer(name).data = teacher.module.get_buffer(name).data
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"^student: '{name}' shares storage"):
+            teacher.update()
+
+
 def test_what_is_no_matter_of_memory_makes_no_new_table():
     tensors = [torch.zeros(3), torch.ones(2, 2)]
     layout = Layout(tensors)

@@ -61,6 +61,18 @@ def test_a_buffer_that_is_not_dense_is_named_and_left_alone_where_buffers_are_ke
     assert_follows(EMATeacher(student, buffers="keep"), student)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("place", [0, 1])
+def test_memory_that_a_student_shares_after_updates_is_refused(dtype, place):
+    student = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2)).to(dtype)
+    teacher = EMATeacher(student, 0.5, warmup=None)
+    teacher.update()
+    student[1].weight.data = teacher.module[place].weight.data
+    for _ in range(2):
+        with pytest.raises(ValueError, match="^student: '1.weight' shares storage"):
+            teacher.update()
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64])
 @pytest.mark.parametrize("finite", [None, True, False])
 def test_what_has_no_average_is_copied_also_where_it_is_a_parameter(dtype, finite, monkeypatch):
