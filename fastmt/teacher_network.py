@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastmt.matching import Pair, is_sharded, local, matched, plain_name, reshard, unwrapped
 from fastmt.rounding import HALVES
@@ -19,32 +20,48 @@ _lending = threading.Lock()
 
 
 def copied(network: nn.Module) -> nn.Module:
+    for name, tensor in _named_tensors(network):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"student: {name!r} has no shape yet, expected a network that has seen a batch"
+            )
     try:
         twin = copy.deepcopy(network)
     except (AssertionError, RuntimeError, TypeError) as error:
         kind = type(network).__name__
         raise TypeError(
-            f"student: {kind} cannot be copied ({error}); {_remedy(network)}"
+            f"student: {kind} cannot be copied ({error}); {_remedy(network, error)}"
         ) from error
     for buffer in twin.buffers():  # parameters have memory of their own from deepcopy
         buffer.data = buffer.data.clone()
-    _check_forwards(network, twin)
+    _check_functions(network, twin)
     return twin
 
 
-def _check_forwards(network: nn.Module, twin: nn.Module) -> None:
+def _named_tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*network.named_parameters(), *network.named_buffers()]
+
+
+def _check_functions(network: nn.Module, twin: nn.Module) -> None:
     """A copy would run the network's own weights by a function that deepcopy passes on as it is."""
     modules = set(network.modules())
     twins = dict(twin.named_modules())
     for name, module in network.named_modules():
-        function = vars(module).get("forward")
-        shared = function is not None and vars(twins[name]).get("forward") is function
-        if shared and _holds(function, modules):
-            raise TypeError(
-                f"student: the forward of {name or type(module).__name__!r} is a function that "
-                "calls the student itself, and so would a copy's; make the teacher before it is "
-                "set, or compile the module by its compile()"
-            )
+        passed_on = _functions(twins[name])
+        for kind, function in _functions(module):
+            if (kind, function) in passed_on and _holds(function, modules):
+                raise TypeError(
+                    f"student: the {kind} of {name or type(module).__name__!r} is a function that "
+                    "refers to the student itself, and so would a copy's; make the teacher before "
+                    "it is set, or set a method; a module is compiled by its compile()"
+                )
+
+
+def _functions(module: nn.Module) -> list[tuple[str, object]]:
+    """What a forward may call beside methods: attributes, such as a `forward`, and hooks."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    named = (*vars(module).items(), *(("forward hook", hook) for hook in hooks))
+    return [(name, function) for name, function in named if inspect.isfunction(function)]
 
 
 def _holds(function: object, modules: Container[nn.Module]) -> bool:
@@ -65,16 +82,18 @@ def _holds(function: object, modules: Container[nn.Module]) -> bool:
     return False
 
 
-def _remedy(network: nn.Module) -> str:
+def _remedy(network: nn.Module, error: Exception) -> str:
     """What lets a network be copied that cannot be."""
     if is_sharded(network):
         return "make the teacher first, then shard student and teacher.module alike"
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+    for name, tensor in _named_tensors(network):
         if tensor.layout != torch.strided:
             return (
                 f"{name!r} is {tensor.layout}, expected dense parameters; a sparse buffer can be "
                 "torch.sparse_coo with buffers='keep'"
             )
+    if isinstance(error, TypeError):  # of what is no tensor
+        return "make the teacher before it has such an attribute, or define its __deepcopy__()"
     return (
         "it keeps results of a computation as attributes, as torch.nn.utils.prune and the old "
         "weight_norm do; after a forward under torch.no_grad() they can be copied"
@@ -190,8 +209,7 @@ def lent(student: nn.Module, teacher: nn.Module, buffers: str) -> Iterator[None]
 def _entries(network: nn.Module) -> dict[str, Tensor]:
     """Each parameter and buffer by its name; of sharded ones this process's shard."""
     reshard((network,))
-    named = (*network.named_parameters(), *network.named_buffers())
-    return {plain_name(name): local(tensor) for name, tensor in named}
+    return {plain_name(name): local(tensor) for name, tensor in _named_tensors(network)}
 
 
 @torch.no_grad()

@@ -37,6 +37,50 @@ def test_a_forward_that_would_run_the_students_weights_in_a_copy_is_refused(stud
         EMATeacher(student)
 
 
+def call_itself(net: Net) -> None:
+    net.project = lambda x: net.first(x)
+
+
+def compile_a_method(net: Net) -> None:
+    net.project = compiled(net.forward)
+
+
+def hook(net: Net) -> None:
+    net.norm.register_forward_hook(lambda module, args, output: net.last(output))
+
+
+def hook_before(net: Net) -> None:
+    net.norm.register_forward_pre_hook(lambda module, args: (net.last(args[0]),))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (call_itself, "project of 'Net'"),
+        (compile_a_method, "project of 'Net'"),
+        (hook, "forward hook of 'norm'"),
+        (hook_before, "forward hook of 'norm'"),
+    ],
+)
+def test_a_function_that_would_run_the_students_weights_in_a_copy_is_refused(
+    student, change, named
+):
+    change(student)
+    with pytest.raises(TypeError, match=f"^student: the {named} is a function that refers to"):
+        EMATeacher(student)
+
+
+def test_hooks_that_a_copy_takes_with_it_run_the_teachers_weights(student):
+    seen = []
+    student.norm.register_forward_hook(lambda module, args, output: seen.append(module))
+    student.norm.register_forward_hook((lambda self, *_: self.last.bias).__get__(student))
+    teacher = EMATeacher(student)
+    advance(student, 1)
+    expected = nn.functional.linear(teacher.module.last.bias, teacher.module.tied)
+    assert torch.equal(teacher(torch.ones(2, 3)), expected)
+    assert seen == [teacher.module.norm]
+
+
 def test_a_forward_that_a_copy_takes_with_it_runs_the_teachers_weights(student):
     student.forward = (lambda self, x: 2 * Net.forward(self, x)).__get__(student)
     student.norm.forward = nn.functional.relu  # refers to no module
