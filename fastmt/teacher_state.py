@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,12 +29,24 @@ def versioned(state: Mapping[str, object], network: nn.Module) -> Mapping[str, o
     told = getattr(state, "_metadata", None)
     if told is None:
         return state
-    own = {plain_name(name, module=True): name for name, _ in network.named_modules()}
-    plain = {plain_name(name, module=True): version for name, version in told.items()}
-    known = {_in_teacher(own[name]): plain[name] for name in plain if name in own}
+    own = _own_names((name for name, _ in network.named_modules()), told)
+    known = {_in_teacher(own[name]): told[name] for name in own}
     state = OrderedDict(state)
     state._metadata = {**told, **known}
     return state
+
+
+def _own_names(names: Iterable[str], given: Iterable[str]) -> dict[str, str]:
+    """What given names, to which wrappers may have added, are among the names of a network."""
+    names, given = list(names), list(given)
+    plain = {plain_name(name): name for name in names}
+    for start in ("", "module."):  # before all of them are dropped: it may have a child so called
+        found = {name: plain.get(plain_name(name).removeprefix(start)) for name in given}
+        if None not in found.values():
+            return found
+    plain = {plain_name(name, module=True): name for name in names}
+    found = {name: plain.get(plain_name(name, module=True)) for name in given}
+    return {name: own for name, own in found.items() if own is not None}
 
 
 def _in_teacher(name: str) -> str:
@@ -51,12 +63,14 @@ class Loading(NamedTuple):
     @classmethod
     def start(cls, network: nn.Module, state: dict[str, object], prefix: str) -> Loading:
         """Give the entries of a plain or wrapped network, in place, the names of the teacher's."""
-        own = {plain_name(name, module=True): name for name in network.state_dict()}
-        updates = state.pop(f"{prefix}n_averaged", None)
-        for full in list(state):
-            name = full.removeprefix(prefix)
-            plain = plain_name(name, module=True)
-            state[f"{prefix}module.{own.get(plain, name)}"] = state.pop(full)
+        names = network.state_dict().keys()
+        counted = "n_averaged" not in names
+        updates = state.pop(f"{prefix}n_averaged", None) if counted else None
+        entries = {full.removeprefix(prefix): entry for full, entry in state.items()}
+        own = _own_names(names, entries)
+        state.clear()
+        for name, entry in entries.items():
+            state[f"{prefix}module.{own.get(name, name)}"] = entry
         tied: dict[nn.Parameter, list[str]] = defaultdict(list)
         for name, parameter in network.named_parameters(remove_duplicate=False):
             tied[parameter].append(name)

@@ -52,6 +52,36 @@ def test_safetensors_saves_and_loads_a_model_with_tied_parameters(network, tmp_p
     assert_same(second.module, first.module)
 
 
+class Wrapper(nn.Module):
+    """With a child called module, as wrappers have, and entries of its own beside the child's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.BatchNorm1d(2)
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("n_averaged", torch.tensor(7))
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("wrapped", [lambda network: network, nn.DataParallel, torch.compile])
+def test_a_child_called_module_is_told_from_what_wrappers_add_to_names(held, wrapped):
+    first, second = averaged(Wrapper()), averaged(Wrapper())
+    source, target = wrapped(first.module), second
+    if held:
+        source, target = nn.ModuleDict({"t": source}), nn.ModuleDict({"t": target})
+    target.load_state_dict(source.state_dict())
+    assert_same(second.module, first.module)
+
+
+def test_the_version_of_a_child_called_module_is_not_taken_for_its_parents():
+    teacher, seen = EMATeacher(Wrapper()), {}
+    for name, module in teacher.module.named_modules():
+        look = module._register_load_state_dict_pre_hook
+        look(lambda state, prefix, told, *_, name=name: seen.update({name: told.get("version")}))
+    teacher.load_state_dict(Wrapper().state_dict())
+    assert seen == {"": 1, "module": 2}
+
+
 @pytest.mark.parametrize("prefix", ["", "t."])
 def test_entries_that_fail_are_named_as_the_plain_network_names_them(prefix):
     teacher = EMATeacher(Net())
