@@ -18,6 +18,7 @@ from fastmt.ema_bound import (
     Bound,
     Rest,
     Row,
+    is_expanded,
     is_served,
     storage_of,
     update_eagerly,
@@ -52,7 +53,7 @@ def ema_update_(
 
     Raises:
         TypeError, ValueError: lengths or shapes that differ, a decay outside [0, 1], a teacher and
-        a student that share storage, tensors without memory of their own.
+        a student that share storage, what is no tensor, or one without memory of its own.
     """
     if isinstance(decay, Tensor):
         if decay.ndim:
@@ -74,7 +75,7 @@ def ema_update_(
     if ema_table.is_read_by(choice.backend, ema_table.are_on_host(first)):
         _update_on_device(backends.operations(choice.backend), teacher, student, decay)
         return
-    increment_version(teacher)  # first: it brings the tensors' records near
+    _bump_versions(teacher)  # first: it brings the tensors' records near
     binding = _bindings.get(_key(teacher, student))
     bound = binding is not None and binding.objects.are(teacher, student)
     if not (bound and binding.update(teacher, student, float(decay))):
@@ -149,11 +150,25 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
     return list(positions.values())
 
 
+def _bump_versions(teacher: list[Tensor]) -> None:
+    try:
+        increment_version(teacher)
+    except RuntimeError:  # of what is no tensor, without its name
+        _check_memory("teacher", teacher)
+        raise
+
+
 def _check_memory(name: str, tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}]: got {type(tensor).__name__}, expected a tensor")
         if tensor.is_meta or tensor.layout != torch.strided:
             kind = "on the meta device" if tensor.is_meta else tensor.layout
             raise TypeError(f"{name}[{i}]: is {kind}, expected a dense tensor with memory")
+        if tensor.numel() and not storage_of(tensor):
+            raise ValueError(f"{name}[{i}]: its storage was freed, expected memory")
+        if name == "teacher" and is_expanded(tensor):
+            raise ValueError(f"{name}[{i}]: several elements are one place in memory; clone it")
 
 
 def _row(position: int, average: Tensor, value: Tensor) -> Row:

@@ -145,6 +145,11 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory."""
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def update_eagerly(
     row: Row, decays: Sequence[float | Tensor], draws: Sequence[int | Tensor]
 ) -> None:

@@ -125,6 +125,8 @@ def check_memory(pairs: Sequence[Pair]) -> None:
                     f"{side}: {name!r} is on the meta device and has no memory yet; give it some "
                     "before the first update, as to_empty() does"
                 )
+            if tensor.layout == torch.strided and tensor.numel() and not storage_of(tensor):
+                raise ValueError(f"{side}: the storage of {name!r} was freed, expected its memory")
             if tensor.layout != torch.strided or tensor.is_quantized:
                 kind = tensor.dtype if tensor.is_quantized else tensor.layout
                 raise TypeError(

@@ -7,6 +7,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, distributed, nn
 
+from fastmt.ema_bound import is_expanded
+
 
 class Buffers:
     """The buffers of a network as they are now, to be put back into it.
@@ -26,7 +28,7 @@ class Buffers:
         ]
         alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
         for buffer in {id(buffer): buffer for *_, buffer in self._places}.values():
-            if not _is_expanded(buffer):  # nothing can write into it
+            if not is_expanded(buffer):  # nothing can write into it
                 alike[buffer.shape, buffer.dtype, buffer.device].append(buffer)
         self._kept = [(buffers, torch.stack(buffers)) for buffers in alike.values()]
 
@@ -54,11 +56,6 @@ class Buffers:
 
     def _replaced(self) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
         return [place for place in self._places if place[0].get(place[1]) is not place[2]]
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements are one place in memory."""
-    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def on_all_processes(finite: Tensor, student: nn.Module) -> Tensor:

@@ -50,6 +50,23 @@ def test_tensors_of_two_sizes_in_one_memory_are_refused(place):
     assert not flat.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_what_cannot_be_averaged_in_a_list_is_named_and_nothing_is_averaged(dtype, name):
+    first, freed = torch.zeros(3), torch.ones(3, dtype=dtype)
+    freed.untyped_storage().resize_(0)
+    bad = {None: "got NoneType, expected a tensor", freed: "its storage was freed"}
+    if name == "teacher":
+        bad[torch.ones(1, dtype=dtype).expand(3)] = "several elements are one place in memory"
+    for entry, message in bad.items():
+        good = torch.ones(3, dtype=dtype)
+        entries = {"teacher": [first, good], "student": [torch.ones(3), good]}
+        entries[name][1] = entry
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}\[1\]: {message}"):
+            fastmt.ema_update_(**entries, decay=0.5)
+    assert not first.any()
+
+
 @pytest.mark.parametrize("kind", ["meta", "sparse"])
 def test_tensors_without_memory_of_their_own_are_refused_by_name(kind):
     zeros, other = torch.zeros(3), torch.ones(3)

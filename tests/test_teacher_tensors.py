@@ -52,6 +52,17 @@ def test_a_network_without_memory_is_named_as_such_and_followed_once_it_has_some
     assert_follows(teacher, student)
 
 
+@pytest.mark.parametrize(
+    "lazy", [lambda: nn.LazyLinear(2), lambda: nn.LazyBatchNorm1d(affine=False)]
+)
+def test_a_student_that_has_no_shapes_yet_is_named_as_such_and_followed_once_it_has(lazy):
+    student = nn.Sequential(lazy())
+    with pytest.raises(ValueError, match="^student: '0..*' has no shape yet, expected .* batch"):
+        EMATeacher(student)
+    student(torch.randn(4, 3))
+    EMATeacher(student).update()
+
+
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_a_buffer_that_is_not_dense_is_named_and_left_alone_where_buffers_are_kept(kind):
     student = with_buffer(UNUSUAL[kind]())

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import pickle
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -198,21 +197,6 @@ def test_copies_name_the_network_that_lacks_an_entry(student):
     for copies in (teacher.update, lambda: teacher.copy_to(student), teacher.swapped().__enter__):
         with pytest.raises(ValueError, match="^student: 'later.weight' is missing in the teacher"):
             copies()
-
-
-def test_a_student_with_what_cannot_be_copied_is_told_so(student):
-    student.lock = threading.Lock()
-    with pytest.raises(TypeError, match=r"^student: Net cannot .*lock.*; make .* __deepcopy__\(\)"):
-        EMATeacher(student)
-
-
-@pytest.mark.parametrize("lazy", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)])
-def test_a_student_that_has_no_shapes_yet_is_named_as_such_and_followed_once_it_has(lazy):
-    student = nn.Sequential(lazy)
-    with pytest.raises(ValueError, match="^student: '0..*' has no shape yet, expected .* batch"):
-        EMATeacher(student)
-    student(torch.randn(4, 3))
-    EMATeacher(student).update()
 
 
 def pruned(layer: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from followed import Net, advance, assert_same
@@ -92,6 +94,12 @@ def test_a_forward_that_a_copy_takes_with_it_runs_the_teachers_weights(student):
     plain.norm.forward = nn.functional.relu
     x = torch.randn(2, 3)
     assert torch.equal(teacher(x), 2 * plain(x))
+
+
+def test_a_student_with_what_cannot_be_copied_is_told_so(student):
+    student.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"^student: Net cannot .*lock.*; make .* __deepcopy__\(\)"):
+        EMATeacher(student)
 
 
 class OfFabric(nn.Module):
