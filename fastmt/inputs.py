@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmt.arguments import check_positive, first_line, shape
 from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
-from fastmt.teacher_network import carrying
+from fastmt.teacher_network import carries
 
 DECAY = 0.99  # of a trainer's own teacher, unless told otherwise
 LABEL_DTYPES = (torch.uint8, torch.int64)
@@ -44,7 +44,7 @@ def check_networks(student: nn.Module, teacher: EMATeacher | None, decay: float)
 
 def check_own_weights(call: str, student: nn.Module) -> None:
     """RuntimeError in a call within swapped(), where the student has not its own weights."""
-    if unwrapped(student) in carrying:
+    if carries(unwrapped(student)):
         raise RuntimeError(f"{call}: the student carries a teacher's weights; leave swapped()")
 
 

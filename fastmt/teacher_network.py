@@ -187,6 +187,14 @@ def _copy(target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+def carries(network: nn.Module) -> bool:
+    """Whether a network, a part of it, or one that it is a part of, carries a teacher's weights."""
+    if not carrying:
+        return False
+    others = {module for other in list(carrying) for module in other.modules()}
+    return not others.isdisjoint(network.modules())
+
+
 @contextlib.contextmanager
 def lent(student: nn.Module, teacher: nn.Module, buffers: str) -> Iterator[None]:
     """The student carries a teacher's weights in this context, and its own again after it."""

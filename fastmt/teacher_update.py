@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmt import arguments
 from fastmt.ema_table import decay_on, is_capturing
-from fastmt.teacher_network import carrying
+from fastmt.teacher_network import carries
 
 if TYPE_CHECKING:
     from fastmt.teacher import EMATeacher
@@ -46,7 +46,7 @@ def update_together(
     if finite is not None:
         _check_scalar("finite", finite, torch.bool)
     network = teachers[0]._resolve(student)
-    if network in carrying:
+    if carries(network):
         raise RuntimeError("update: the student carries a teacher's weights; leave swapped()")
     if student is None:
         _check_same(teachers, network)

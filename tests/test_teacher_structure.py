@@ -146,6 +146,18 @@ def test_another_network_in_the_place_of_the_teachers_is_the_one_that_is_average
     assert_same_values(teacher.module, student)
 
 
+def test_no_teacher_averages_a_network_of_which_a_part_carries_a_teachers_weights(student):
+    whole, part = EMATeacher(student, 0.5), EMATeacher(student.first)
+    advance(student, 0)
+    for swapping, other in ((whole, part), (part, whole)):
+        with swapping.swapped(), pytest.raises(RuntimeError, match="^update: the student carries"):
+            other.update()
+        with swapping.swapped():
+            EMATeacher(Net()).update(student=Net())
+    whole.update()
+    assert_same_values(whole.module, student)
+
+
 def assert_same_values(left: nn.Module, right: nn.Module) -> None:
     expected = right.state_dict()
     for name, average in left.state_dict().items():
