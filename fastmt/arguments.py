@@ -45,6 +45,11 @@ def check_at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name}: got {value!r}, expected at least {least}")
 
 
+def check_integer(name: str, value: float) -> None:
+    if not (isinstance(value, Real) and value % 1 == 0):
+        raise ValueError(f"{name}: got {value!r}, expected an integer")
+
+
 def check_between(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, Real | Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")

@@ -93,7 +93,8 @@ class EMATeacher(Counting):
         arguments.check_choice("buffers", buffers, BUFFERS)
         if rounding is not None:
             arguments.check_choice("rounding", rounding, ROUNDINGS)
-        draw_seed = seed if rounding == "stochastic" else None
+        arguments.check_integer("seed", seed)
+        draw_seed = int(seed) if rounding == "stochastic" else None
         super().__init__(decay, warmup, update_every, start, draw_seed)
         self.buffer_rule, self.rounding = buffers, rounding
         self.module = copied(unwrapped(student)).requires_grad_(False)

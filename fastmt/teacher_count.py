@@ -84,14 +84,16 @@ class Counting(nn.Module):
         draw_seed: int | None,
     ) -> None:
         super().__init__()
-        arguments.check_at_least("update_every", update_every, 1)
-        arguments.check_at_least("start", start, 0)
+        for name, count, least in (("update_every", update_every, 1), ("start", start, 0)):
+            arguments.check_integer(name, count)
+            arguments.check_at_least(name, count, least)
         if not callable(decay) and not (isinstance(decay, Real) and 0 <= decay < 1):
             raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
         if not callable(warmup) and warmup is not None:
             arguments.check_choice("warmup", warmup, tuple(decays.WARMUPS))
         self.decay, self.warmup, self._draw_seed = decay, warmup, draw_seed
-        self.update_every, self.start, self.calls, self.updates = update_every, start, 0, 0
+        self.update_every, self.start = int(update_every), int(start)
+        self.calls, self.updates = 0, 0
         self._device_count: DeviceCount | None = None
 
     def current_decay(self) -> float:
