@@ -45,6 +45,7 @@ class Plan:
     """All rows of one student and K teachers, the launch they are bound to, and when it holds."""
 
     def __init__(self, tracks: Sequence[Track], network: nn.Module) -> None:
+        _check_not_held(tracks, network)
         self.student = weakref.ref(network)
         networks = [*(track.teacher for track in tracks), network]
         shards, structure = Shards(networks), Structure(networks)
@@ -136,6 +137,15 @@ class Plan:
         for teacher, row in self._on_device.rest:
             update_eagerly(row, [decays[teacher]], [draws[teacher]])
         return True
+
+
+def _check_not_held(tracks: Sequence[Track], network: nn.Module) -> None:
+    held = set(network.modules())
+    if any(track.teacher in held for track in tracks):
+        raise ValueError(
+            "student: it holds its own teacher, as `self.teacher = EMATeacher(self)` does; make "
+            "the teacher of the part that is trained"
+        )
 
 
 def _holds(guard: Shards | Structure) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmt.arguments import shape
 from fastmt.reference import is_averaged
 
 
@@ -50,8 +51,8 @@ def average(
         updates: the moment in training; by default that of the last snapshot.
 
     Floating and complex tensors are summed in double precision and keep their dtype; all else, as
-    float8, is that of the last snapshot. Raises ValueError without snapshots, for a time before the
-    first update, or for a gamma of at most -1/2.
+    float8, is that of the last snapshot. Raises ValueError without snapshots, for one that lacks an
+    entry of the last, for a time before the first update, or for a gamma of at most -1/2.
     """
     if not snapshots:
         raise ValueError("snapshots: got none, expected at least one")
@@ -63,9 +64,21 @@ def average(
         mixed[name] = entry.clone() if isinstance(entry, Tensor) else entry
         if isinstance(entry, Tensor) and is_averaged(entry):
             wide = torch.complex128 if entry.is_complex() else torch.float64
-            terms = [w * s.state[name].to(wide) for w, s in zip(shares, snapshots, strict=True)]
+            states = [_entry(snapshot, name, entry).to(wide) for snapshot in snapshots]
+            terms = [share * state for share, state in zip(shares, states, strict=True)]
             mixed[name].copy_(torch.stack(terms).sum(0))
     return mixed
+
+
+def _entry(snapshot: Snapshot, name: str, like: Tensor) -> Tensor:
+    entry = snapshot.state.get(name)
+    if not isinstance(entry, Tensor) or entry.shape != like.shape:
+        found = f"in shape {shape(entry)}" if isinstance(entry, Tensor) else "nowhere"
+        raise ValueError(
+            f"snapshots: the one after {snapshot.updates} updates has {name!r} {found}, expected "
+            f"{shape(like)} as in the last one"
+        )
+    return entry
 
 
 def weights(updates: Sequence[int], gammas: Sequence[float], end: int, gamma: float) -> list[float]:

@@ -87,3 +87,13 @@ def test_a_time_before_the_first_update_is_refused(times, end, name):
     snapshots = [posthoc.Snapshot(t, 7.0, {"w": torch.ones(1)}) for t in times]
     with pytest.raises(ValueError, match=f"^{name}: got one after 0 updates"):
         posthoc.average(snapshots, 3.0, end)
+
+
+@pytest.mark.parametrize(
+    ("first", "found"), [({}, "nowhere"), ({"w": torch.ones(1)}, r"in shape \(1\)")]
+)
+def test_snapshots_of_different_networks_are_refused_by_the_entry(first, found):
+    snapshots = [posthoc.Snapshot(t, 7.0, s) for t, s in ((4, first), (8, {"w": torch.ones(2)}))]
+    named = rf"^snapshots: the one after 4 updates has 'w' {found}, expected \(2\) as in the last"
+    with pytest.raises(ValueError, match=named):
+        posthoc.average(snapshots, 3.0)

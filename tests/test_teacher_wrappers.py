@@ -102,6 +102,14 @@ def test_a_student_with_what_cannot_be_copied_is_told_so(student):
         EMATeacher(student)
 
 
+def test_a_student_that_holds_its_own_teacher_is_told_so(student):
+    student.teacher = EMATeacher(student)
+    with pytest.raises(ValueError, match="^student: it holds its own teacher.* of the part"):
+        student.teacher.update()
+    student.teacher = EMATeacher(student.first)
+    student.teacher.update()
+
+
 class OfFabric(nn.Module):
     """As Lightning Fabric wraps a network: its state dict is the network's own."""
 
