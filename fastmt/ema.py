@@ -185,6 +185,8 @@ class _Binding:
         fits = {i: is_served(row) for i, row in rows.items()}
         served = [i for i in positions if fits[i]]
         self._rest = Rest([rows[i] for i in positions if not fits[i]])
+        others = set(range(len(teacher))).difference(positions)  # empty, or tied to another
+        self._left_out = Rest([_row(i, teacher[i], student[i]) for i in others])
         self.objects = SameObjects(teacher, student, served)
         served.sort(key=lambda i: i != self.objects.watched)
         self._first = served[:1]
@@ -192,7 +194,7 @@ class _Binding:
 
     def update(self, teacher: list[Tensor], student: list[Tensor], decay: float) -> bool:
         """False, with nothing done, where a layout has changed."""
-        if not self._rest.holds():
+        if not (self._rest.holds() and self._left_out.holds()):
             return False
         first = [tensors[i] for i in self._first for tensors in (teacher, student)]
         if self._bound is not None and not self._bound.update(first, [decay], [0]):

@@ -56,6 +56,7 @@ class Lists:
         self._served = [i for i in positions if entries[i].is_served(device)]
         self.table = Table([entries[i] for i in self._served], device)
         self.rest = [i for i in positions if i not in set(self._served)]
+        self._others = [i for i in range(len(teacher)) if i not in set(self._served)]
         self._layout = Layout([*teacher, *student])
         self._last = _first_of(teacher, student)
         self._objects: SameObjects | None = None
@@ -77,7 +78,7 @@ class Lists:
 
     def _holds(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
         watched = self._objects.watched
-        looked_at = _pairs(teacher, student, [watched, *self.rest])
+        looked_at = _pairs(teacher, student, [watched, *self._others])
         return self._unmoved() and self._looked_at.is_that_of(looked_at)
 
     def _hold(self, teacher: list[Tensor], student: list[Tensor]) -> None:
@@ -87,7 +88,7 @@ class Lists:
         let_go = weakref.WeakMethod(self._let_go)
         objects.watch(teacher, student, lambda _: (method := let_go()) and method())
         watched, others = objects.watched, [i for i in self._served if i != objects.watched]
-        self._looked_at = Layout(_pairs(teacher, student, [watched, *self.rest]))
+        self._looked_at = Layout(_pairs(teacher, student, [watched, *self._others]))
         self._unmoved = unmoved(_pairs(teacher, student, others))
         self._objects = objects
 

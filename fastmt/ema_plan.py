@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import filterfalse
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +52,10 @@ class Plan:
         shards, structure = Shards(networks), Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
         buffers = _buffer_rows(tracks, network)
+        empty = Rest([_left_out(pairs) for pairs in (*parameters, *buffers) if _is_empty(pairs)])
         # The shards first: to look at them puts them back into the structure.
-        self._guards = [shards] * shards.any + [structure]
+        self._guards = [shards] * shards.any + [structure] + [empty] * bool(empty.rows)
+        parameters, buffers = (list(filterfalse(_is_empty, p)) for p in (parameters, buffers))
         self.rows = [
             *(_averaged(number, pairs, tracks) for number, pairs in enumerate(parameters)),
             *(_followed(number, pairs, tracks) for number, pairs in enumerate(buffers)),
@@ -148,7 +151,7 @@ def _check_not_held(tracks: Sequence[Track], network: nn.Module) -> None:
         )
 
 
-def _holds(guard: Shards | Structure) -> bool:
+def _holds(guard: Shards | Structure | Rest) -> bool:
     return guard.holds()
 
 
@@ -157,11 +160,21 @@ def _is_offloaded(row: Row) -> bool:
 
 
 def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair, ...]]:
-    """The pairs of each entry of `network`, one a teacher; empty tensors are left out."""
+    """The pairs of each entry of `network`, one a teacher."""
     followed = [matched(named(track.teacher.module), named(network)) for track in tracks]
     for pairs in followed:
         check_memory(pairs)
-    return [pairs for pairs in zip(*followed, strict=True) if pairs[0].average.numel()]
+    return list(zip(*followed, strict=True))
+
+
+def _is_empty(pairs: tuple[Pair, ...]) -> bool:
+    return pairs[0].average.numel() == 0
+
+
+def _left_out(pairs: tuple[Pair, ...]) -> Row:
+    """Of empty tensors, to which nothing is done."""
+    averages, nothing = tuple(pair.average for pair in pairs), (None,) * len(pairs)
+    return Row(0, averages, pairs[0].value, (KEEP,) * len(pairs), nothing)
 
 
 def _buffer_rows(tracks: Sequence[Track], network: nn.Module) -> list[tuple[Pair, ...]]:

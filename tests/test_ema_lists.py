@@ -129,6 +129,19 @@ def test_a_tensor_that_lost_its_memory_is_named(known, left, named):
         fastmt.ema_update_(*known, 0.5)
 
 
+def test_what_was_empty_or_tied_is_averaged_once_it_is_not(pairs):
+    teacher, student = pairs
+    teacher[2].data = teacher[3].data
+    student[2].data = student[3].data
+    teacher.append(torch.zeros(0))
+    student.append(torch.ones(0))
+    for _ in range(3):
+        assert_averaged(teacher, student)
+    for place in (3, -1):
+        teacher[place].data, student[place].data = torch.zeros(2), torch.ones(2)
+        assert_averaged(teacher, student)
+
+
 @pytest.mark.parametrize("change", ["got shape (3), expected (2)", "shares storage"])
 def test_what_the_table_leaves_out_is_averaged_while_it_fits(pairs, change):
     teacher, student = pairs

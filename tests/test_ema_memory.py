@@ -67,6 +67,26 @@ def test_tensors_that_become_tied_are_averaged_once():
     assert torch.equal(teacher[1], torch.full((8,), 0.5))
 
 
+def test_tensors_that_are_tied_no_more_are_each_averaged():
+    teacher, student = [torch.zeros(8) for _ in range(3)], [torch.ones(8) for _ in range(3)]
+    teacher[2].data = teacher[1].data
+    fastmt.ema_update_(teacher, student, 0.5)
+    teacher[2].data = torch.zeros(8)
+    fastmt.ema_update_(teacher, student, 0.5)
+    assert torch.equal(teacher[1], torch.full((8,), 0.75))
+    assert torch.equal(teacher[2], torch.full((8,), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_that_was_empty_is_averaged_once_it_is_not(dtype):
+    teacher = [torch.zeros(3), torch.zeros(0, dtype=dtype)]
+    student = [torch.ones_like(average) for average in teacher]
+    fastmt.ema_update_(teacher, student, 0.5)
+    teacher[1].data, student[1].data = torch.zeros(2, dtype=dtype), torch.ones(2, dtype=dtype)
+    fastmt.ema_update_(teacher, student, 0.5)
+    assert (teacher[1] == 0.5).all()
+
+
 @pytest.mark.parametrize(("offset", "left"), [(0, 0), (0, 4), (8, 40)])
 def test_memory_that_is_gone_is_never_touched(offset, left, kernels):
     teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(16)[offset:]]

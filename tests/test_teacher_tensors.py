@@ -84,6 +84,27 @@ def test_memory_that_a_student_shares_after_updates_is_refused(dtype, place):
             teacher.update()
 
 
+@pytest.mark.parametrize("kept_too", [False, True])
+def test_a_tensor_that_was_empty_is_followed_or_named_once_it_is_not(kept_too):
+    student = with_buffer(torch.zeros(0))
+    student.later = nn.Parameter(torch.zeros(2, 0))
+    teacher, kept = EMATeacher(student), EMATeacher(student, buffers="keep")
+    teachers = [teacher, kept] if kept_too else [teacher]
+    update_together(teachers)
+    student.later.data = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"^student: 'later' has shape \(2, 3\)"):
+        update_together(teachers)
+    for each in teachers:
+        each.module.later.data = torch.zeros(2, 3)
+    update_together(teachers)
+    student.extra.resize_(2).fill_(3)
+    with pytest.raises(ValueError, match=r"^student: 'extra' has shape \(2\), the teacher \(0\)"):
+        update_together(teachers)
+    teacher.module.extra.resize_(2)
+    update_together(teachers)
+    assert (teacher.module.extra == 3).all() and teacher.module.later.all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64])
 @pytest.mark.parametrize("finite", [None, True, False])
 def test_what_has_no_average_is_copied_also_where_it_is_a_parameter(dtype, finite, monkeypatch):
