@@ -20,6 +20,7 @@ from fastmt.ema_bound import (
     Row,
     is_expanded,
     is_served,
+    place_of,
     storage_of,
     update_eagerly,
 )
@@ -140,8 +141,7 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
         if value.numel() and storage_of(value) in storages:
             raise ValueError(f"student[{i}]: shares storage with the teacher; clone one of them")
         if average.numel():
-            place = storage_of(average) + average.storage_offset() * average.itemsize
-            first = positions.setdefault(place, i)
+            first = positions.setdefault(place_of(average), i)
             if teacher[first].numel() != average.numel():
                 raise ValueError(
                     f"teacher[{i}]: shares memory with teacher[{first}], which has another size; "

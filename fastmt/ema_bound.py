@@ -130,6 +130,11 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def place_of(tensor: Tensor) -> int:
+    """Where its first element lies."""
+    return storage_of(tensor) + tensor.storage_offset() * tensor.itemsize
+
+
 def is_plain(tensor: Tensor) -> bool:
     """No subclass, whose data the kernels would not know, nor what changes its sign when read."""
     lazy = tensor.is_neg() or tensor.is_conj()

@@ -22,6 +22,7 @@ from fastmt.ema_bound import (
     Rest,
     Row,
     is_served,
+    place_of,
     update_eagerly,
 )
 from fastmt.ema_staging import Staging
@@ -52,14 +53,16 @@ class Plan:
         shards, structure = Shards(networks), Structure(networks)
         parameters = _rows(tracks, network, nn.Module.named_parameters)
         buffers = _buffer_rows(tracks, network)
-        empty = Rest([_left_out(pairs) for pairs in (*parameters, *buffers) if _is_empty(pairs)])
-        # The shards first: to look at them puts them back into the structure.
-        self._guards = [shards] * shards.any + [structure] + [empty] * bool(empty.rows)
+        left_out = [_left_out(pairs) for pairs in (*parameters, *buffers) if _is_empty(pairs)]
         parameters, buffers = (list(filterfalse(_is_empty, p)) for p in (parameters, buffers))
         self.rows = [
             *(_averaged(number, pairs, tracks) for number, pairs in enumerate(parameters)),
             *(_followed(number, pairs, tracks) for number, pairs in enumerate(buffers)),
         ]
+        self.rows, tied = _each_once(self.rows)
+        left_out = Rest(left_out + tied)
+        # The shards first: to look at them puts them back into the structure.
+        self._guards = [shards] * shards.any + [structure] + [left_out] * bool(left_out.rows)
         self.staging = self._staged() if any(map(_is_offloaded, self.rows)) else None
         self._written = [
             average
@@ -192,6 +195,26 @@ def _named_buffers(network: nn.Module) -> list[tuple[str, Tensor]]:
     """Without those that are parameters as well, which the average of these already moves."""
     parameters = set(network.parameters())
     return [(name, buffer) for name, buffer in network.named_buffers() if buffer not in parameters]
+
+
+def _each_once(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows, of averages in one place in memory the first alone moving; and those of the others.
+
+    A state dict that is assigned ties what was tied by storage in the network that it is of.
+    """
+    seen, once, tied = set(), [], []
+    for row in rows:
+        modes, lost = list(row.modes), list(row.compensations)
+        for teacher, average in enumerate(row.averages):
+            place = teacher, place_of(average), average.numel()
+            if modes[teacher] != KEEP and place in seen:
+                modes[teacher], lost[teacher] = KEEP, None
+            elif modes[teacher] != KEEP:
+                seen.add(place)
+        once.append(row._replace(modes=tuple(modes), compensations=tuple(lost)))
+        if once[-1].modes != row.modes:
+            tied.append(row)
+    return once, tied
 
 
 def _averaged(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> Row:

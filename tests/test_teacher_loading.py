@@ -11,6 +11,7 @@ from followed import Net, assert_same, follow
 from torch import nn
 
 from fastmt import EMATeacher
+from fastmt.teacher import update_together
 
 
 class Tied(nn.Module):
@@ -128,6 +129,23 @@ class Renamed(nn.Module):
     def _rename(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
         for name in [name for name in state if name.startswith(f"{prefix}old.")]:
             state[name.replace("old.", "layer.")] = state.pop(name)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, "rounding": "kahan"}])
+def test_what_an_assigned_state_ties_by_storage_is_averaged_once_until_it_is_untied(options):
+    student = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    student[1].weight.data = student[0].weight.data.fill_(1.0)
+    tied, other = (EMATeacher(student, 0.5, warmup=None, **options) for _ in range(2))
+    entry = tied.module[0].weight.detach().clone()
+    tied.load_state_dict({"0.weight": entry, "1.weight": entry.view(3, 3)}, assign=True)
+    student[0].weight.data.fill_(3.0)
+    update_together([tied, other])
+    for teacher in (tied, other):
+        assert all((layer.weight == 2).all() for layer in teacher.module)
+    tied.module[1].weight.data = tied.module[1].weight.data.clone()
+    update_together([tied, other])
+    for teacher in (tied, other):
+        assert all((layer.weight == 2.5).all() for layer in teacher.module)
 
 
 def test_an_average_that_a_hook_of_the_network_renames_stays():
