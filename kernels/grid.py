@@ -150,17 +150,33 @@ def put_strip(
     scratch: (rows, C, span) of each program, from the first low-resolution column it touches on.
     """
     to = scratch + tl.program_id(0).to(tl.int64) * (len(rows) * CLASSES * span)
-    if before.shape[0] == STRIP:
-        put_rows(to, rows, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
-    else:
-        first, _ = neighbours(begin, axis)
-        add_rows(to, rows, first, before, after, t, span, classes, CLASSES)
+    first, _ = neighbours(begin, axis)
+    if before.shape[0] < STRIP:
+        touched = tl.min(before, 0), tl.max(after, 0) + 1
+        add_rows(to, rows, first, touched, before, after, t, span, classes, CLASSES, True)
+        tl.debug_barrier()  # the next piece reads what this one has written
+    elif are_finite(rows):
+        put_rows(to, rows, first, before, after, t, span, classes, CLASSES, WINDOW, PRECISION)
+    else:  # in a product what is not finite would reach all columns: 0 * NaN
+        touched = first, first + span
+        add_rows(to, rows, first, touched, before, after, t, span, classes, CLASSES, False)
+
+
+@triton.jit
+def are_finite(rows):
+    """Whether the gradients of all pixels are."""
+    totals = tl.zeros((rows[0][0].shape[1],), tl.float32)
+    for r in tl.static_range(len(rows)):
+        for i in tl.static_range(len(rows[r])):
+            totals += tl.sum(rows[r][i], 0)
+    return tl.max((totals - totals != 0).to(tl.int32), 0) == 0
 
 
 @triton.jit
 def put_rows(
     scratch,
     rows,
+    first,
     before,
     after,
     t,
@@ -172,10 +188,8 @@ def put_rows(
 ):
     """Fills (rows, C, span) of a program: gradients at output columns to low-resolution ones.
 
-    The longer side of a product is its first, as tensor cores have it. A gradient that is NaN makes
-    all of its class in these rows NaN, not only where it has a share: 0 * NaN.
+    The longer side of a product is its first, as tensor cores have it.
     """
-    first = tl.min(before, 0)
     for begin in range(0, span, WINDOW):
         lanes = begin + tl.arange(0, WINDOW)
         column = (first + lanes)[None, :]
@@ -193,15 +207,32 @@ def put_rows(
 
 
 @triton.jit
-def add_rows(scratch, rows, first, before, after, t, span, classes, CLASSES: tl.constexpr):
-    """Adds a piece of a strip, too narrow for a matrix product; scratch begins at `first`."""
-    for column in range(tl.min(before, 0), tl.max(after, 0) + 1):
+def add_rows(
+    scratch,
+    rows,
+    first,
+    touched,
+    before,
+    after,
+    t,
+    span,
+    classes,
+    CLASSES: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """The same without a product, for the low-resolution columns from touched[0] to touched[1].
+
+    ADDS: to what earlier pieces of the strip have left there.
+    """
+    for column in range(touched[0], touched[1]):
         share = share_of(column, before, after, t)[None, :]
         for r in tl.static_range(len(rows)):
             to = scratch + r * CLASSES * span + (column - first)
             for i in tl.static_range(len(classes)):
-                part = tl.sum(rows[r][i] * share, 1)[:, None]
+                part = tl.where(share != 0, rows[r][i] * share, 0.0)
+                part = tl.sum(part, 1)[:, None]
                 mask = classes[i] < CLASSES
                 at = to + classes[i] * span
-                tl.store(at, tl.load(at, mask=mask, other=0.0) + part, mask=mask)
-    tl.debug_barrier()  # the next piece reads what this one has written
+                if ADDS:
+                    part += tl.load(at, mask=mask, other=0.0)
+                tl.store(at, part, mask=mask)

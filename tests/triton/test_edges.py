@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 from operands import random_logits
-from test_confidence import test_of_several_equal_classes_the_first_is_the_label  # noqa: F401
-from test_consistency import (  # noqa: F401
-    test_a_float16_gradient_of_many_pixels_is_not_divided_before_the_loss_scale,
-    test_bce_counts_classes_too_unlikely_to_change_1,
-)
-from test_semantics import (  # noqa: F401
-    test_bce_of_a_student_that_excludes_all_classes_but_the_right_one_is_zero,
-)
 from test_upsampling_borders import (  # noqa: F401
+    test_a_border_knows_nothing_of_large_logits_that_do_not_reach_it,
+    test_a_large_pixel_weight_leaves_a_wide_range_of_logits_finite,
     test_a_logit_leaves_no_trace_where_it_has_no_weight,
     test_a_logit_that_is_not_finite_poisons_the_pixels_it_reaches_and_no_other,
+    test_a_nan_in_either_network_makes_loss_and_gradient_of_its_pixel_nan,
+    test_a_student_and_a_teacher_of_nearly_the_same_logits_stay_certain_while_walked,
+    test_one_class_alone_teaches_exactly_nothing,
     test_the_gradients_of_one_cell_add_up_within_the_range_of_float16,
     test_the_label_of_a_pixel_that_is_nan_is_that_of_the_reference,
 )
