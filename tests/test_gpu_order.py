@@ -20,8 +20,8 @@ def no_gpu_needed(monkeypatch):
 def test_a_run_that_hangs_ends_and_tells_where(tmp_path):
     program = f"""
 import time, torch
-from benchmarks import gpu, gpu_report
-gpu.no_gpu, torch.cuda.current_device = lambda: None, lambda: 0
+from benchmarks import gpu, machine
+machine.no_gpu, torch.cuda.current_device = lambda: None, lambda: 0
 gpu._MINUTES_TO_END = 0.01
 gpu.run = lambda *_, **__: time.sleep(60)
 gpu.main(["--out", {str(tmp_path)!r}, "--minutes", "0"])
