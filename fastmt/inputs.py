@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastmt.arguments import check_positive, first_line, shape
 from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
-from fastmt.teacher_network import carries
+from fastmt.teacher_network import all_pairs, carries
 
 DECAY = 0.99  # of a trainer's own teacher, unless told otherwise
 LABEL_DTYPES = (torch.uint8, torch.int64)
@@ -40,6 +41,18 @@ def check_networks(student: nn.Module, teacher: EMATeacher | None, decay: float)
         )
     if teacher is not None and decay != DECAY:
         raise ValueError(f"decay: got {decay!r} beside teacher, which has its own; give one")
+    if teacher is not None:
+        _check_architecture(teacher, student)
+
+
+def _check_architecture(teacher: EMATeacher, student: nn.Module) -> None:
+    """Parameters that belong together, as the first update wants them, after the optimiser's step.
+
+    A first batch may yet give shapes to lazy ones, and buffers to either network.
+    """
+    network = unwrapped(student)
+    if not any(map(is_lazy, network.parameters())):
+        all_pairs(teacher.module, network, buffers="keep")
 
 
 def check_own_weights(call: str, student: nn.Module) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
-from training import Net, make_batch, make_trainer
+from training import CLASSES, Net, make_batch, make_trainer
 
 import fastmt
 from fastmt.trainer import MeanTeacher
@@ -133,6 +133,62 @@ def test_a_decay_beside_a_teacher_with_its_own_is_refused():
     teacher, optimizer = fastmt.EMATeacher(student), torch.optim.SGD(student.parameters())
     with pytest.raises(ValueError, match="^decay: got 0.9 beside teacher"):
         MeanTeacher(student, optimizer, teacher=teacher, decay=0.9)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: nn.Conv2d(3, 4, 1), "is missing in the student; make a new EMATeacher"),
+        (lambda: Net(norm=False), "^student: 'body.1.weight' is missing in the teacher"),
+        (lambda: _wider(Net()), "^student: 'body.4.weight' has shape .*, the teacher"),
+    ],
+)
+def test_a_teacher_of_another_architecture_is_refused_before_the_first_step(other, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(teacher=fastmt.EMATeacher(other()))
+
+
+def _wider(network):
+    network.body[4] = nn.Conv2d(8, CLASSES + 1, 1)
+    return network
+
+
+class Lazy(Net):
+    def __init__(self):
+        super().__init__()
+        self.body[0] = nn.LazyConv2d(8, 3, stride=2, padding=1)
+
+
+class Caching(Net):
+    """Makes a buffer at its first forward."""
+
+    def forward(self, images):
+        if not hasattr(self, "grid"):
+            self.register_buffer("grid", torch.ones(images.shape[2:]))
+        return super().forward(images)
+
+
+def _seen(network):
+    network(make_batch()[0])
+    return network
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (Lazy, lambda: _seen(Lazy())),
+        (Caching, lambda: _seen(Caching())),
+        (lambda: torch.compile(Net(), backend="eager"), Net),
+        (lambda: nn.DataParallel(Net()), lambda: torch.compile(Net(), backend="eager")),
+    ],
+)
+def test_a_teacher_made_before_its_student_was_wrapped_or_has_seen_a_batch_follows_it(
+    student, teacher
+):
+    student, teacher = student(), fastmt.EMATeacher(teacher())
+    trainer = MeanTeacher(student, torch.optim.SGD(student.parameters(), lr=0.1), teacher=teacher)
+    trainer.step(*make_batch())
+    assert teacher.updates == 1
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
