@@ -119,6 +119,7 @@ class MeanTeacher:
         self.scaler = torch.amp.GradScaler(self.device.type) if amp == torch.float16 else None
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.capturable, self._tensors = capturable, OnDevice(self.device)
+        self._now: Scheduled | None = None  # what the step that has been prepared goes by
 
     def step(
         self, source_images: Tensor, source_labels: Tensor, target_images: Tensor
@@ -143,7 +144,8 @@ class MeanTeacher:
 
     def prepare(self) -> Scheduled:
         """Weight, threshold and decay of the next step, filled into their tensors if capturable."""
-        now = self._numbers()
+        threshold = None if self.threshold is None else self.threshold(self.steps)
+        now = self._now = Scheduled(self.weight(self.steps), threshold, None)
         if not self.capturable:
             return now
         return Scheduled(
@@ -210,14 +212,14 @@ class MeanTeacher:
 
     def finish(self, means: Tensor) -> StepReport:
         """The host's part of a step that has been trained: count it and report it."""
-        return self._report(means, *self._numbers()[:2])
+        return self._report(means, self._now.weight)
 
     def supervised_step(self, source_images: Tensor, source_labels: Tensor) -> StepReport:
         """One update on labelled images alone, with jitter only: the source-only baseline."""
         self.check(source_images, source_labels)
         with self.views.undrawn_on_error():
             means = self.compute(self.prepare(), source_images, source_labels)
-        return self._report(means, 0.0, self._numbers().threshold)
+        return self._report(means, 0.0)
 
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
         """Write all that `resume` needs, and `extra`, whole or with CheckpointError not at all."""
@@ -279,11 +281,8 @@ class MeanTeacher:
         for parameter in self._untrained:  # they would gather their gradients for ever
             parameter.grad = None
 
-    def _numbers(self) -> Scheduled:
-        threshold = None if self.threshold is None else self.threshold(self.steps)
-        return Scheduled(self.weight(self.steps), threshold, None)
-
-    def _report(self, means: Tensor, weight: float, threshold: float | Tensor | None) -> StepReport:
+    def _report(self, means: Tensor, weight: float) -> StepReport:
+        threshold = self._now.threshold
         if threshold is None:
             threshold = getattr(self.consistency, "options", {}).get("threshold")
         self.steps += 1  # first: a scheduler that has come to its end raises

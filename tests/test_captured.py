@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import STILL, Net, assert_same, everything, make_batch
+from training import STILL, Net, Stateful, assert_same, everything, make_batch
 
 from fastmt import captured, decays, perturb
 from fastmt.consistency import ConsistencyLoss
@@ -183,6 +183,19 @@ def test_replayed_steps_go_on_by_every_schedule(options):
         assert report.as_dict() == expected.as_dict()
         assert trainers[0].teacher.updates == trainers[1].teacher.updates == seed + 1
     assert_same(*map(everything, trainers))
+
+
+def test_a_replayed_step_calls_each_schedule_once_and_reports_what_it_trained_with():
+    schedules = weight, threshold, decay = Stateful(0.5), Stateful(0.01), Stateful(0.1)
+    trainer = make_trainer(weight=weight, threshold=threshold)
+    trainer.teacher.decay = decay
+    step = Replayed(trainer, warmup=1)
+    for n in range(1, 5):  # the second is captured
+        report = step(*make_batch())
+        assert [len(schedule.given) for schedule in schedules] == [n] * 3
+        assert (report.weight, report.threshold) == (weight.given[-1], threshold.given[-1])
+        expected = report.supervised + report.weight * report.consistency
+        torch.testing.assert_close(report.loss, expected)
 
 
 def test_what_a_step_reports_is_not_overwritten_by_the_next():

@@ -5,8 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from training import CLASSES, STILL, Net, assert_same, everything, make_batch, make_trainer
+from training import (
+    CLASSES,
+    STILL,
+    Net,
+    Stateful,
+    assert_same,
+    everything,
+    make_batch,
+    make_trainer,
+)
 
+from fastmt.consistency import ConsistencyLoss
 from fastmt.schedules import LinearRampUp
 from fastmt.steps import StepReport
 from fastmt.teacher import EMATeacher
@@ -77,6 +87,34 @@ def test_weight_and_threshold_follow_their_schedules():
     assert [r.threshold for r in reports] == pytest.approx([0.0, 0.2, 0.4])
     assert [r.step for r in reports] == [0, 1, 2]
     assert trainer.step(*make_batch()).as_dict()["selected"] < 1.0
+
+
+def test_a_step_calls_each_schedule_once_and_reports_what_it_trained_with():
+    schedules = weight, threshold, decay = Stateful(0.5), Stateful(0.01), Stateful(0.1)
+    used = []
+
+    def consistency(*logits, threshold, **call):
+        used.append(threshold)
+        return ConsistencyLoss()(*logits, threshold=threshold, **call)
+
+    student = Net()
+    trainer = MeanTeacher(
+        student,
+        torch.optim.SGD(student.parameters(), lr=0.1),
+        teacher=EMATeacher(student, decay),
+        consistency=consistency,
+        weight=weight,
+        threshold=threshold,
+    )
+    for n in (1, 2):
+        report = trainer.step(*make_batch())
+        assert [len(schedule.given) for schedule in schedules] == [n] * 3
+        assert (report.weight, report.threshold) == (weight.given[-1], used[-1])
+        expected = report.supervised + report.weight * report.consistency
+        torch.testing.assert_close(report.loss, expected)
+    report = trainer.supervised_step(*make_batch()[:2])
+    assert (report.weight, report.threshold) == (0.0, threshold.given[-1])
+    assert [len(schedule.given) for schedule in schedules] == [3] * 3
 
 
 def test_threshold_above_every_score_selects_nothing_and_has_no_consistency():

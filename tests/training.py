@@ -50,6 +50,17 @@ def make_batch(seed=0, count=2, size=(12, 16)):
     return source, labels, torch.rand(count, 3, *size, generator=generator)
 
 
+class Stateful:
+    """A schedule that gives another value at every call; it keeps those that it gave."""
+
+    def __init__(self, factor):
+        self.factor, self.given = factor, []
+
+    def __call__(self, step):
+        self.given.append(self.factor * (1 + len(self.given)))
+        return self.given[-1]
+
+
 def everything(trainer):
     parts = (trainer.student, trainer.teacher, trainer.optimizer)
     return copy.deepcopy([part.state_dict() for part in parts])
