@@ -62,7 +62,7 @@ def restore(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike
     if state["kinds"]["device"] == trainer.device.type:
         trainer.views.generator.set_state(state["generator"])
     else:  # it has another generator: other numbers, yet not those of the first steps again
-        trainer.views.generator.manual_seed(state["seed"] + state["steps"])
+        trainer.views.generator.manual_seed((state["seed"] + state["steps"]) % (1 << 64))
     cpu, *cuda = state["global_generators"]
     torch.set_rng_state(cpu)
     if trainer.device.type == "cuda" and len(cuda) == torch.cuda.device_count():

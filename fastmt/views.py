@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmt.arguments import check_between, shape
+from fastmt.arguments import check_between, check_integer, shape
 from fastmt.perturb import class_mix, gaussian_noise, mix, photometric_jitter
 from fastmt.style import Style, as_style
 
 _MAX_CLASSES = 4096  # bounds the table of present classes; the loss knows the real number
+_SEEDS = -(1 << 63), (1 << 64) - 1  # that PyTorch's generators take
 _STRENGTHS = tuple(name for name in photometric_jitter.__kwdefaults__ if name != "generator")
 
 
@@ -47,6 +48,8 @@ class Views:
         device: torch.device,
     ) -> None:
         check_between("class_mixing", class_mixing, 0, 1)
+        check_integer("seed", seed)
+        check_between("seed", seed, *_SEEDS)
         if noise is not None:
             _check_noise(noise)
         if jitter is not None:
@@ -56,8 +59,8 @@ class Views:
         self.noise = (0.0, 0.0) if noise is None else noise
         self.jitter = None if jitter is None else dict(jitter)
         self.passes, self.class_mixing, self.ignore_index = passes, class_mixing, ignore_index
-        self.seed = seed
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.seed = int(seed)
+        self.generator = torch.Generator(device).manual_seed(self.seed)
 
     def of(self, source: Tensor, labels: Tensor, target: Tensor, step: int) -> Viewed:
         """The views of a batch in a step."""

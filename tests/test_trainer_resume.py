@@ -169,8 +169,9 @@ def test_checkpoint_of_another_kind_of_optimizer_or_precision_is_refused(tmp_pat
     refuses(make_trainer(), tmp_path / "run.pt", "its scaler is GradScaler, the trainer has none")
 
 
-def test_a_run_of_another_kind_of_device_goes_on_with_numbers_of_its_own(tmp_path):
-    trainer = make_trainer(seed=3)
+@pytest.mark.parametrize("seed", [3, (1 << 64) - 1])
+def test_a_run_of_another_kind_of_device_goes_on_with_numbers_of_its_own(tmp_path, seed):
+    trainer = make_trainer(seed=seed)
     trainer.step(*make_batch())
     state = trainer_state.collect(trainer)
     state["kinds"]["device"], state["generator"] = "cuda", torch.zeros(16, dtype=torch.uint8)
@@ -180,7 +181,7 @@ def test_a_run_of_another_kind_of_device_goes_on_with_numbers_of_its_own(tmp_pat
         each.resume(tmp_path / "run.pt")
     states = [each.views.generator.get_state() for each in resumed]
     assert torch.equal(*states)
-    assert not torch.equal(states[0], make_trainer(seed=3).views.generator.get_state())
+    assert not torch.equal(states[0], make_trainer(seed=seed).views.generator.get_state())
     assert math.isfinite(resumed[0].step(*make_batch()).item("loss"))
 
 
