@@ -17,7 +17,7 @@ from fastmt import adapt, adapt_report
 from fastmt.adapt_data import Domains, folder_domains, scene_domains
 from fastmt.adapt_out import FIGURES, PICTURE, TABLE, check_out, remove_earlier
 from fastmt.networks import UNet
-from fastmt.options import MIN_SIDE, device, even, integer, location, number, side
+from fastmt.options import MIN_SIDE, device, even, integer, location, number, side, threads
 from fastmt.pictures import require_pillow
 
 _LARGEST_SEED = (1 << 64) - 1  # of PyTorch's generators
@@ -106,7 +106,7 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     seeds = {"dest": "seeds", "nargs": "+", "default": [0], "metavar": "SEED"}
     seeds |= {"type": integer(0, most=_LARGEST_SEED), "help": "one pair of runs for each [0]"}
     group.add_argument("--seeds", "--seed", **seeds)
-    group.add_argument("--threads", type=integer(1), metavar="N", help="CPU threads [PyTorch's]")
+    group.add_argument("--threads", type=threads, metavar="N", help="CPU threads [PyTorch's]")
     group.add_argument("--device", type=device, help="cpu, cuda, cuda:1 [cuda where there is one]")
     group.add_argument(
         "--checkpoint-every",

@@ -11,6 +11,7 @@ import torch
 from fastmt.arguments import first_line
 
 MIN_SIDE = 32  # pixels: one at the U-Net's coarsest level
+_MOST_THREADS = 1024  # of more than the system starts OpenMP ends the process
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -26,6 +27,10 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def threads(text: str) -> int:
+    return integer(1, most=_MOST_THREADS)(text)
 
 
 def even(text: str) -> int:
@@ -75,8 +80,8 @@ def location(text: str) -> str:
 
 def device(text: str) -> str:
     try:
-        torch.zeros((), device=text)
-    except (RuntimeError, AssertionError) as error:
+        float(torch.zeros((), device=text))  # the device meta has none to read
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = first_line(error)
         raise argparse.ArgumentTypeError(
             f"got {text!r}, which is not available: {reason}"

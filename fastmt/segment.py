@@ -22,6 +22,8 @@ from fastmt.reference import Confidence
 
 __all__ = ["segment", "tile_side"]
 
+LARGEST_SCALE = 1e9  # with it no side of an image is beyond the integers of 64 bits
+
 
 class Span(NamedTuple):
     """One axis of a tile: pixels [start, stop) are looked at, [first, last) are kept."""
@@ -202,3 +204,4 @@ def _check(network: nn.Module, images: Tensor, scales: Sequence[float], divisor:
         raise ValueError("scales: got none, expected at least one factor")
     for scale in scales:
         arguments.check_positive("scales", scale)
+        arguments.check_between("scales", scale, 0, LARGEST_SCALE)

@@ -15,7 +15,7 @@ from fastmt import checkpoint
 from fastmt.checkpoint import CheckpointError
 from fastmt.data import IMAGE_SUFFIXES, VOID, DataError, read_image
 from fastmt.networks import UNet
-from fastmt.options import MIN_SIDE, device, integer, location, number, side
+from fastmt.options import MIN_SIDE, device, integer, location, number, side, threads
 from fastmt.pictures import (
     blend,
     colour,
@@ -25,7 +25,7 @@ from fastmt.pictures import (
     software_of,
     write_png,
 )
-from fastmt.segment import segment, tile_side
+from fastmt.segment import LARGEST_SCALE, segment, tile_side
 
 FOLDERS = ("labels", "overlays", "confidence")
 _SOFTWARE = "fastmt segment"
@@ -51,7 +51,8 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
     add("--tile", type=side, metavar="N", help="largest side seen at once [the whole image]")
     add("--overlap", type=integer(0), metavar="N", help="of tiles [a quarter of a tile]")
     add("--flip", action="store_true", help="also look at the mirrored image")
-    scales = {"type": number(above=0), "nargs": "+", "default": [1.0], "metavar": "S"}
+    factor = number(above=0, most=LARGEST_SCALE)
+    scales = {"type": factor, "nargs": "+", "default": [1.0], "metavar": "S"}
     add("--scales", **scales, help="look at the image resized by each factor [1]")
     add(
         "--void-below",
@@ -60,7 +61,7 @@ def add_segment(commands: argparse._SubParsersAction) -> None:
         metavar="SCORE",
         help="pixels less sure are labelled 255 [0]",
     )
-    add("--threads", type=integer(1), metavar="N", help="CPU threads [PyTorch's]")
+    add("--threads", type=threads, metavar="N", help="CPU threads [PyTorch's]")
     add("--device", type=device, help="cpu, cuda, cuda:1 [cuda where there is one]")
 
 

@@ -264,6 +264,7 @@ def test_every_module_has_its_own_mode_again_also_after_an_error():
         ({"divisor": 0}, ValueError, "divisor: got 0"),
         ({"scales": ()}, ValueError, "scales: got none"),
         ({"scales": (0.0,)}, ValueError, "scales: got 0.0"),
+        ({"scales": (1, 1e18)}, ValueError, r"scales: got 1e\+18"),
         ({"kind": "best"}, ValueError, "kind: got 'best'"),
         ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
     ],
