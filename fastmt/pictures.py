@@ -130,6 +130,8 @@ def software_of(path: str | os.PathLike[str]) -> str | None:
     """What wrote a PNG, by its own note; None without a note, and for what is no picture."""
     from PIL import Image
 
+    if not os.path.isfile(path):
+        return None
     try:
         with Image.open(path) as picture:
             return picture.info.get("Software")

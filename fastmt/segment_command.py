@@ -132,7 +132,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
                 wanted = ", ".join(sorted(s[1:] for s in IMAGE_SUFFIXES))
                 raise DataError(f"{name}: no image in it; give a folder of {wanted} files")
             paths += found
-        elif name.is_file():
+        elif name.exists():
             paths.append(name)
         else:
             raise DataError(f"{name}: no such file or folder; check the path")

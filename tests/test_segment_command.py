@@ -183,6 +183,43 @@ def test_missing_and_empty_places_are_named(trained, photos, tmp_path, capfd):
     assert "no.pt: no such file" in fail(capfd, [tmp_path / "no.pt", photos, *out])
 
 
+@pytest.fixture
+def waits_for_nobody():
+    """A test that waits for what never comes fails."""
+
+    def fail(*_):
+        raise AssertionError("it waits")
+
+    former = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)
+
+
+@pytest.mark.usefixtures("waits_for_nobody")
+def test_what_is_no_file_is_named_for_what_it_is_and_not_waited_for(
+    trained, photos, tmp_path, capfd
+):
+    out = tmp_path / "o"
+    (photos / "c.png").mkdir()
+    line = fail(capfd, [trained, photos, "--out", out])
+    assert f"{photos / 'c.png'}: is a folder, expected a picture" in line
+    (photos / "c.png").rmdir()
+    os.mkfifo(photos / "c.png")
+    for given in (photos, photos / "c.png"):
+        line = fail(capfd, [trained, given, "--out", out])
+        assert f"{photos / 'c.png'}: is a pipe or a device, expected a picture" in line
+
+
+@pytest.mark.usefixtures("waits_for_nobody")
+def test_a_pipe_in_the_place_of_a_result_is_not_replaced(trained, photos, tmp_path, capfd):
+    (tmp_path / "o" / "labels").mkdir(parents=True)
+    os.mkfifo(tmp_path / "o" / "labels" / "a.png")
+    line = fail(capfd, [trained, photos, "--out", tmp_path / "o"])
+    assert "a.png: is not of `fastmt segment`; choose another --out" in line
+
+
 def test_an_empty_path_is_not_the_current_folder(trained, photos, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(photos)
     before = set(photos.iterdir())

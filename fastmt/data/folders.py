@@ -270,6 +270,9 @@ def _decode(path: Path):
     """A picture, upright, and of a PNG the bits a channel, which pillow's mode does not tell."""
     from PIL import Image, ImageOps
 
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise DataError(f"{path}: is {kind}, expected a picture; move it elsewhere or rename it")
     try:
         with Image.open(path) as picture, open(path, "rb") as file:
             picture.load()
