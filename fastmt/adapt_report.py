@@ -33,12 +33,17 @@ def table(scores: Scores, classes: Sequence[str]) -> str:
         f"| IoU, % | {' | '.join(_TITLES[variant] for variant in VARIANTS)} | change |",
         "|---|---:|---:|---:|",
     ]
-    for row, name in enumerate(["**mean**", *classes]):
+    for row, name in enumerate(["**mean**", *map(_escaped, classes)]):
         before, after = (ious[variant][:, row] for variant in VARIANTS)
         change = round(_mean(after) - _mean(before), 1) + 0.0  # never "-0.0"
         sign = "-" if math.isnan(change) else f"{change:+.1f}"
         lines.append(f"| {name} | {_spread(before)} | {_spread(after)} | {sign} |")
     return "\n".join(lines)
+
+
+def _escaped(name: str) -> str:
+    """What stands in one cell: a backslash before the bar would else take its escape away."""
+    return name.replace("\\", r"\\").replace("|", r"\|")
 
 
 def results(scores: Scores, classes: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the networks of an adaptation are scored by, and the picture of it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -61,3 +62,12 @@ def test_figures_of_no_pixel_are_null_in_json(tmp_path):
     adapted = json.loads((tmp_path / "results.json").read_text())["adapted"]
     assert adapted["miou"] == adapted["pixel_accuracy"] == [None]
     assert adapted["iou"] == [{"sky": None, "road": None}]
+
+
+def test_a_bar_in_the_name_of_a_class_stays_in_its_cell_of_the_table():
+    matrix, names = ConfusionMatrix(2), ["road|lane", "a\\|b"]
+    table = adapt_report.table({name: [matrix] for name in VARIANTS}, names)
+    for line, name in zip(table.splitlines()[3:], names, strict=True):
+        cells = re.findall(r"(?:\\.|[^|\\])+", line)  # an escape and what it escapes are one
+        assert len(cells) == 4
+        assert re.sub(r"\\(.)", r"\1", cells[0]).strip() == name

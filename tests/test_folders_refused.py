@@ -85,6 +85,21 @@ def no_name(root):
     return root, {"classes": []}, "classes: got no name"
 
 
+def empty_name(root):
+    write(root, "a")
+    return root, {"classes": ["", "road"]}, "classes: got '', expected a name of one line"
+
+
+def name_of_a_space(root):
+    write(root, "a")
+    return root, {"classes": ["road", " "]}, "classes: got ' ', expected a name of one line"
+
+
+def name_of_two_lines(root):
+    write(root, "a")
+    return root, {"classes": ["a\nb", "road"]}, r"classes: got 'a\\nb', expected a name of one line"
+
+
 def more_names_than_labels_hold(root):
     write(root, "a")
     return root, {"classes": ["x"] * 256}, "^classes: got 256 classes, expected at most 255"
@@ -117,6 +132,9 @@ def only_void(root):
         no_class,
         fewer_than_no_class,
         no_name,
+        empty_name,
+        name_of_a_space,
+        name_of_two_lines,
         more_names_than_labels_hold,
         one_name_for_two_classes,
         only_void,

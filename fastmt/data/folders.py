@@ -153,6 +153,8 @@ class SegmentationFolder:
         if len(names) > VOID:
             name = source or "num_classes"
             raise DataError(f"{name}: got {len(names)} classes, expected at most {VOID}")
+        if odd := [n for n in map(str, names) if n.isspace() or n.splitlines() != [n]]:
+            raise DataError(f"{source}: got {odd[0]!r}, expected a name of one line for each class")
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise DataError(
                 f"{source}: got {repeated[0]!r} for {names.count(repeated[0])} classes, expected a"
