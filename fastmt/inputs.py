@@ -72,13 +72,16 @@ def untrained(student: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
             f"optimizer: got {_kind(optimizer)}, expected one that is stepped without a closure, "
             "as the loss is computed once a step"
         )
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = set(map(id, held))
     parameters = list(student.parameters())
     others = [parameter for parameter in parameters if id(parameter) not in trained]
     if len(others) == len(parameters):
         raise ValueError(
             "optimizer: got one of other parameters, expected one of student.parameters()"
         )
+    if not any(parameter.requires_grad for parameter in held):
+        raise ValueError("optimizer: got frozen parameters alone, expected one that requires grad")
     return others
 
 

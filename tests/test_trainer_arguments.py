@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from training import CLASSES, Net, make_batch, make_trainer
 
 import fastmt
+from fastmt.cross_entropy import CrossEntropy
 from fastmt.trainer import MeanTeacher
 
 
@@ -129,6 +130,38 @@ def test_an_optimizer_that_does_not_train_the_student_is_named():
         MeanTeacher(student, torch.optim.LBFGS(student.parameters()))
     with pytest.raises(TypeError, match="^optimizer: got NoneType"):
         MeanTeacher(student, None)
+
+
+def frozen_head():
+    student = Net()
+    student.body[4].requires_grad_(False)
+    return student
+
+
+@pytest.mark.parametrize("amp", [None, torch.float16])
+def test_an_optimizer_of_frozen_parameters_alone_is_named(amp):
+    student = frozen_head()
+    optimizer = torch.optim.SGD(student.body[4].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="^optimizer: got frozen parameters alone"):
+        MeanTeacher(student, optimizer, amp=amp)
+
+
+@pytest.mark.parametrize("amp", [None, torch.float16])
+def test_an_optimizer_may_hold_frozen_and_other_parameters_beside_the_students(amp):
+    student, other = frozen_head(), torch.ones((), requires_grad=True)
+    parameters = [*student.body[4].parameters(), other]
+    trainer = MeanTeacher(
+        student,
+        torch.optim.SGD(parameters, lr=0.1),
+        amp=amp,
+        supervised=lambda logits, labels: CrossEntropy()(logits, labels) * other,
+    )
+    before = student.body[4].weight.clone()
+    trainer.step(*make_batch())
+    assert other != 1 and torch.equal(student.body[4].weight, before)
+    student.requires_grad_(True)
+    trainer.step(*make_batch())
+    assert not torch.equal(student.body[4].weight, before)
 
 
 def test_a_decay_beside_a_teacher_with_its_own_is_refused():
