@@ -11,6 +11,7 @@ import torch
 from fastmt.arguments import first_line
 
 MIN_SIDE = 32  # pixels: one at the U-Net's coarsest level
+_MOST_CHANNELS = 1 << 31  # PyTorch tells of more memory than there is up to 64 bits
 _MOST_THREADS = 1024  # of more than the system starts OpenMP ends the process
 
 
@@ -34,7 +35,7 @@ def threads(text: str) -> int:
 
 
 def even(text: str) -> int:
-    value = integer(2)(text)
+    value = integer(2, most=_MOST_CHANNELS)(text)
     if value % 2:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected an even number >= 2")
     return value

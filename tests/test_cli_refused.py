@@ -124,6 +124,7 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--crop", "16", "48"], "--crop"),
         (["--crop", "33", "48"], "--crop: got '33', expected a multiple of 4"),
         (["--width", "3"], "--width"),
+        (["--width", str(1 << 64)], "--width: got '18446744073709551616', expected an"),
         (["--style", "cubist"], "--style"),
         (["--seeds", "-1"], "--seeds"),
         (["--seeds", str(1 << 64)], "got '18446744073709551616', expected an integer >= 0 and <="),
