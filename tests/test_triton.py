@@ -25,7 +25,7 @@ def test_the_triton_kernels_pass_their_tests_under_the_interpreter():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}{done.stderr[-2000:]}"
