@@ -37,7 +37,8 @@ def cross_entropy(
         pixel_weight: float (N, *out), multiplied in; copied where it is not float32. Not
             differentiable.
         class_weight: float (C,). Not differentiable. A class of weight 0 adds nothing, even with a
-            logit of -inf, where PyTorch has NaN.
+            logit of -inf, where PyTorch has NaN; nor, without smoothing, do the pixels that have
+            its label, whatever their logits hold.
         label_smoothing: e in [0, 1]: the target is (1 - e) * one-hot + e / C, as in PyTorch.
         normalize: divide the sum by the number of "all" pixels, of "valid" (not ignored) ones, or
             by the "weight", the sum of pixel_weight * class_weight[label] (PyTorch's mean).

@@ -211,6 +211,9 @@ def cross_entropy(
     weights = logits.new_ones(classes) if class_weight is None else class_weight.to(logits.dtype)
     pixels = keep.to(logits.dtype) if pixel_weight is None else keep * pixel_weight.to(logits.dtype)
     active = keep if pixel_weight is None else keep & (pixel_weight != 0)
+    if class_weight is not None:
+        counts = weights != 0
+        active = active & (counts | counts.any() if label_smoothing else counts)[target]
     denominator = {
         "all": lambda: logits.new_full((), labels.numel()),
         "valid": lambda: keep.sum().to(logits.dtype),

@@ -64,7 +64,7 @@ def cells_cross_entropy_kernel(
     WIDE: tl.constexpr,
 ):
     classes = classes_of(TILES, WIDE)
-    w, mean_weight = class_weights(class_weight, classes, smoothing, CLASSES)
+    w, mean_weight, spread = class_weights(class_weight, classes, smoothing, CLASSES)
     image, band, begin = strip_of(strips, grid[0][0], STRIP, WIDE)
     data = logits + image * grid[2][0]
     first = first_beyond(band, grid[0], out_height)
@@ -87,7 +87,7 @@ def cells_cross_entropy_kernel(
             given = map_row(labels, labels_strides, image, row, columns, inside).to(tl.int64)
             factor = map_row(pixel_weight, pixel_weight_strides, image, row, columns, inside)
             label, keep, wrong, weight, own_weight = label_weight(
-                given, inside, factor, ignore_index, class_weight, CLASSES
+                given, inside, factor, ignore_index, class_weight, spread, CLASSES
             )
             active = weight != 0.0
             weight_sum += tl.where(active, weight * own_weight, 0.0)

@@ -39,13 +39,13 @@ def cross_entropy_kernel(
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
     classes = classes_of(TILES, WIDE)
-    w, mean_weight = class_weights(class_weight, classes, smoothing, CLASSES)
+    w, mean_weight, spread = class_weights(class_weight, classes, smoothing, CLASSES)
     place = place_of(tl.program_id(0), sizes, BLOCK)
     inside = place[3] + lanes < sizes[3]
     given = map_at(labels, strides[2], place, lanes, inside).to(tl.int64)
     factor = map_at(pixel_weight, strides[3], place, lanes, inside)
     label, keep, wrong, weight, own_weight = label_weight(
-        given, inside, factor, ignore_index, class_weight, CLASSES
+        given, inside, factor, ignore_index, class_weight, spread, CLASSES
     )
     active = weight != 0.0
     put_sum(partials, 1, tl.where(active, weight * own_weight, 0.0))

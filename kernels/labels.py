@@ -10,12 +10,14 @@ from fastmt.kernels import pixel
 
 @triton.jit
 def class_weights(class_weight, classes, smoothing, CLASSES: tl.constexpr):
-    """Weights that smoothing spreads, one tile (rows, 1) each, 0 in the padding; and their mean.
+    """Weights that smoothing spreads, one tile (rows, 1) each, 0 in the padding; their mean.
 
-    0 without smoothing, also for the infinite weight 1 / 0 of a class that has no labels.
+    And the sum of their magnitudes, which is 0 only where all of them are. They are 0
+    without smoothing, also for the infinite weight 1 / 0 of a class that has no labels.
     """
     weights = ()
     mean = 0.0
+    together = 0.0
     for i in tl.static_range(len(classes)):
         exists = classes[i] < CLASSES
         if class_weight is not None:
@@ -23,8 +25,9 @@ def class_weights(class_weight, classes, smoothing, CLASSES: tl.constexpr):
         else:
             tile = tl.where(exists, 1.0, 0.0)
         mean += tl.sum(tl.sum(tile, 1), 0) / CLASSES
+        together += tl.sum(tl.sum(tl.abs(tile), 1), 0)
         weights = weights + (tile,)
-    return weights, mean
+    return weights, mean, together
 
 
 @triton.jit
@@ -34,11 +37,13 @@ def label_weight(
     pixel_weight,
     ignore_index,
     class_weight,
+    spread,
     CLASSES: tl.constexpr,
 ):
     """(label, kept, out of range, weight, weight of its class) of each pixel.
 
     A label out of range is read as class 0 and told apart: nothing out of bounds is touched.
+    A class without a weight leaves its pixels none, unless smoothing spreads those of others.
     """
     keep = inside & (given != ignore_index)
     wrong = keep & ((given < 0) | (given >= CLASSES))
@@ -47,6 +52,7 @@ def label_weight(
     own_weight = tl.full(weight.shape, 1.0, tl.float32)
     if class_weight is not None:
         own_weight = tl.load(class_weight + label)
+        weight = tl.where(tl.abs(own_weight) + spread == 0.0, 0.0, weight)
     return label, keep, wrong, weight, own_weight
 
 

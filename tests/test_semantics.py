@@ -141,6 +141,43 @@ def test_ignored_pixels_get_exactly_zero_gradient_whatever_the_logits_hold(poiso
     assert not gradients[1].movedim(1, -1)[ignored].any()
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("size", [(9, 11), (18, 22)])
+@pytest.mark.parametrize("normalize", CE_NORMALIZATIONS)
+def test_pixels_whose_class_has_no_weight_leave_no_trace_of_their_logits(poison, size, normalize):
+    clean = student_logits()
+    dirty = clean.detach().clone()
+    dirty[..., 6:] = poison
+    labels = torch.ones(2, *size, dtype=torch.uint8)
+    labels[..., size[1] // 2 :] = 3  # wherever the up-sampled logits see column 6
+    pixel_weight = torch.where(labels == 3, torch.inf, 2.0)
+    options = {"class_weight": torch.tensor([1.0, 2, 1, 0, 1]), "normalize": normalize}
+    for weight in (None, pixel_weight):
+        values, gradients = [], []
+        for logits in (clean, dirty.requires_grad_()):
+            loss = fastmt.cross_entropy(logits, labels, pixel_weight=weight, **options)
+            values.append(loss)
+            gradients.append(gradient_of(loss, logits))
+        assert 0 < values[0] < torch.inf
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+        assert not gradients[1][..., 6:].any()
+
+
+@pytest.mark.parametrize("size", [(9, 11), (18, 22)])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothing_gives_a_pixel_the_weights_of_all_classes(size, smoothing):
+    logits, labels = student_logits(), torch.zeros(2, *size, dtype=torch.uint8)
+    with torch.no_grad():
+        logits[0, 1, 2, 3] = torch.nan
+    for weight, is_nan in ((torch.tensor([0.0, 0, 0, 1, 0]), True), (torch.zeros(5), False)):
+        options = {"class_weight": weight, "label_smoothing": smoothing}
+        loss = fastmt.cross_entropy(logits, labels, **options)
+        assert loss.isnan() == is_nan
+        assert gradient_of(loss, logits).isnan().any() == is_nan
+    assert_nothing_is_taught(fastmt.cross_entropy(logits, labels, **options), logits)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("strict", [False, True])

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <numeric>
 
 #include "cpu/cells_host.h"
@@ -64,6 +65,10 @@ float mean_of(const float* class_weight, int classes) {
   return float(std::accumulate(class_weight, class_weight + classes, 0.0) / classes);
 }
 
+bool any_of(const float* class_weight, int classes) {
+  return std::any_of(class_weight, class_weight + classes, [](float w) { return w != 0; });
+}
+
 bool same_size(const Tensor& logits, const Tensor& labels) {
   for (int64_t d = 1; d < labels.dim(); ++d)
     if (labels.size(d) != logits.size(d + 1)) return false;
@@ -85,7 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
   call.mean_class_weight = mean_of(call.class_weight, call.classes);
   call.ignore_index = options[0];
   const auto normalize = Normalize(options[1]);
-  call.label_smoothing = float(label_smoothing);
+  const bool spreads = !call.class_weight || any_of(call.class_weight, call.classes);
+  call.label_smoothing = spreads ? float(label_smoothing) : 0.0f;
 
   const int64_t pixels = labels.numel();
   const GradientScale scale = gradient_scale(logits, pixels, normalize == Normalize::all);

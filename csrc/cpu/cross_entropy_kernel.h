@@ -20,13 +20,14 @@ struct CrossEntropyTile {
         label(aligned_buffer<int32_t>(call.tile)) {}
 };
 
-// The sum of pixel_weight * class_weight[label] over what is not ignored.
-inline double sum_of_weights(const CrossEntropyCall& call, const int32_t* label,
-                             const float* weight, int count, int64_t valid) {
+// The sum of pixel_weight * class_weight[label] over what is not ignored; `shares` are class weights
+// that are no part of the weights yet.
+inline double sum_of_weights(const CrossEntropyCall& call, const float* shares,
+                             const int32_t* label, const float* weight, int count, int64_t valid) {
   if (!call.class_weight && !call.pixel_weight.data) return double(valid);
   double sum = 0;
   for (int i = 0; i < count; ++i)
-    if (weight[i] != 0) sum += weight[i] * (call.class_weight ? call.class_weight[label[i]] : 1.0f);
+    if (weight[i] != 0) sum += weight[i] * (shares ? shares[label[i]] : 1.0f);
   return sum;
 }
 
@@ -38,6 +39,7 @@ inline bool is_plain(const CrossEntropyCall& call) { return call.label_smoothing
 inline bool weigh_labels(const CrossEntropyCall& call, const int64_t* labels, int count,
                          int32_t* label, float* weight, CrossEntropySums& sums) {
   const int64_t classes = call.classes, ignored = call.ignore_index;
+  const float* shares = call.class_weight;
   int64_t valid = 0, wrong = 0;
   int32_t active = 0;
   for (int i = 0; i < count; ++i) {
@@ -55,10 +57,14 @@ inline bool weigh_labels(const CrossEntropyCall& call, const int64_t* labels, in
     });
   sums.valid += valid;
   sums.wrong += wrong;
-  sums.weight += sum_of_weights(call, label, weight, count, valid);
-  if (call.class_weight && is_plain(call))
-    for (int i = 0; i < count; ++i)
-      weight[i] = weight[i] == 0 ? 0.0f : weight[i] * call.class_weight[label[i]];
+  if (shares && is_plain(call)) {
+    for (int i = 0; i < count; ++i) {
+      const float share = shares[label[i]];
+      weight[i] = weight[i] == 0 || share == 0 ? 0.0f : weight[i] * share;
+    }
+    shares = nullptr;
+  }
+  sums.weight += sum_of_weights(call, shares, label, weight, count, valid);
   return active;
 }
 

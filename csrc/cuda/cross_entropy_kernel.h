@@ -16,6 +16,17 @@ FASTMT_INLINE bool is_wrong(const CrossEntropyCells& call, int64_t label) {
   return label != call.ignore_index && (label < 0 || label >= call.cells.classes);
 }
 
+// Neither the label's class has a weight nor, where smoothing spreads those of others, has any.
+FASTMT_INLINE bool weighs_nothing(const CrossEntropyCells& call, const float* class_weight,
+                                  int32_t label) {
+  if (!class_weight || class_weight[label] != 0.0f) return false;
+  if (call.label_smoothing == 0.0f) return true;
+#pragma unroll 1
+  for (int c = 0; c < call.cells.classes; ++c)
+    if (class_weight[c] != 0.0f) return false;
+  return true;
+}
+
 // What a call says of a pixel, asked for long before it is needed.
 struct GivenLabel {
   Integer label;
@@ -45,7 +56,7 @@ struct Labelled {
       return;
     }
     label = int32_t(given);
-    weight = pixel.weight;
+    weight = weighs_nothing(call, class_weight, label) ? 0.0f : pixel.weight;
     block.tally.add(LabelSums::valid, 1);
     const float share = class_weight ? class_weight[label] : 1;
     if (weight != 0.0f) block.tally.add(LabelSums::weight, weight * share);

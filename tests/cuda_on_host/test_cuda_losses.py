@@ -21,6 +21,7 @@ import fastmt
 from fastmt import reference
 from fastmt.confidence import KINDS
 from fastmt.consistency import CLASS_REDUCTIONS, LOSSES, NORMALIZATIONS, WEIGHTS
+from fastmt.cross_entropy import NORMALIZATIONS as CE_NORMALIZATIONS
 
 
 @pytest.mark.parametrize("classes", [*FIXED, 7])
@@ -116,6 +117,27 @@ def test_an_infinite_weight_of_a_class_whose_pixels_have_none_leaves_no_trace(cl
     loss = fastmt.cross_entropy(logits, labels, normalize="weight", **options)
     expected = reference.cross_entropy(logits.double(), labels, normalize="weight", **options)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("classes", [*FIXED, 7])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("normalize", CE_NORMALIZATIONS)
+def test_pixels_whose_labels_have_no_weight_leave_no_trace(classes, smoothing, normalize):
+    logits = random_logits((2, classes, 3, 6), 1)
+    logits[..., 4:] = torch.nan
+    labels = torch.ones(2, 12, 24, dtype=torch.uint8)
+    labels[..., 12:] = 2
+    class_weight = torch.zeros(classes)
+    if not smoothing:  # else the other classes would count in each pixel
+        class_weight[:2] = 1.5
+    logits.requires_grad_()
+    options = {"class_weight": class_weight, "normalize": normalize}
+    loss = fastmt.cross_entropy(logits, labels, label_smoothing=smoothing, **options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    clean = logits.detach().double().nan_to_num(0.0).requires_grad_()
+    expected = reference.cross_entropy(clean, labels, **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), *torch.autograd.grad(expected, clean))
 
 
 @pytest.mark.parametrize("classes", [19, 4])
