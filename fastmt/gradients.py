@@ -56,7 +56,7 @@ def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
         return None
     if ctx.traced:
         gradient, scale = ctx.saved_tensors
-        return (gradient.float() * (scale * grad_value)).to(gradient.dtype)
+        return _product(gradient, scale, grad_value)
     (logits,) = ctx.saved_tensors
     if not torch.is_grad_enabled():
         return _scaled(ctx, logits, grad_value)
@@ -71,8 +71,20 @@ def _scaled(ctx: Any, logits: Tensor, grad_value: Tensor) -> Tensor:
         gradient = _computed_again(ctx, logits)
     if not _graph_is_kept():  # as PyTorch lets go of what it saved, though the loss may live on
         ctx.again, ctx.versions = None, []
+    if _is_batched(grad_value):
+        return _product(gradient, ctx.scale, grad_value)
     ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     return gradient
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, as in is_grads_batched=True and vmap: no kernel reads them."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+
+
+def _product(gradient: Tensor, scale: Tensor, grad_value: Tensor) -> Tensor:
+    return (gradient.float() * (scale * grad_value)).to(gradient.dtype)
 
 
 def _computed_again(ctx: Any, logits: Tensor) -> Tensor:

@@ -104,6 +104,22 @@ def test_the_gradient_is_linear_in_grad_output(operation):
 
 
 @each_operation
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_grad_outputs_at_once_give_a_gradient_each(operation, dtype):
+    z, factors = logits(dtype), torch.tensor([1.0, -0.25, 0.0])
+    value = operation(z)
+    each = [torch.autograd.grad(value, z, f, retain_graph=True)[0].clone() for f in factors]
+
+    def at_once(factors, **options):
+        return torch.autograd.grad(value, z, factors, retain_graph=True, **options)[0]
+
+    for gradients in (at_once(factors, is_grads_batched=True), torch.vmap(at_once)(factors)):
+        assert gradients.dtype == dtype
+        assert each[0].any()
+        torch.testing.assert_close(gradients, torch.stack(each))
+
+
+@each_operation
 def test_a_grad_output_that_negates_its_memory_is_read_with_its_sign(operation):
     z, factor = logits(), torch.tensor(3.0)
     (expected,) = torch.autograd.grad(operation(z), z, factor)
