@@ -84,7 +84,9 @@ def _is_batched(tensor: Tensor) -> bool:
 
 
 def _product(gradient: Tensor, scale: Tensor, grad_value: Tensor) -> Tensor:
-    return (gradient.float() * (scale * grad_value)).to(gradient.dtype)
+    factor = scale * grad_value
+    scaled = torch.where(factor == 0, 0, gradient.float() * factor)  # nothing, even of NaN
+    return scaled.to(gradient.dtype)
 
 
 def _computed_again(ctx: Any, logits: Tensor) -> Tensor:

@@ -93,6 +93,17 @@ def test_a_compiled_loss_and_its_gradient_are_the_eager_ones(operation, dtype):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"is_grads_batched": True}])
+def test_nothing_to_divide_by_gives_a_gradient_of_zero_beside_a_nan_in_a_graph_too(options):
+    teacher, z = TEACHER.clone(), STUDENT.clone().requires_grad_()
+    teacher[0, 1, 2, 3] = torch.nan
+    nothing = {"threshold": 1.1, "weight": "none", "normalize": "selected"}
+    loss = compiled(lambda z: fastmt.consistency_loss(z, teacher, **nothing))(z)
+    (gradient,) = torch.autograd.grad(loss, z, torch.ones(2 if options else ()), **options)
+    assert loss == 0
+    assert not gradient.any()
+
+
 def test_inductor_keeps_the_kernels():
     def both(z):
         return OPERATIONS["consistency_loss"](2 * z) + OPERATIONS["cross_entropy"](z)
