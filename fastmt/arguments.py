@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from numbers import Real
+import sys
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
+from numbers import Rational, Real
 
 import torch
 from torch import Tensor
@@ -23,20 +24,27 @@ def first_line(error: Exception) -> str:
 
 
 def check_choice(name: str, value: object, options: Sequence[object]) -> None:
-    if value not in options:
+    if not isinstance(value, Hashable) or value not in options:  # an array is not, and equals some
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, options))}")
 
 
 def check_positive(name: str, value: float) -> None:
     is_number = type(value) is float or isinstance(value, Real)  # the latter asks an abstract class
-    if not (is_number and 0 < value < math.inf):
+    if not (is_number and 0 < value < math.inf and _fits(value)):
         raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
+
+
+def _fits(value: float) -> bool:
+    """Whether a float can hold it: Python's integers may be too large."""
+    if type(value) is float or not isinstance(value, Rational):
+        return True
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def check_finite(name: str, value: float) -> None:
     if not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not math.isfinite(value):
+    if not (_fits(value) and math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected a finite number")
 
 
@@ -53,10 +61,18 @@ def check_integer(name: str, value: float) -> None:
 def check_between(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, Real | Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise TypeError(f"{name}: got shape {shape(value)}, expected a number")
+    if isinstance(value, Tensor):
+        check_real_tensor(name, value)
+        if value.numel() != 1:
+            raise TypeError(f"{name}: got shape {shape(value)}, expected a number")
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value!r}, expected a number in [{low}, {high}]")
+
+
+def check_real_tensor(name: str, tensor: Tensor) -> None:
+    check_strided(name, tensor)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: got {tensor.dtype}, expected real numbers")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -156,7 +172,7 @@ def output_shape(
                     f"{tuple(pixels)}; give size= to up-sample both"
                 )
         return (images, *pixels)
-    if not isinstance(size, Sequence) or not all(isinstance(n, int | torch.SymInt) for n in size):
+    if not isinstance(size, Sequence) or not all(map(_is_integer, size)):
         raise TypeError(f"{got} {size!r}, expected a sequence of integers")
     if not 1 <= spatial <= 3:
         raise ValueError(
@@ -176,6 +192,10 @@ def output_shape(
         if 0 in logits.shape[2:]:
             raise ValueError(f"{name}: got shape {shape(logits)}, cannot up-sample zero pixels")
     return (first.shape[0], *size)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def check_map(
@@ -220,8 +240,11 @@ def check_threshold_type(threshold: float | Tensor) -> None:
         check_strided("threshold", threshold)
         if threshold.is_complex():
             raise TypeError(f"threshold: got {threshold.dtype}, expected real numbers")
-    elif type(threshold) is not float and not isinstance(threshold, Real):
+        return
+    if type(threshold) is not float and not isinstance(threshold, Real):
         raise TypeError(f"threshold: got {type(threshold).__name__}, expected a float or a tensor")
+    if not _fits(threshold):
+        raise ValueError(f"threshold: got {threshold!r}, expected what a float can hold")
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:

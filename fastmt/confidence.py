@@ -46,7 +46,11 @@ def softmax_confidence(
     members = arguments.detached(members)
     if backend == "eager":
         return reference.softmax_confidence(
-            members, kind=kind, temperature=temperature, size=size, align_corners=align_corners
+            members,
+            kind=kind,
+            temperature=float(temperature),
+            size=size,
+            align_corners=align_corners,
         )
     members = upsampled_before(members, size, align_corners)
     kernels = backends.operations(backend)

@@ -89,9 +89,9 @@ def consistency_loss(
             class_reduction=class_reduction,
             confidence=confidence,
             weight=weight,
-            threshold=threshold,
+            threshold=threshold if isinstance(threshold, Tensor) else float(threshold),
             strict=strict,
-            temperature=temperature,
+            temperature=float(temperature),
             pixel_weight=pixel_weight,
             valid=valid,
             normalize=normalize,
@@ -190,8 +190,9 @@ def _limits(threshold: float | Tensor, device: torch.device, backend: str) -> Te
     what is a node of a traced graph takes a tensor.
     """
     if not isinstance(threshold, Tensor):
+        threshold = float(threshold)
         if backend == "triton" and not torch.compiler.is_compiling():
-            return float(threshold)
+            return threshold
         return torch.full((1,), threshold, dtype=torch.float32, device=device)
     return threshold.detach().to(device, torch.float32, non_blocking=True).reshape(-1).contiguous()
 

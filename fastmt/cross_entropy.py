@@ -65,7 +65,7 @@ def cross_entropy(
             ignore_index=ignore_index,
             pixel_weight=pixel_weight,
             class_weight=class_weight,
-            label_smoothing=label_smoothing,
+            label_smoothing=float(label_smoothing),
             normalize=normalize,
             align_corners=align_corners,
         )

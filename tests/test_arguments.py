@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
 import fastmt
+from fastmt.confidence import KINDS
 
 Z = torch.zeros(2, 5, 6, 7)
 LABELS = torch.zeros(2, 6, 7, dtype=torch.uint8)
@@ -28,11 +31,14 @@ CONFIDENCE = [
     (([Z, Z[:, :, :5]],), {}, ValueError, r"logits: got spatial size \(5, 7\)"),
     (([Z, Z.to("meta")],), {}, ValueError, "logits: got a tensor on meta, expected cpu"),
     ((Z,), {"kind": "max"}, ValueError, "kind: got 'max', expected one of 'max_prob'"),
+    ((Z,), {"kind": np.array(KINDS)}, ValueError, r"kind: got array\(.*, expected one of"),
     ((Z,), {"temperature": 0.0}, ValueError, "temperature: got 0.0"),
     ((Z,), {"temperature": float("inf")}, ValueError, "temperature: got inf"),
+    ((Z,), {"temperature": 10**400}, ValueError, "temperature: got 1000"),
     ((Z,), {"temperature": "1"}, ValueError, "temperature: got '1'"),
     ((Z,), {"size": 12}, TypeError, "size: got 12, expected a sequence"),
     ((Z,), {"size": (12.0, 14.0)}, TypeError, r"size: got \(12.0, 14.0\)"),
+    ((Z,), {"size": (True, True)}, TypeError, r"size: got \(True, True\), expected a sequence"),
     ((Z,), {"size": (12,)}, ValueError, r"size: got \(12,\), expected 2 integers"),
     ((Z,), {"size": (0, 3)}, ValueError, r"size: got \(0, 3\), expected positive"),
     ((Z,), {"size": (2**31, 1)}, ValueError, r"size: got \(2147483648, 1\), expected integers"),
@@ -63,6 +69,7 @@ CONSISTENCY = [
     ((Z, Z), {"threshold": "0.9"}, TypeError, "threshold: got str"),
     ((Z, Z), {"threshold": torch.ones(5).to_sparse()}, TypeError, "threshold: got layout torch.sp"),
     ((Z, Z), {"threshold": torch.tensor(1j)}, TypeError, "threshold: got torch.complex64"),
+    ((Z, Z), {"threshold": 10**400}, ValueError, "threshold: got 1000"),
     ((Z, Z), {"strict": "no"}, TypeError, "strict: got 'no', expected True or False"),
     ((Z, Z), {"strict": 0.5}, TypeError, "strict: got 0.5, expected True or False"),
     ((Z, Z), {"align_corners": 2}, TypeError, "align_corners: got 2, expected True or False"),
@@ -123,6 +130,18 @@ CROSS_ENTROPY = [
         TypeError,
         r"label_smoothing: got shape \(2\)",
     ),
+    (
+        (Z, LABELS),
+        {"label_smoothing": torch.tensor(1j)},
+        TypeError,
+        "label_smoothing: got torch.complex64, expected real numbers",
+    ),
+    (
+        (Z, LABELS),
+        {"label_smoothing": torch.tensor(True)},
+        TypeError,
+        "label_smoothing: got torch.bool, expected real numbers",
+    ),
     ((Z, LABELS), {"label_smoothing": 1.5}, ValueError, "label_smoothing: got 1.5"),
     ((Z, LABELS), {"align_corners": "no"}, TypeError, "align_corners: got 'no', expected True or"),
     ((Z, LABELS), {"label_smoothing": float("nan")}, ValueError, "label_smoothing: got nan"),
@@ -167,11 +186,15 @@ def test_flags_may_be_numbers_and_those_of_numpy_and_none_as_in_pytorch(flag):
     assert torch.equal(given, expected)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numbers_of_numpy_and_fractions_are_numbers():
     call = {"threshold": 0.25, "temperature": 0.5}
     expected = fastmt.consistency_loss(Z + 1, Z, **call)
-    for kind in (np.float16, np.float32, np.float64):
+    for kind in (np.float16, np.float32, np.float64, Fraction):
         given = {name: kind(value) for name, value in call.items()}
         assert fastmt.consistency_loss(Z + 1, Z, **given) == expected
     score = fastmt.softmax_confidence(Z, temperature=np.int64(2)).score
     assert torch.equal(score, fastmt.softmax_confidence(Z, temperature=2).score)
+    given, expected = (
+        fastmt.cross_entropy(Z, LABELS, label_smoothing=e) for e in (Fraction(1, 2), 0.5)
+    )
+    assert given == expected
