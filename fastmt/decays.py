@@ -133,4 +133,7 @@ def half_life_decay(half_life: float, steps: int, images: float | None = None) -
     arguments.check_positive("half_life", half_life)
     if images is not None:
         arguments.check_positive("images_per_step", images)
-    return 0.5 ** (steps * (1 if images is None else images) / half_life)
+    decay = 0.5 ** (steps * (1 if images is None else images) / half_life)
+    if decay == 1:
+        raise ValueError(f"half_life: got {half_life!r}, expected less: its decay rounds to 1")
+    return decay

@@ -57,10 +57,12 @@ def ema_update_(
         a student that share storage, what is no tensor, or one without memory of its own.
     """
     if isinstance(decay, Tensor):
+        arguments.check_real_tensor("decay", decay)
         if decay.ndim:
             raise ValueError(f"decay: got shape {arguments.shape(decay)}, expected a 0-dim tensor")
     else:
         arguments.check_between("decay", decay, 0, 1)
+        decay = decay if type(decay) is float else float(decay)  # a fraction is none of PyTorch's
     teacher, student = _listed("teacher", teacher), _listed("student", student)
     if torch.compiler.is_compiling():
         _update_traced(teacher, student, torch.as_tensor(decay, dtype=torch.float64))
@@ -114,6 +116,8 @@ def _representatives(tensors: list[Tensor]) -> list[Tensor]:
     """
     floating = None
     for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            _check_memory("teacher", tensors)
         if tensor.dtype in KERNEL_DTYPES:
             return [tensor]
         if floating is None and tensor.is_floating_point():

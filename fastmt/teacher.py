@@ -14,7 +14,7 @@ from fastmt.ema_plan import Plan, Track
 from fastmt.matching import local, unwrapped
 from fastmt.teacher_count import Counting
 from fastmt.teacher_network import all_pairs, check_wide, copied, lent, retype, write
-from fastmt.teacher_state import Loading, add_versions, versioned, whole_compensation
+from fastmt.teacher_state import Loading, add_versions, counts, versioned, whole_compensation
 from fastmt.teacher_update import update_together
 
 BUFFERS, ROUNDINGS = ("copy", "ema", "keep"), ("stochastic", "kahan")
@@ -253,8 +253,7 @@ class EMATeacher(Counting):
         gives it its true age. A callable decay or warmup cannot tell where its warm-up ends and
         goes on where it was: give it load_progress().
         """
-        averaged = state_dict.get("state_dict_ema", state_dict)
-        return super().load_state_dict(versioned(averaged, self.module), strict, assign)
+        return super().load_state_dict(versioned(state_dict, self.module), strict, assign)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
@@ -288,9 +287,10 @@ class EMATeacher(Counting):
 
         {"calls": 0, "updates": 0} lets the warm-up begin anew.
         """
+        calls, updates = counts(progress)
         self._forget()
         self.settle()
-        self.calls, self.updates = int(progress["calls"]), int(progress["updates"])
+        self.calls, self.updates = calls, updates
         lost = progress.get("compensation", {})
         self.compensation = {name: local(tensor) for name, tensor in lost.items()}
 

@@ -25,7 +25,12 @@ def add_versions(state: Mapping[str, object], prefix: str) -> None:
 
 
 def versioned(state: Mapping[str, object], network: nn.Module) -> Mapping[str, object]:
-    """A copy with these versions of the state dict of a plain or wrapped network like `network`."""
+    """A copy with these versions of the state dict of a plain or wrapped network like `network`.
+
+    Of a checkpoint of timm's that has one, the part "state_dict_ema".
+    """
+    if isinstance(state, Mapping):  # PyTorch names what it is else
+        state = state.get("state_dict_ema", state)
     told = getattr(state, "_metadata", None)
     if told is None:
         return state
@@ -97,6 +102,17 @@ class Loading(NamedTuple):
                 for name in names
             ]
         return found
+
+
+def counts(progress: Mapping[str, object]) -> tuple[int, int]:
+    """`calls` and `updates` of a progress()."""
+    if not isinstance(progress, Mapping):
+        kind = type(progress).__name__
+        raise TypeError(f"progress: got {kind}, expected a mapping, as of progress()")
+    for name in ("calls", "updates"):
+        if name not in progress:
+            raise ValueError(f"progress: got no {name!r}, expected one, as of progress()")
+    return int(progress["calls"]), int(progress["updates"])
 
 
 @torch.no_grad()

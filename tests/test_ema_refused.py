@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from test_ema import implementation as implementation
@@ -28,6 +30,21 @@ def test_a_decay_outside_0_to_1_is_refused(decay):
 def test_a_decay_for_each_tensor_is_refused():
     with pytest.raises(ValueError, match=r"^decay: got shape \(3\)"):
         fastmt.ema_update_([torch.zeros(3)], [torch.ones(3)], torch.tensor([0.1, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize("decay", [torch.tensor(True), torch.tensor(0.5 + 0j)])
+def test_a_decay_that_is_no_real_number_is_refused(decay):
+    teacher = torch.zeros(1)
+    with pytest.raises(TypeError, match=f"^decay: got {decay.dtype}, expected real numbers"):
+        fastmt.ema_update_([teacher], [torch.ones(1)], decay)
+    assert teacher == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decay_may_be_a_fraction(dtype):
+    teacher = torch.zeros(1, dtype=dtype)
+    fastmt.ema_update_([teacher], [torch.ones(1, dtype=dtype)], Fraction(1, 4))
+    assert teacher == 0.75
 
 
 def test_lists_that_do_not_fit_are_refused_by_name():
@@ -65,6 +82,14 @@ def test_what_cannot_be_averaged_in_a_list_is_named_and_nothing_is_averaged(dtyp
         with pytest.raises((TypeError, ValueError), match=rf"^{name}\[1\]: {message}"):
             fastmt.ema_update_(**entries, decay=0.5)
     assert not first.any()
+
+
+def test_what_is_no_tensor_is_named_before_the_first_tensor_that_is_averaged():
+    teacher, student = (
+        [torch.zeros(3).int(), entry, torch.ones(3)] for entry in (None, torch.ones(3))
+    )
+    with pytest.raises(TypeError, match=r"^teacher\[1\]: got NoneType, expected a tensor"):
+        fastmt.ema_update_(teacher, student, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["meta", "sparse"])

@@ -96,6 +96,19 @@ def test_entries_that_fail_are_named_as_the_plain_network_names_them(prefix):
         target.load_state_dict(state)
 
 
+def test_what_is_no_state_or_no_progress_is_named_and_changes_nothing(network):
+    student = network()
+    teacher = EMATeacher(student)
+    teacher.update()
+    with pytest.raises(TypeError, match="state_dict .*NoneType"):
+        teacher.load_state_dict(None)
+    wrong = {"NoneType, expected a mapping": None, "no 'calls'": {}, "no 'updates'": {"calls": 7}}
+    for message, progress in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=f"^progress: got {message}"):
+            teacher.load_progress(progress)
+    assert (teacher.calls, teacher.updates) == (1, 1)
+
+
 def test_what_is_assigned_is_tied_as_before(network):
     student = network()
     first, second = EMATeacher(student, 0.9), EMATeacher(network(), 0.9)

@@ -230,6 +230,7 @@ def test_a_student_that_cannot_be_copied_is_refused_with_the_remedy_that_fits(re
         ({"decay": -0.1}, "^decay: got -0.1"),
         ({"decay": "0.99"}, "^decay: got '0.99', expected a number"),
         ({"half_life": 0}, "^half_life: got 0"),
+        ({"half_life": 1e30}, "^half_life: got 1e.30, expected less"),
         ({"half_life": 5, "decay": 0.9}, "^decay: got 0.9 beside half_life"),
         ({"half_life": 5, "images_per_step": 0}, "^images_per_step: got 0"),
         ({"half_life": 5, "images_per_step": -8}, "^images_per_step: got -8"),
