@@ -64,7 +64,7 @@ def test_the_second_launch_asks_no_dispatcher_and_takes_its_own_arguments():
     kernel, first, second = _Kernel(), torch.zeros(16), torch.ones(16)
     launch(kernel, 3, 0.5, first, BLOCK=64, num_warps=8)
     launch(kernel, 5, 0.25, second, BLOCK=64, num_warps=8)
-    options = {"BLOCK": 64, "num_warps": 8, "num_stages": 3}
+    options = {"BLOCK": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
     assert kernel.asked == [((3,), (0.5, first), options)]
     ((grid, (number, data, block)),) = kernel.ran
     assert (grid, number, block) == ((5, 1, 1), 0.25, 64)
@@ -108,7 +108,7 @@ def test_a_prepared_launch_puts_what_it_is_given_in_its_place():
     prepared = Launch(kernel, 3, 5, GIVEN, BLOCK=64, num_warps=8)
     prepared(first)
     prepared(second)
-    options = {"BLOCK": 64, "num_warps": 8, "num_stages": 3}
+    options = {"BLOCK": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
     assert kernel.asked == [((3,), (5, first), options)]
     ((grid, (number, data, block)),) = kernel.ran
     assert (grid, number, block) == ((3, 1, 1), 5, 64)
