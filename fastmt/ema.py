@@ -78,11 +78,12 @@ def ema_update_(
     if ema_table.is_read_by(choice.backend, ema_table.are_on_host(first)):
         _update_on_device(backends.operations(choice.backend), teacher, student, decay)
         return
-    _bump_versions(teacher)  # first: it brings the tensors' records near
     binding = _bindings.get(_key(teacher, student))
-    bound = binding is not None and binding.objects.are(teacher, student)
-    if not (bound and binding.update(teacher, student, float(decay))):
-        _bind(teacher, student).update(teacher, student, float(decay))
+    if binding is None or not binding.holds(teacher, student):
+        binding = _bind(teacher, student)
+    increment_version(teacher)  # after holds(), which brings the tensors' records near
+    if not binding.run(teacher, student, float(decay)):
+        _bind(teacher, student).run(teacher, student, float(decay))
 
 
 def _listed(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -154,14 +155,6 @@ def _checked(teacher: list[Tensor], student: list[Tensor]) -> list[int]:
     return list(positions.values())
 
 
-def _bump_versions(teacher: list[Tensor]) -> None:
-    try:
-        increment_version(teacher)
-    except RuntimeError:  # of what is no tensor, without its name
-        _check_memory("teacher", teacher)
-        raise
-
-
 def _check_memory(name: str, tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
@@ -196,12 +189,19 @@ class _Binding:
         self._first = served[:1]
         self._bound = Bound([rows[i] for i in served], watch=True) if served else None
 
-    def update(self, teacher: list[Tensor], student: list[Tensor], decay: float) -> bool:
-        """False, with nothing done, where a layout has changed."""
-        if not (self._rest.holds() and self._left_out.holds()):
-            return False
+    def holds(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
+        """Whether these are its tensors, and those of them that it holds have kept their layout."""
+        return (
+            self.objects.are(teacher, student)
+            and self._rest.holds()
+            and self._left_out.holds()
+            and (self._bound is None or self._bound.holds())
+        )
+
+    def run(self, teacher: list[Tensor], student: list[Tensor], decay: float) -> bool:
+        """Right after holds(). False, with nothing done, where the others' layout has changed."""
         first = [tensors[i] for i in self._first for tensors in (teacher, student)]
-        if self._bound is not None and not self._bound.update(first, [decay], [0]):
+        if self._bound is not None and not self._bound.run_with(first, [decay], [0]):
             return False
         for row in self._rest.rows:
             update_eagerly(row, [decay], [0])

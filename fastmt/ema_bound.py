@@ -43,6 +43,9 @@ class Bound:
     dtype anew at every update, so that whatever was exchanged since the last one is noticed. Only
     another thread that exchanges the memory of a tensor during an update is not. With `watch` it
     holds all but those of the first row, whose end can then tell that the others are to be let go.
+
+    An update is holds(), and run() where that was True. Between them there is time for what needs
+    the tensors' records, which the first brings near.
     """
 
     def __init__(self, rows: Sequence[Row], *, watch: bool = False) -> None:
@@ -54,31 +57,27 @@ class Bound:
             [row.number for row in rows],
             watch,
         )
-        self._launch = torch.ops.fastmt.ema_bound_update_.default
         teachers = len(rows[0].averages)
         self._decays, self._draws = (ctypes.c_double * teachers)(), (ctypes.c_int64 * teachers)()
         self._operands = self._key, *map(ctypes.addressof, (self._decays, self._draws))
         self._holds, self._run = native.ema_holds(), native.ema_run()
         weakref.finalize(self, torch.ops.fastmt.ema_release, self._key)
 
-    def update(
-        self, watched: Sequence[Tensor], decays: Sequence[float], draws: Sequence[int]
-    ) -> bool:
-        """Average with a decay a teacher; False, with nothing done, where a layout has changed."""
-        return self._launch(self._key, watched, decays, draws)
-
     def holds(self) -> bool:
-        """Whether all tensors have kept their layout; reads where they lie. False with `watch`.
-
-        It is the first half of update(), and brings the tensors' records near.
-        """
+        """Whether all tensors that are held have kept their layout; reads where they lie."""
         return self._holds(self._key)
 
     def run(self, decays: Sequence[float], draws: Sequence[int]) -> None:
-        """The second half of update(), right after holds(), by the addresses that it has read."""
+        """Average, with a decay a teacher, by the addresses that holds() has read."""
         self._decays[:], self._draws[:] = decays, draws
         if not self._run(*self._operands):
             raise RuntimeError("the launch failed")
+
+    def run_with(
+        self, watched: Sequence[Tensor], decays: Sequence[float], draws: Sequence[int]
+    ) -> bool:
+        """run() with the first row; False, with nothing done, where its layout has changed."""
+        return torch.ops.fastmt.ema_bound_run_.default(self._key, watched, decays, draws)
 
 
 class Rest:

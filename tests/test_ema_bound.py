@@ -108,11 +108,43 @@ def test_memory_found_shared_beside_another_layout_is_refused_later():
 def test_a_binding_that_watches_is_not_updated_without_what_it_watches():
     average, value = torch.zeros(4), torch.ones(4)
     bound = Bound([Row(0, (average,), value, (AVERAGE,), (None,))], watch=True)
-    assert not bound.holds()
+    assert bound.holds()
     with pytest.raises(RuntimeError, match="the launch failed"):
         bound.run([0.5], [0])
-    assert bound.update([average, value], [0.5], [0])
+    with pytest.raises(RuntimeError, match="watched: expected"):
+        bound.run_with([average], [0.5], [0])
+    assert bound.run_with([average, value], [0.5], [0])
     assert torch.equal(average, torch.full((4,), 0.5))
+    assert not bound.run_with([average, torch.ones(2, 2)], [0.5], [0])
+    assert torch.equal(average, torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("at", [0, 1, 1999])
+def test_memory_that_student_and_teacher_come_to_share_is_refused_before_anything_moves(
+    at, watched
+):
+    student = [torch.ones(3) for _ in range(2000)]  # enough to be shared out to threads
+    teacher = [torch.zeros(3) for _ in student]
+    module = nn.ParameterList(student)
+    average = fastmt.EMATeacher(module, decay=0.5, warmup=None)
+
+    def update():
+        if watched:
+            fastmt.ema_update_(teacher, student, 0.5)
+        else:
+            average.update()
+
+    averages = teacher if watched else list(average.module)
+    students = student if watched else list(module)
+    update()
+    before, kept = [a.clone() for a in averages], students[at].data
+    students[at].data = averages[(at + 1) % 2000].data
+    with pytest.raises(ValueError, match="shares storage"):
+        update()
+    assert all(map(torch.equal, averages, before))
+    students[at].data = kept
+    update()
 
 
 def test_a_view_that_negates_when_it_is_read_is_read_anew_at_each_call():

@@ -25,9 +25,10 @@ struct Use {
 };
 
 struct Bound {
-  int64_t teachers, watched;      // of each value; of the first tensors, not held
-  std::vector<Tensor> owned;      // the others
-  std::vector<Held> tensors;      // row by row: the averages, then the value
+  int64_t teachers;               // of each value
+  bool watches;                   // the tensors of the first row, which are not held
+  std::vector<Tensor> owned;
+  std::vector<Held> tensors;      // the averages of each row, the values, the compensations
   std::vector<int64_t> layouts;   // sizes and strides of each
   std::vector<Use> uses;          // [row][teacher]
   std::vector<Type> value_types;  // [row]
@@ -35,7 +36,9 @@ struct Bound {
   std::atomic<bool> moved{true};  // since are_apart last said yes
   std::mutex lock;
 
-  const Held& value(int64_t row) const { return tensors[row * (teachers + 1) + teachers]; }
+  const Held& value(int64_t row) const { return tensors[uses.size() + row]; }
+
+  Held& watched(int64_t i) { return tensors[i < teachers ? i : int64_t(uses.size())]; }
 };
 
 Registry<Bound> registry;
@@ -86,9 +89,13 @@ bool are_apart(const Bound& bound) {
   return true;
 }
 
-// Reads all pointers anew. False where a tensor has another layout, no memory, or that of another.
-bool holds(Bound& bound) {
-  if (!all_hold(bound.tensors, bound.layouts, bound.moved, true)) return false;
+// The first half of an update: of all tensors but the watched ones.
+bool others_hold(Bound& bound) {
+  return all_hold(bound.tensors, bound.layouts, bound.moved, true);
+}
+
+// After the pointers were read.
+bool still_apart(Bound& bound) {
   if (bound.moved) bound.moved = !are_apart(bound);
   return !bound.moved;
 }
@@ -105,16 +112,24 @@ void run(const Bound& bound, const double* decays, const int64_t* draws) {
 // Gives the watched tensors their handles for the time of one call.
 class Watched {
  public:
-  Watched(Bound& bound, const std::vector<Tensor>& tensors) : bound_(bound) {
-    STD_TORCH_CHECK(int64_t(tensors.size()) == bound.watched, "watched: expected ", bound.watched);
-    for (size_t i = 0; i < tensors.size(); ++i) bound.tensors[i].handle = tensors[i].get();
+  Watched(Bound& bound, const std::vector<Tensor>& tensors) : bound_(bound), count_(tensors.size()) {
+    STD_TORCH_CHECK(bound.watches && count_ == bound.teachers + 1,
+                    "watched: expected the averages of the first value, and it");
+    for (int64_t i = 0; i < count_; ++i) bound.watched(i).handle = tensors[i].get();
   }
   ~Watched() {
-    for (int64_t i = 0; i < bound_.watched; ++i) bound_.tensors[i].handle = nullptr;
+    for (int64_t i = 0; i < count_; ++i) bound_.watched(i).handle = nullptr;
+  }
+
+  bool hold() const {
+    for (int64_t i = 0; i < count_; ++i)
+      if (!holds(bound_.watched(i), bound_.layouts, bound_.moved)) return false;
+    return true;
   }
 
  private:
   Bound& bound_;
+  const int64_t count_;
 };
 
 std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vector<Tensor>& values,
@@ -142,17 +157,18 @@ std::shared_ptr<Bound> bind(const std::vector<Tensor>& averages, const std::vect
       bound->uses.push_back({EmaMode(modes[at]), add(average, owned), -1, average.element_size(),
                              type_or_bytes(average)});
     }
-    add(values[row], owned);
     bound->value_types.push_back(type_or_bytes(values[row]));
     bound->length.push_back(values[row].numel());
     bound->start.push_back(bound->start.back() + chunks_of(values[row].numel()));
   }
+  for (size_t row = 0; row < values.size(); ++row) add(values[row], row > 0 || !watch_first);
   size_t used = 0;
   for (Use& use : bound->uses)
     if (use.mode == EmaMode::kahan) use.compensation = add(compensations.at(used++), true);
-  STD_TORCH_CHECK(holds(*bound), "a bound tensor has no memory of its own on the CPU");
-  bound->watched = watch_first ? teachers + 1 : 0;
-  for (int64_t i = 0; i < bound->watched; ++i) bound->tensors[i].handle = nullptr;
+  STD_TORCH_CHECK(others_hold(*bound) && still_apart(*bound),
+                  "a bound tensor has no memory of its own on the CPU");
+  bound->watches = watch_first;
+  for (int64_t i = 0; watch_first && i <= teachers; ++i) bound->watched(i).handle = nullptr;
   return bound;
 }
 
@@ -170,41 +186,44 @@ int64_t ema_bind(const std::vector<Tensor>& averages, const std::vector<Tensor>&
 
 void ema_release(int64_t key) { registry.release(key); }
 
-// One decay and one seed of random numbers a teacher; a negative decay leaves it out. False, with
-// nothing written, where a tensor has another dtype, shape or stride than it was bound with, no
-// memory, or that of another.
-bool ema_bound_update_(int64_t key, const std::vector<Tensor>& watched,
-                       const std::vector<double>& decays, const std::vector<int64_t>& draws) {
+// The second half of an update, right after fastmt_ema_holds, where tensors are watched: false, with
+// nothing written, where one of these has another dtype, shape or stride than it was bound with, or no
+// memory, or where any tensor has that of another. One decay and one seed of random numbers a teacher;
+// a negative decay leaves it out.
+bool ema_bound_run_(int64_t key, const std::vector<Tensor>& watched,
+                    const std::vector<double>& decays, const std::vector<int64_t>& draws) {
   const std::shared_ptr<Bound> bound = registry.find(key);
   STD_TORCH_CHECK(int64_t(decays.size()) == bound->teachers && decays.size() == draws.size(),
                   "decays, draws: expected one a teacher");
   const std::lock_guard<std::mutex> guard(bound->lock);
   const Watched handles(*bound, watched);
-  if (!holds(*bound)) return false;
+  if (!handles.hold() || !still_apart(*bound)) return false;
   run(*bound, decays.data(), draws.data());
   return true;
 }
 
 }  // namespace fastmt
 
-// ema_bound_update_ in two halves, for what has to lie between them. Both are false where tensors are
-// watched, which come along with neither, and where something was thrown, which must not pass
-// through C. The second half goes by what the first has read.
+// The halves of an update, which goes by what the first one has read. Both are false where something was
+// thrown, which must not pass through C.
+
+// Whether all tensors but the watched ones have the dtypes, shapes and strides that they were bound
+// with, and, unless some are watched, memory of their own.
 FASTMT_EXPORTED bool fastmt_ema_holds(int64_t key) {
   try {
     const auto bound = fastmt::registry.find(key);
-    if (bound->watched) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
-    return fastmt::holds(*bound);
+    return fastmt::others_hold(*bound) && (bound->watches || fastmt::still_apart(*bound));
   } catch (...) {
     return false;
   }
 }
 
+// ema_bound_run_ where none are watched; false otherwise.
 FASTMT_EXPORTED bool fastmt_ema_run(int64_t key, const double* decays, const int64_t* draws) {
   try {
     const auto bound = fastmt::registry.find(key);
-    if (bound->watched) return false;
+    if (bound->watches) return false;
     const std::lock_guard<std::mutex> guard(bound->lock);
     fastmt::run(*bound, decays, draws);
     return true;
@@ -218,11 +237,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmt, m) {
       "ema_bind(Tensor[] averages, Tensor[] values, int[] modes, Tensor[] compensations,"
       " int[] numbers, bool watch_first) -> int");
   m.def("ema_release(int key) -> ()");
-  m.def("ema_bound_update_(int key, Tensor[] watched, float[] decays, int[] draws) -> bool");
+  m.def("ema_bound_run_(int key, Tensor[] watched, float[] decays, int[] draws) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmt, CompositeExplicitAutograd, m) {
   m.impl("ema_bind", TORCH_BOX(&fastmt::ema_bind));
   m.impl("ema_release", TORCH_BOX(&fastmt::ema_release));
-  m.impl("ema_bound_update_", TORCH_BOX(&fastmt::ema_bound_update_));
+  m.impl("ema_bound_run_", TORCH_BOX(&fastmt::ema_bound_run_));
 }

@@ -10,10 +10,10 @@ namespace fastmt {
 
 // A tensor, and the layout that it had when it was bound. Whoever holds it keeps it alive.
 struct Held {
-  AtenTensorHandle handle;
+  AtenTensorHandle handle;  // null while it is not held
   void* pointer;
-  const int64_t* sizes;  // inside the tensor's own record
-  int64_t layout;        // where in Bound::layouts its sizes start, then strides
+  const void* const* record;  // of PyTorch, to be fetched ahead; null where it is not known
+  int64_t layout;             // where in Bound::layouts its sizes start, then strides
   int32_t dtype, rank;
 };
 
@@ -23,9 +23,12 @@ Held described(const Tensor& tensor, std::vector<int64_t>& layouts);
 // Where the tensor's storage begins.
 const char* storage_of(const Held& held);
 
-// Reads all pointers anew, and sets `moved` where one is another than before, also on the way to
-// false: where a tensor has another layout than it was bound with, or not the memory for it. Many
-// tensors are shared out to the threads if a kernel that needs these follows anyway.
+// Reads the pointer anew, and sets `moved` where it is another than before. False where the tensor has
+// another layout than it was bound with, or not the memory for it.
+bool holds(Held& held, const std::vector<int64_t>& layouts, std::atomic<bool>& moved);
+
+// The same of all that have a handle; `moved` also on the way to false. Many tensors are shared out to
+// the threads if a kernel that needs these follows anyway; the first ones stay near to this thread.
 bool all_hold(std::vector<Held>& tensors, const std::vector<int64_t>& layouts,
               std::atomic<bool>& moved, bool share);
 
