@@ -17,6 +17,7 @@ from fastmt.ema_bound import (
     COPY,
     KAHAN,
     KEEP,
+    KERNEL_DTYPES,
     STOCHASTIC,
     Bound,
     Rest,
@@ -72,13 +73,15 @@ class Plan:
         ]
         averages = [average for row in self.rows for average in row.averages]
         self.device = averages[0].device if averages else torch.device("cpu")
-        self._first = [average for average in averages if average.is_floating_point()][:1]
+        floating = [average for average in averages if average.is_floating_point()]
+        self._first = ([a for a in floating if a.dtype in KERNEL_DTYPES] or floating)[:1]
         self.on_host = are_on_host(self._first)
         self._choice = backends.Remembered("ema_update_", self._first)
         usable = cpp_backend.missing() is None
-        served = [usable and is_served(row) for row in self.rows]
-        bound = [row for row, fits in zip(self.rows, served, strict=True) if fits]
-        rest = [row for row, fits in zip(self.rows, served, strict=True) if not fits]
+        served = [[usable and is_served(alone) for alone in row.of_each()] for row in self.rows]
+        bound = [_of(row, fits) for row, fits in zip(self.rows, served, strict=True) if any(fits)]
+        others = [[not fit for fit in fits] for fits in served]
+        rest = [_of(row, those) for row, those in zip(self.rows, others, strict=True) if any(those)]
         self._rest, self._all = Rest(rest), Rest(self.rows)
         self._bound = Bound(bound) if bound else None
         self._on_device: DeviceUpdate | None = None  # made when first needed
@@ -168,6 +171,14 @@ def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair
     for pairs in followed:
         check_memory(pairs)
     return list(zip(*followed, strict=True))
+
+
+def _of(row: Row, teachers: Sequence[bool]) -> Row:
+    """The row of these teachers; in the place of another's average the value is left alone."""
+    columns = zip(row.averages, row.modes, row.compensations, teachers, strict=True)
+    those = [column[:3] if column[3] else (row.value, KEEP, None) for column in columns]
+    averages, modes, lost = zip(*those, strict=True)
+    return row._replace(averages=averages, modes=modes, compensations=lost)
 
 
 def _is_empty(pairs: tuple[Pair, ...]) -> bool:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from followed import Net, advance, assert_same
 from torch import nn
 
 import fastmt
-from fastmt import cpp_backend
-from fastmt.ema_bound import AVERAGE, Bound, Row
+from fastmt import EMATeacher, cpp_backend
+from fastmt.ema_bound import AVERAGE, KEEP, Bound, Row
+from fastmt.teacher import update_together
 
 pytestmark = pytest.mark.skipif(
     cpp_backend.missing() is not None, reason="the C++ kernels are not built"
@@ -145,6 +147,28 @@ def test_memory_that_student_and_teacher_come_to_share_is_refused_before_anythin
     assert all(map(torch.equal, averages, before))
     students[at].data = kept
     update()
+
+
+def test_a_float64_teacher_leaves_the_launch_to_the_others():
+    torch.manual_seed(0)
+    student = Net()
+    decays = {torch.float64: 0.5, None: 0.9}
+    wide, usual = (
+        EMATeacher(student, decay, warmup=None, dtype=dtype) for dtype, decay in decays.items()
+    )
+    alone = EMATeacher(student, 0.9, warmup=None)
+    before = wide.module.first.weight.clone()
+    for seed in range(3):
+        advance(student, seed)
+        update_together([wide, usual])
+        alone.update()
+        before = 0.5 * before + 0.5 * student.first.weight.double()
+    assert_same(usual.module, alone.module)
+    torch.testing.assert_close(wide.module.first.weight, before)
+    rest = wide._plan._rest.rows
+    assert wide._plan._choice.backend() == "cpp"
+    assert {row.averages[0].dtype for row in rest} == {torch.float64}
+    assert {row.modes[1] for row in rest} == {KEEP}
 
 
 def test_a_view_that_negates_when_it_is_read_is_read_anew_at_each_call():
