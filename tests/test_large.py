@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 elements, and memory that stays at low resolution."""
+"""Offsets beyond 2^31 elements, large gradients, and memory that stays at low resolution."""
 
 from __future__ import annotations
 
@@ -47,6 +47,25 @@ def test_images_more_than_2_31_elements_apart_give_the_same_results(classes, siz
         return loss, supervised, *gradients, *confidence
 
     for near, far in zip(results(torch.clone), results(far_apart), strict=True):
+        assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_outgrows_the_caches_is_that_of_another_layout(dtype):
+    images = 4 // dtype.itemsize
+    shape = (2 * images, 19, 503, 501)  # lines that no vector starts with
+    student, teacher = (random_logits(shape, seed).to(dtype) for seed in (0, 1))
+    labels = torch.randint(19, (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(0))
+    assert student.nbytes > 32 << 20
+
+    def gradients(z):
+        z = z.detach().requires_grad_()
+        losses = fastmt.consistency_loss(z, teacher, threshold=0.3), fastmt.cross_entropy(z, labels)
+        return [torch.autograd.grad(loss, z)[0] for loss in losses]
+
+    last = gradients(student.to(memory_format=torch.channels_last))
+    for near, far in zip(gradients(student), last, strict=True):
+        assert not far.is_contiguous() and near.is_contiguous()
         assert torch.equal(near, far)
 
 

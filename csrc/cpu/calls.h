@@ -22,6 +22,7 @@ struct Pixels {
 struct View {
   void* data = nullptr;
   Type type = Type::float32;
+  bool streams = false;  // is written past the caches
   int64_t class_stride = 0;
   int64_t stride[MAX_RANK];
 };

@@ -34,6 +34,7 @@ ConsistencySums run_dense(ConsistencyCall call, const Tensor& student,
   if (maps.pixel_weight) operands.push_back({&call.pixel_weight, &*maps.pixel_weight, false});
   if (maps.valid) operands.push_back({&call.valid, &*maps.valid, false});
   call.pixels = describe(operands);
+  call.gradient.streams = gradient && outgrows_caches(*gradient);
   call.teacher = views.data();
   call.tile = tile_size(call.classes);
   const int64_t tiles = (call.pixels.count + call.tile - 1) / call.tile;

@@ -174,6 +174,7 @@ inline void consistency(const ConsistencyCall& call, int64_t begin_tile, int64_t
       store_tile(call.pixels, call.gradient, first, count, call.classes, tile.student.get(),
                  call.tile);
   }
+  if (call.gradient.streams) end_streams();
 }
 
 }  // namespace FASTMT_ISA

@@ -29,6 +29,7 @@ CrossEntropySums run_dense(CrossEntropyCall call, const Tensor& logits, const Te
   if (gradient) operands.push_back({&call.gradient, &*gradient, true});
   if (pixel_weight) operands.push_back({&call.pixel_weight, &*pixel_weight, false});
   call.pixels = describe(operands);
+  call.gradient.streams = gradient && outgrows_caches(*gradient);
   call.tile = tile_size(call.classes);
   const int64_t tiles = (call.pixels.count + call.tile - 1) / call.tile;
   std::vector<CrossEntropySums> sums(tiles);

@@ -133,6 +133,7 @@ inline void cross_entropy(const CrossEntropyCall& call, int64_t begin_tile, int6
       store_tile(call.pixels, call.gradient, first, count, call.classes, tile.logits.get(),
                  call.tile);
   }
+  if (call.gradient.streams) end_streams();
 }
 
 }  // namespace FASTMT_ISA

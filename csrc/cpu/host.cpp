@@ -113,6 +113,11 @@ Tensor empty_output_like(const Tensor& tensor) {
   return output;
 }
 
+bool outgrows_caches(const Tensor& tensor) {
+  constexpr int64_t most = 32 << 20;  // a last-level cache of today's
+  return tensor.numel() * int64_t(tensor.element_size()) >= most;
+}
+
 GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels) {
   const bool half = type_of(logits) == Type::float16;
   if (pixels == 0) return {1, false};

@@ -62,6 +62,9 @@ void for_each_stretch(int64_t tiles, int64_t stretch, const F& f) {
 // pages, because the page faults of a fresh gradient cost as much time as the kernel that fills it.
 Tensor empty_output_like(const Tensor& tensor);
 
+// Whether a result is gone from the caches before anybody reads it.
+bool outgrows_caches(const Tensor& tensor);
+
 // How a gradient is scaled: `inside` the kernel, and by the rest when backward hands it out.
 struct GradientScale {
   float inside;

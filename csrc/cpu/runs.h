@@ -90,9 +90,28 @@ inline void load_run(const T* source, int64_t step, int64_t class_stride, int cl
   }
 }
 
+// Neighbouring elements, past the caches as far as they fill vectors.
+template <class T>
+inline void stream_row(T* to, const float* source, int length) {
+  constexpr int count = sizeof(vector_f) / sizeof(T);
+  int i = 0;
+  for (; i < length && reinterpret_cast<uintptr_t>(to + i) % sizeof(vector_f); ++i)
+    to[i] = narrow<T>(source[i]);
+  for (; i + count <= length; i += count) {
+    alignas(64) T elements[count];
+    for (int k = 0; k < count; ++k) elements[k] = narrow<T>(source[i + k]);
+    stream_vector(to + i, *reinterpret_cast<const vector_f*>(elements));
+  }
+  for (; i < length; ++i) to[i] = narrow<T>(source[i]);
+}
+
 template <class T>
 inline void store_run(T* to, int64_t step, int64_t class_stride, int classes, const float* source,
-                      int64_t pitch, int length) {
+                      int64_t pitch, int length, bool streams) {
+  if (step == 1 && streams) {
+    for (int c = 0; c < classes; ++c) stream_row(to + c * class_stride, source + c * pitch, length);
+    return;
+  }
   if (step == 1) {
     for (int c = 0; c < classes; ++c)
       for (int i = 0; i < length; ++i) to[c * class_stride + i] = narrow<T>(source[c * pitch + i]);
@@ -133,7 +152,7 @@ inline void store_run_of(const View& view, int64_t offset, int64_t step, int cla
                          const float* source, int64_t pitch, int length) {
   const auto run = [&](auto element) {
     auto* to = static_cast<decltype(element)*>(view.data) + offset;
-    store_run(to, step, view.class_stride, classes, source, pitch, length);
+    store_run(to, step, view.class_stride, classes, source, pitch, length, view.streams);
   };
   if (view.type == Type::float32)
     run(float());
