@@ -49,8 +49,8 @@ def softmax_confidence(
     if score.numel() == 0:
         return score, label
     key = (softmax_confidence, kind, size, align_corners, *map(layout_of, logits))
-    launch = prepared(key, _confidence, logits, KINDS[kind], score, label, size, align_corners)
     with device_of(first):
+        launch = prepared(key, _confidence, logits, KINDS[kind], score, label, size, align_corners)
         launch(logits, score, label, inverse_temperature)
     return score, label
 
@@ -101,9 +101,9 @@ def consistency_loss(
     key = (consistency_loss, size, align_corners, wants_gradient, limit, options, *layouts)
     maps = (pixel_weight, valid)
     operands = (student, teacher, *maps, limit, options, size, align_corners, gradient)
-    run = prepared(key, _consistency, *operands)
     results = scalars(student, torch.float32, 4)
-    with device_of(student):
+    with device_of(student):  # what is prepared asks for the current device's capability
+        run = prepared(key, _consistency, *operands)
         run(student, gradient, teacher, *maps, threshold, inverse_temperature, results)
     return *results, empty
 
@@ -152,9 +152,9 @@ def cross_entropy(
     how = (align_corners, wants_gradient, plain, class_weight is None, options)
     key = (cross_entropy, *how, *layouts)
     operands = (logits, labels, pixel_weight, plain, options, align_corners, gradient)
-    run = prepared(key, _cross_entropy, *operands)
     results = (*scalars(logits, torch.float32, 2), *scalars(logits, torch.int64, 2))
     with device_of(logits):
+        run = prepared(key, _cross_entropy, *operands)
         run(logits, gradient, labels, pixel_weight, class_weight, label_smoothing, results)
     loss, scale, *wrong = results
     return loss, scale, empty, *wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import weakref
@@ -190,6 +191,30 @@ def test_a_threshold_that_is_a_number_is_one_of_the_launch(size):
         if made.kernel.endswith("consistency_kernel")
     ]
     assert kinds == ["fp32", "*fp32", "*fp32"]
+
+
+@compiles
+def test_a_call_is_prepared_for_the_device_of_its_tensors_not_for_the_current_one(monkeypatch):
+    z, labels = aot.meta(1, 3, 16, 16), aot.meta(1, 32, 32, dtype=torch.uint8)
+    with aot.compiling("sm_90") as launches:
+        current, own = triton.runtime.driver.active, aot.TARGETS["sm_90"]
+        current.target = triton.backends.compiler.GPUTarget("cuda", 75, 32)
+
+        @contextlib.contextmanager
+        def device_of(tensor):
+            before, current.target = current.target, own
+            yield
+            current.target = before
+
+        monkeypatch.setattr(kernels, "device_of", device_of)
+        kernels.consistency_loss(z, [z], 0.5, None, None, [0] * 6, 1.0, [32, 32], False, True)
+        kernels.cross_entropy(z, labels, None, None, [255, 1], 0.0, False, True)
+    of_products = [
+        made.compiled.src.constants[(made.compiled.src.fn.arg_names.index("PRECISION"),)]
+        for made in launches
+        if "PRECISION" in made.compiled.src.fn.arg_names
+    ]
+    assert of_products == ["tf32x3", "tf32x3"]
 
 
 def test_only_so_many_launches_are_remembered(monkeypatch):
