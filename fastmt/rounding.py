@@ -13,6 +13,8 @@ def random_bits(like: Tensor, draw: int | Tensor, number: int) -> Tensor:
 
     An element goes by its place in memory, in which the kernels walk it.
     """
+    if isinstance(draw, Tensor):  # of a student on several GPUs it lies on one
+        draw = draw.to(like.device)
     index = torch.arange(like.numel(), device=like.device)
     if like.is_contiguous():
         index = index.view(like.shape)

@@ -10,9 +10,11 @@ import torch
 from followed import Net, advance, assert_same, follow
 from operands import random_logits
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmt import EMATeacher, MeanTeacher, backend, backends, reference
 from fastmt.ema_bound import KAHAN, STOCHASTIC, Bound, Row, update_eagerly
+from fastmt.rounding import random_bits
 
 HALVES = [torch.bfloat16, torch.float16]
 NEAR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # half a step of rounding, relative
@@ -245,6 +247,14 @@ def test_a_teacher_in_half_precision_runs_a_network_with_running_statistics(auto
         logits = teacher(images if autocast else images.bfloat16())
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fake tensors ask a GPU for its neighbour")
+def test_the_draw_of_a_student_on_several_gpus_serves_averages_on_each_of_them():
+    with FakeTensorMode():
+        average = torch.empty(3, 4, device="cuda:1", dtype=torch.bfloat16)
+        draw = torch.empty((), device="cuda:0", dtype=torch.int64)
+        assert random_bits(average, draw, 0).device == average.device
 
 
 def test_rounding_without_half_precision_is_refused(student):
