@@ -287,9 +287,8 @@ def test_rows_whose_places_take_64_bits_are_found():
     low, high, band = 24_000, 48_000, 23_500
     walk = cells.walk_of(torch.empty(1, 2, low, 1), [], (high, 1), False, 16)
     assert walk.wide(2)
-    found = torch.zeros(3, dtype=torch.int64)
-    band_kernel[(1,)](found, low, walk.first[0], high, BAND=band, WIDE=True)
-    assert found.tolist() == [2 * band + 1, 2, band]
+    found = small.left_by(band_kernel, 3, low, walk.first[0], high, BAND=band, WIDE=True)
+    assert found == [2 * band + 1, 2, band]
 
 
 def test_a_label_out_of_range_is_named_also_when_logits_are_upsampled():
