@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmt.kernels.launch import GIVEN, Launch, launch, prepared
 from fastmt.kernels.rounding import at_random, mixed, nearest, widened
-from fastmt.kernels.views import device_of
+from fastmt.kernels.views import blocks_in, device_of
 
 CHUNK = 16 * 1024  # elements of one program, as in fastmt/ema_table.py
 BLOCK = 4096  # elements at once of a full chunk: so many loads under way keep a GPU's memory busy
@@ -253,7 +253,7 @@ def programs_on(device: torch.device, to_each: int = 8) -> int:
 def scale_kernel(data, elements, scale, factor, BLOCK: tl.constexpr):
     product = tl.load(scale) * tl.load(factor)
     if product != 1.0:
-        for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
+        for block in range(tl.program_id(0), blocks_in(elements, BLOCK), tl.num_programs(0)):
             at = block * tl.full((), BLOCK, tl.int64) + tl.arange(0, BLOCK)
             mask = at < elements
             value = tl.load(data + at, mask=mask).to(tl.float32)

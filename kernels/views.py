@@ -100,9 +100,15 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 @triton.jit
+def blocks_in(size, BLOCK: tl.constexpr):
+    """So many blocks hold at least one element; tl.cdiv(size, BLOCK) would overflow near 2^31."""
+    return (size - 1) // BLOCK + 1
+
+
+@triton.jit
 def place_of(block, sizes, BLOCK: tl.constexpr):
     """Where a block begins, one index for each size."""
-    in_row = tl.cdiv(sizes[3], BLOCK)
+    in_row = blocks_in(sizes[3], BLOCK)
     row = block // in_row
     first = (block % in_row).to(tl.int64) * BLOCK
     middle = row // sizes[2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import small
 import torch
+import triton
+import triton.language as tl
 from operands import DTYPES, LAYOUTS, laid_out, random_logits
 from test_cross_entropy import random_labels
 
@@ -82,3 +84,13 @@ def test_a_wrong_label_is_read_as_no_class_and_poisons_loss_and_gradient():
     assert scale.isnan()
     assert gradient.isfinite().all()
     assert (wrong, label) == (2, -1)
+
+
+@triton.jit
+def blocks_kernel(found, size, BLOCK: tl.constexpr):
+    tl.store(found, views.blocks_in(size, BLOCK))
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 2**31 - 1, 2**31, 2**31 + 4097])
+def test_blocks_are_counted_also_where_the_last_one_reaches_beyond_32_bits(size):
+    assert small.left_by(blocks_kernel, 1, size, BLOCK=4096) == [-(-size // 4096)]
