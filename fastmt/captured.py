@@ -20,7 +20,7 @@ class CapturedStep:
     its scheduler if it is a tensor.
 
     Args:
-        trainer: made with capturable=True, its student on a GPU.
+        trainer: made with capturable=True, its student on a GPU and its optimiser capturable too.
         warmup: steps before the capture, at least 1.
 
     Batches keep their shapes and dtypes from the capture on, and what Python decides inside of the
@@ -148,7 +148,13 @@ def _check(trainer: MeanTeacher, warmup: int, device_type: str) -> None:
             f"trainer: its teacher has update_every={trainer.teacher.update_every}, expected 1, as "
             "every replay averages"
         )
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    optimizer = trainer.optimizer
+    if not all(group.get("capturable", True) for group in optimizer.param_groups):  # SGD has none
+        raise ValueError(
+            f"trainer: its {type(optimizer).__name__} has capturable=False, expected one made with "
+            "capturable=True; in a capture PyTorch refuses another"
+        )
+    rates = [group["lr"] for group in optimizer.param_groups]
     if trainer.scheduler is not None and not all(isinstance(rate, Tensor) for rate in rates):
         raise ValueError(
             "trainer: its scheduler moves a learning rate that is a float, which a graph would not "

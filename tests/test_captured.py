@@ -31,7 +31,8 @@ def make_trainer(capturable=True, optimizer=torch.optim.Adam, rate=1e-2, **optio
     student = Net()
     options = {"consistency": ConsistencyLoss(confidence="entropy"), **MOVING, **options}
     options.setdefault("teacher", EMATeacher(student, decays.Cosine(0.5, 4)))
-    fused = optimizer(student.parameters(), lr=rate, fused=True)
+    own = {} if optimizer is torch.optim.SGD else {"capturable": capturable}
+    fused = optimizer(student.parameters(), lr=rate, fused=True, **own)
     return MeanTeacher(student, fused, capturable=capturable, **options)
 
 
@@ -354,4 +355,8 @@ def test_a_trainer_that_a_graph_cannot_hold_is_refused_with_the_reason():
     trainer = make_trainer()
     trainer.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
     with pytest.raises(ValueError, match="a learning rate that is a float"):
+        Replayed(trainer)
+    trainer = make_trainer()
+    trainer.optimizer.param_groups[0]["capturable"] = False
+    with pytest.raises(ValueError, match="Adam has capturable=False, expected one made with"):
         Replayed(trainer)
