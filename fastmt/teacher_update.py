@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmt import arguments
-from fastmt.ema_table import decay_on, is_capturing
+from fastmt.ema_table import is_capturing
 from fastmt.teacher_network import carries
 
 if TYPE_CHECKING:
@@ -67,8 +67,6 @@ def update_together(
             now, draws = _on_device(teachers, decays, finite, capturing)
         else:
             now, draws = due, [teacher._draw() for teacher in teachers]
-            if not plan.on_host:
-                now = [decay_on(plan.device, decay) for decay in due]
         if not plan.run(now, draws):  # a tensor has another layout: match and bind anew
             teachers[0]._plan_anew(teachers, network).run(now, draws)
     for teacher in teachers:

@@ -92,6 +92,30 @@ def test_few_launches_do_what_one_a_tensor_does(buffers, options, given, as_on_a
         assert_alike(by_table, expected)
 
 
+def test_what_no_launch_takes_is_averaged_by_decays_that_the_host_knows(as_on_a_gpu, monkeypatch):
+    """A tensor on the CPU of a student on a GPU would wait for one that lies there."""
+    as_on_a_gpu()
+    monkeypatch.setattr(ema_plan, "are_on_host", lambda tensors: False)
+    given, update = [], ema_plan.update_eagerly
+
+    def noted(row, decays, draws):
+        given.extend(decays)
+        update(row, decays, draws)
+
+    monkeypatch.setattr(ema_plan, "update_eagerly", noted)
+    student, teacher, expected = teachers(buffers="ema")
+    for seed in range(3):
+        moved(student, seed)
+        teacher.update()
+    assert given and {type(decay) for decay in given} == {float}
+    monkeypatch.undo()
+    student = teachers()[0]  # as it was
+    for seed in range(3):
+        moved(student, seed)
+        expected.update(student=student)
+    assert_alike(teacher, expected)
+
+
 def test_a_step_that_was_skipped_changes_nothing(as_on_a_gpu):
     as_on_a_gpu()
     student, teacher, _ = teachers()
