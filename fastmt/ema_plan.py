@@ -162,7 +162,13 @@ def _holds(guard: Shards | Structure | Rest) -> bool:
 
 
 def _is_offloaded(row: Row) -> bool:
-    return row.averages[0].device.type == "cpu" != row.value.device.type
+    away = [average.device.type == "cpu" != row.value.device.type for average in row.averages]
+    if len(set(away)) > 1:  # an average of the one kind is made later, of the other at once
+        raise ValueError(
+            "teachers: got some on the CPU and some on the GPU of their student; update each kind "
+            "on its own"
+        )
+    return away[0]
 
 
 def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair, ...]]:

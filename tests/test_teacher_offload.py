@@ -16,6 +16,7 @@ from followed import Net, advance, assert_same
 from torch import nn
 
 from fastmt import EMATeacher, ema_plan, ema_staging
+from fastmt.ema_bound import AVERAGE, Row
 from fastmt.teacher import update_together
 
 
@@ -119,6 +120,14 @@ def test_several_teachers_each_see_their_last_average(student, offloaded):
     second = copy.deepcopy(teachers[1].state_dict())
     for name, tensor in expected_after(3).state_dict().items():
         assert torch.equal(second[name], tensor)
+
+
+def test_teachers_on_both_sides_of_a_gpu_are_refused_together():
+    on_host, elsewhere = torch.zeros(1), torch.zeros(1, device="meta")  # for a GPU
+    for averages in ((on_host, elsewhere), (elsewhere, on_host)):
+        with pytest.raises(ValueError, match="^teachers: got some on the CPU and some on the GPU"):
+            ema_plan._is_offloaded(Row(0, averages, elsewhere, (AVERAGE,) * 2, (None,) * 2))
+        assert not ema_plan._is_offloaded(Row(0, averages, on_host, (AVERAGE,) * 2, (None,) * 2))
 
 
 def test_teachers_updated_together_and_alone_in_turn_lose_no_average(student, offloaded):

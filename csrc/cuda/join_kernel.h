@@ -3,6 +3,9 @@
 // no atomics.
 #pragma once
 
+#include <cstdint>
+#include <stdexcept>
+
 #include "cuda/gradient.h"
 
 namespace fastmt::cuda {
@@ -159,6 +162,8 @@ __global__ void __launch_bounds__(JOIN_THREADS)
 
 template <class Kind>
 void launch_join(const Join& join, Stream stream) {
+  if (join_tasks(join) > UINT32_MAX)  // whose digits are found in 32 bits
+    throw std::runtime_error("fastmt: a gradient of more parts than 2^32");
   const int64_t blocks = 1 + (join_tasks(join) + JOIN_THREADS - 1) / JOIN_THREADS;
   const int64_t bytes = QUANTITIES * JOIN_THREADS * int64_t(sizeof(double));
   launch(cells_join_kernel<Kind>, blocks, JOIN_THREADS, bytes, stream, join);
