@@ -21,6 +21,8 @@ from fastmt.options import MIN_SIDE, device, even, integer, location, number, si
 from fastmt.pictures import require_pillow
 
 _LARGEST_SEED = (1 << 64) - 1  # of PyTorch's generators
+_MOST_STEPS = 1 << 53  # a float counts up to there, as schedules do
+_MOST_IMAGES = 1 << 16  # a batch of more is read for hours before memory ends
 _EVALUATION = "Of both runs the moving average of the student is evaluated, on images never seen."
 
 
@@ -87,8 +89,8 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
             **more,
         )
 
-    add("steps", integer(1), "updates of each run", metavar="N")
-    add("batch", integer(1), "images of each domain in a step", metavar="N")
+    add("steps", integer(1, most=_MOST_STEPS), "updates of each run", metavar="N")
+    add("batch", integer(1, most=_MOST_IMAGES), "images of each domain in a step", metavar="N")
     add("crop", side, "size of the crops, multiples of 4", nargs=2, metavar=("H", "W"))
     add("lr", number(above=0), "peak learning rate of AdamW", metavar="LR")
     add("weight", number(), "weight of the consistency loss", metavar="W")

@@ -12,6 +12,7 @@ from fastmt.arguments import first_line
 
 MIN_SIDE = 32  # pixels: one at the U-Net's coarsest level
 _MOST_CHANNELS = 1 << 31  # PyTorch tells of more memory than there is up to 64 bits
+_LONGEST_SIDE = 1 << 28  # NumPy, too, tells of more memory than there is up to 64 bits
 _MOST_THREADS = 1024  # of more than the system starts OpenMP ends the process
 
 
@@ -43,7 +44,7 @@ def even(text: str) -> int:
 
 def side(text: str) -> int:
     """Of what the U-Net sees, in whole logits of 4 pixels: more logits than that get stretched."""
-    value = integer(MIN_SIDE)(text)
+    value = integer(MIN_SIDE, most=_LONGEST_SIDE)(text)
     if value % 4:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a multiple of 4")
     return value

@@ -13,6 +13,8 @@ from PIL import Image
 
 from fastmt import adapt_command, cli
 
+HUGE = "1" + 400 * "0"  # beyond any float
+
 
 def _missing(folder):
     shutil.rmtree(folder / "dusk")
@@ -125,6 +127,9 @@ def test_errors_in_the_data_end_the_process_with_one_line(folders):
         (["--crop", "33", "48"], "--crop: got '33', expected a multiple of 4"),
         (["--width", "3"], "--width"),
         (["--width", str(1 << 64)], "--width: got '18446744073709551616', expected an"),
+        (["--steps", HUGE], "expected an integer >= 1 and <= 9007199254740992"),
+        (["--batch", HUGE], "expected an integer >= 1 and <= 65536"),
+        (["--crop", HUGE, "48"], "expected an integer >= 32 and <= 268435456"),
         (["--style", "cubist"], "--style"),
         (["--seeds", "-1"], "--seeds"),
         (["--seeds", str(1 << 64)], "got '18446744073709551616', expected an integer >= 0 and <="),

@@ -75,6 +75,16 @@ def no_class(root):
     return root, {"num_classes": 0}, "num_classes: got 0, expected 1 to 255"
 
 
+def more_classes_than_ids(root):
+    write(root, "a")
+    return root, {"num_classes": 256, "labelled": False}, "num_classes: got 256, expected 1 to 255"
+
+
+def more_classes_than_fit_in_memory(root):
+    write(root, "a")
+    return root, {"num_classes": 10**30}, "num_classes: got 10{30}, expected 1 to 255"
+
+
 def fewer_than_no_class(root):
     write(root, "a")
     return root, {"num_classes": -3, "labelled": False}, "num_classes: got -3, expected 1 to 255"
@@ -131,6 +141,8 @@ def only_void(root):
         names_in_another_encoding,
         no_class,
         fewer_than_no_class,
+        more_classes_than_ids,
+        more_classes_than_fit_in_memory,
         no_name,
         empty_name,
         name_of_a_space,

@@ -289,6 +289,7 @@ def test_a_full_disk_leaves_no_half_picture(trained, tmp_path, capfd):
     [
         (["--tile", "63"], "--tile: got '63', expected a multiple of 4"),
         (["--tile", "8"], "--tile: got '8', expected an integer >= 32"),
+        (["--tile", "1" + 400 * "0"], "expected an integer >= 32 and <= 268435456"),
         (["--tile", "64", "--overlap", "64"], "--overlap 64 is not less than --tile 64"),
         (["--tile", "64", "--scales", "1", "4"], "--tile 64 / 4, the largest of --scales"),
         (["--tile", "64", "--overlap", "32", "--scales", "2"], "--overlap 32 is not less than"),
