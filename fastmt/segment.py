@@ -7,6 +7,7 @@ are up-sampled, so that nothing of the image's size exists but score and label.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -188,6 +189,13 @@ def _check(network: nn.Module, images: Tensor, scales: Sequence[float], divisor:
         raise TypeError(f"network: got {type(network).__name__}, expected a torch.nn.Module")
     if not isinstance(images, Tensor):
         raise TypeError(f"images: got {type(images).__name__}, expected a tensor of images")
+    named = itertools.chain(network.named_parameters(), network.named_buffers())
+    unmade = next((name for name, tensor in named if tensor.is_meta), None)
+    if unmade is not None and not images.is_meta:  # a copy from there changes nothing, untold
+        raise ValueError(
+            f"network: got {unmade} on the device meta, expected values; load its weights with"
+            " assign=True, or after to_empty()"
+        )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images: got {images.dtype}, expected uint8 or floating point")
     if images.ndim not in (3, 4) or 0 in images.shape:

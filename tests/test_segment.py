@@ -261,6 +261,7 @@ def test_every_module_has_its_own_mode_again_also_after_an_error():
         ({"tile": 32, "divisor": 2.0}, TypeError, "divisor: got float"),
         ({"scales": 2.0}, TypeError, "scales: got float"),
         ({"network": image}, TypeError, "network: got function"),
+        ({"network": Net().to("meta")}, ValueError, "network: got body.0.weight on"),
         ({"divisor": 0}, ValueError, "divisor: got 0"),
         ({"scales": ()}, ValueError, "scales: got none"),
         ({"scales": (0.0,)}, ValueError, "scales: got 0.0"),
