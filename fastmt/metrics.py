@@ -49,7 +49,7 @@ class ConfusionMatrix:
             ValueError: shapes differ, or (on CPU) a value outside 0..C-1 and not ignored.
         """
         _check_integers(predicted, labels)
-        self._follow(labels.device)
+        self._prepare(labels.device)
         truth = labels.to(self._counts.device, torch.int64).flatten()
         guess = predicted.to(self._counts.device, torch.int64).flatten()
         c = self.num_classes
@@ -70,7 +70,7 @@ class ConfusionMatrix:
             raise ValueError(
                 f"other: got a matrix of {other.num_classes} classes, expected {self.num_classes}"
             )
-        self._follow(other._counts.device)
+        self._prepare(other._counts.device)
         self._counts += other._counts.to(self._counts.device)
 
     @property
@@ -99,10 +99,13 @@ class ConfusionMatrix:
         matrix = self.matrix.double()
         return float(matrix.diagonal().sum() / matrix.sum())
 
-    def _follow(self, device: torch.device) -> None:
+    def _prepare(self, device: torch.device) -> None:
+        """Counts that can be added to, on the device of the first that are."""
         if self._device is None:
             self._device = device
             self._counts = self._counts.to(device)
+        if self._counts.is_inference() and not torch.is_inference_mode_enabled():
+            self._counts = self._counts.clone()  # autograd refuses to write into the former
 
     def _out_of_range(self, truth: Tensor, guess: Tensor) -> str:
         c = self.num_classes

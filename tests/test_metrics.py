@@ -79,6 +79,15 @@ def test_updates_and_merges_add_up():
     assert first.matrix.sum() == 0
 
 
+def test_counts_of_inference_mode_go_on_outside_of_it():
+    with torch.inference_mode():
+        matrix = ConfusionMatrix(2)
+        matrix.update(torch.tensor([0, 1]), torch.tensor([0, 0]))
+    matrix.update(torch.tensor([1]), torch.tensor([1]))
+    matrix.merge(matrix)
+    assert matrix.matrix.tolist() == [[2, 2], [0, 2]]
+
+
 def test_a_negative_ignore_index_works_with_uint8_labels():
     matrix = ConfusionMatrix(200, ignore_index=-100)
     matrix.update(torch.tensor([156]), torch.tensor([156], dtype=torch.uint8))
