@@ -20,10 +20,12 @@ _COMMAND = f"python -m {SOFTWARE}"  # with which figures and table say how they 
 def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Make the folder; refuse to replace files that `fastmt adapt` did not write, or a run untold.
 
-    Raises DataError naming a foreign file in the place of a result, and CheckpointError where there
-    is an earlier run, finished or not, that is neither resumed nor overwritten. Checkpoints to
-    resume from are left to `MeanTeacher.resume`.
+    Raises DataError naming a foreign file in the place of a result, or a path that TensorBoard
+    cannot write to, and CheckpointError where there is an earlier run, finished or not, that is
+    neither resumed nor overwritten. Checkpoints to resume from are left to `MeanTeacher.resume`.
     """
+    if not _is_utf8(str(out)):
+        raise DataError(f"{out}: is not UTF-8, as TensorBoard's files need; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     earlier = _results(out) + ([] if resume else _checkpoints(out))
     for path in earlier:
@@ -52,6 +54,13 @@ def _results(out: Path) -> list[Path]:
 
 def _checkpoints(out: Path) -> list[Path]:
     return sorted(path for variant in VARIANTS for path in out.glob(f"seed*/{variant}.pt"))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_ours(path: Path) -> bool:

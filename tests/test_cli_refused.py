@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
@@ -159,6 +160,12 @@ def test_an_out_that_is_a_file_is_named(tmp_path, capfd):
 
 def denied(path):
     return PermissionError(13, "Permission denied", path)
+
+
+def test_an_out_that_tensorboard_cannot_write_to_is_named_before_the_data_is_read(tmp_path, capfd):
+    out = os.fsdecode(b"o\xff")
+    complaint = fail(capfd, ["adapt", "--out", str(tmp_path / out)])
+    assert ": is not UTF-8, as TensorBoard" in complaint and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
