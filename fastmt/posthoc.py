@@ -40,6 +40,7 @@ def gamma_of(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
+@torch.no_grad()
 def average(
     snapshots: Sequence[Snapshot], gamma: float, updates: int | None = None
 ) -> dict[str, Tensor]:
@@ -51,8 +52,11 @@ def average(
         updates: the moment in training; by default that of the last snapshot.
 
     Floating and complex tensors are summed in double precision and keep their dtype; all else, as
-    float8, is that of the last snapshot. Raises ValueError without snapshots, for one that lacks an
-    entry of the last, for a time before the first update, or for a gamma of at most -1/2.
+    float8, is that of the last snapshot. The snapshots' weights sum to 1 only as nearly as these
+    come to the wanted average. No gradient.
+
+    Raises ValueError without snapshots, for one that lacks an entry of the last, for a time before
+    the first update, or for a gamma of at most -1/2.
     """
     if not snapshots:
         raise ValueError("snapshots: got none, expected at least one")

@@ -75,6 +75,12 @@ def test_a_width_that_no_power_function_has_is_refused(width):
         posthoc.gamma_of(width)
 
 
+def test_an_average_of_parameters_is_no_part_of_a_graph():
+    states = [dict(nn.Linear(2, 2).named_parameters()) for _ in range(2)]
+    snapshots = [posthoc.Snapshot(10 * i + 10, 3.0, state) for i, state in enumerate(states)]
+    assert not posthoc.average(snapshots, 5.0)["weight"].requires_grad
+
+
 def test_no_snapshots_are_refused():
     with pytest.raises(ValueError, match="^snapshots: got none"):
         posthoc.average([], 3.0)
