@@ -63,6 +63,10 @@ class InversePower:
     inv_gamma: float = 1.0
     power: float = 2 / 3
 
+    def __post_init__(self) -> None:
+        arguments.check_positive("inv_gamma", self.inv_gamma)
+        arguments.check_positive("power", self.power)
+
     def __call__(self, step: int) -> float:
         return min(1 - (1 + step / self.inv_gamma) ** -self.power, self.decay)
 

@@ -69,6 +69,12 @@ def test_a_track_whose_first_student_would_outweigh_all_others_is_refused():
         decays.PowerFunction(-1)
 
 
+@pytest.mark.parametrize("option", ["inv_gamma", "power"])
+def test_an_inverse_power_that_does_not_rise_is_refused(option):
+    with pytest.raises(ValueError, match=f"{option}: got 0.0, expected a positive finite number"):
+        decays.InversePower(0.9, **{option: 0.0})
+
+
 @pytest.mark.parametrize("width", [0, 0.3, float("nan")])
 def test_a_width_that_no_power_function_has_is_refused(width):
     with pytest.raises(ValueError, match="^sigma_rel: got"):
