@@ -86,6 +86,11 @@ def _checked(source: str, name: str) -> str:
     return name
 
 
+def default_backend() -> str:
+    """What FASTMT_BACKEND asks for; ValueError for an unknown name."""
+    return _checked("FASTMT_BACKEND", _DEFAULT.value() or "auto")
+
+
 def choose(
     operation: str,
     tensors: Sequence[Tensor],
@@ -101,9 +106,7 @@ def choose(
         obstacle: what in the other arguments no kernel supports yet, if anything.
         upsampled: the kernels would up-sample the logits.
     """
-    name, strict = _state.request or _Request(
-        _checked("FASTMT_BACKEND", _DEFAULT.value() or "auto"), False
-    )
+    name, strict = _state.request or _Request(default_backend(), False)
     choice = _resolve(operation, name, tensors, obstacle, upsampled)
     if _state.explaining:
         raise _Answer(choice)

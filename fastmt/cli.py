@@ -14,8 +14,10 @@ from typing import NoReturn
 
 import torch
 
+from fastmt import backends, cpp_backend
 from fastmt.adapt import Interrupted
 from fastmt.adapt_command import add_adapt
+from fastmt.arguments import first_line
 from fastmt.checkpoint import CheckpointError
 from fastmt.data import DataError
 from fastmt.doctor import add_doctor
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
+            _check_environment()
             status = args.run(args, shlex.join(["python", "-m", "fastmt", *words]))
             print(end="", flush=True)  # what cannot be written is told here
     except Interrupted as stop:
@@ -56,12 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         _say(f"{name}: error: nothing reads its output any more")
         return 2
-    except (DataError, CheckpointError, ImportError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, ImportError, OSError, MemoryError, RuntimeError) as error:
         if (told := _told(error, args)) is None:
             raise  # a mistake of fastmt itself, which only its traceback explains
         _say(f"{name}: error: {told}")
         return 2
     return status or 0
+
+
+def _check_environment() -> None:
+    """Ask for what kernels would ask for in the first step, after an earlier run was replaced."""
+    backends.default_backend()
+    cpp_backend.instruction_set()
 
 
 def _told(error: Exception, args: argparse.Namespace) -> str | None:
@@ -70,6 +79,8 @@ def _told(error: Exception, args: argparse.Namespace) -> str | None:
         return f'{error.name} is not installed: pip install "fastmt[train]"'
     if isinstance(error, (DataError, CheckpointError, ImportError)):
         return str(error)
+    if str(error).startswith("FASTMT_"):  # a variable of the environment, which it names
+        return first_line(error)
     if isinstance(error, OSError):
         if args.out is None:
             return f"{error.filename or 'stdout'}: {error.strerror or error}"

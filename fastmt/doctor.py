@@ -171,11 +171,13 @@ def _versions() -> dict[str, str]:
 
 
 def _build() -> dict[str, str]:
-    """What the build recorded, and whether its libraries load."""
+    """What the build recorded, whether its libraries load, and whether calls ask for others."""
     found = {
         "kernels": cpp_backend.missing() or f"loaded, {cpp_backend.instruction_set()}",
         "CUDA kernels": cpp_backend.cuda_missing() or "loaded",
     }
+    if (asked := backends.default_backend()) != "auto":
+        found["FASTMT_BACKEND"] = f"{asked}, which calls take instead of what is tested here"
     recorded = cpp_backend.build_info()
     for prefix, part in (("", recorded), ("CUDA ", recorded.get("cuda", {}))):
         for name in ("compiler", "torch_target"):

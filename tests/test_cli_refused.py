@@ -12,9 +12,12 @@ import torch
 from adapt_runs import command, fail, run, write_pair
 from PIL import Image
 
-from fastmt import adapt_command, cli
+from fastmt import adapt_command, cli, cpp_backend
 
 HUGE = "1" + 400 * "0"  # beyond any float
+built = pytest.mark.skipif(
+    cpp_backend.missing() is not None, reason="the C++ kernels are not built"
+)
 
 
 def _missing(folder):
@@ -160,6 +163,14 @@ def test_an_out_that_is_a_file_is_named(tmp_path, capfd):
 
 def denied(path):
     return PermissionError(13, "Permission denied", path)
+
+
+@pytest.mark.parametrize("name", ["FASTMT_BACKEND", pytest.param("FASTMT_CPU_ISA", marks=built)])
+def test_an_unknown_setting_of_the_environment_is_told_before_the_data_is_read(folders, name):
+    words = ["-m", "fastmt", *command(folders, "--overwrite")]
+    status, stdout, stderr = run(*words, **{name: "fastest"})
+    assert status == 2 and stdout == "" and len(stderr.splitlines()) == 1
+    assert stderr.startswith(f"fastmt adapt: error: {name}: got 'fastest', expected ")
 
 
 def test_an_out_that_tensorboard_cannot_write_to_is_named_before_the_data_is_read(tmp_path, capfd):

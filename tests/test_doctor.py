@@ -70,6 +70,13 @@ def test_what_was_built_is_told_without_the_figures_of_each_kernel(monkeypatch):
     assert "registers" not in str(build)
 
 
+def test_a_backend_that_the_environment_asks_for_is_told(monkeypatch):
+    monkeypatch.delenv("FASTMT_BACKEND", raising=False)
+    assert "FASTMT_BACKEND" not in fastmt.doctor(timing=False).build
+    monkeypatch.setenv("FASTMT_BACKEND", "eager")
+    assert fastmt.doctor(timing=False).build["FASTMT_BACKEND"].startswith("eager, ")
+
+
 @built
 def test_kernels_are_timed_against_eager(monkeypatch):
     module = importlib.import_module("fastmt.doctor")
