@@ -284,7 +284,7 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
                         int classes) {
   if (classes == 1) {
     const floats nothing = (z[0] - z[0]) + (y[0] - y[0]);  // 0, or NaN as a softmax would be
-    gradient[0] = nothing;
+    gradient[0] = coefficient * nothing;
     return nothing;
   }
   const Peak top = peak<true, true>(z, classes);
@@ -318,11 +318,15 @@ FASTMT_INLINE floats bce_pixel(Column z, Column y, floats inverse, floats coeffi
     odds += a;
     y[c] = a;
   }
-  const floats share = select(rest == 0.0f, splat(0), (1.0f - q_top) * p_top / rest);
+  // Where nothing is left the others lose alike, as logits that fall together do.
+  const ints alone = rest == 0.0f;
+  const floats lost = (1.0f - q_top) * p_top;
+  const floats share = select(alone, splat(0), lost / rest);
+  const floats even = select(alone, lost / float(classes - 1), splat(0));
   FASTMT_UNROLL
   for (int c = 0; c < classes; ++c) {
     const floats p = z[c] * p_scale;
-    const floats other = y[c] - p * odds + q_top * p - z[c] * share;
+    const floats other = y[c] - p * odds + q_top * p - (z[c] * share + even);
     gradient[c] = coefficient * select(top.label == c, p_top - q_top - p_top * odds, other);
   }
   return value;

@@ -98,11 +98,14 @@ def _log_one_minus_softmax(logits: Tensor, log_p: Tensor) -> Tensor:
     if logits.shape[1] == 1:
         return torch.zeros_like(logits)
     top = logits.argmax(1, keepdim=True)
-    others = logits.scatter(1, top, -math.inf)
-    alone = others.amax(1, keepdim=True) == -math.inf  # where a logsumexp has no gradient
-    rest = torch.where(alone, 0, others).logsumexp(1, keepdim=True)
-    log_rest = torch.where(alone, -math.inf, rest - logits.logsumexp(1, keepdim=True))
-    is_top = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
+    first, others = logits.gather(1, top), logits.scatter(1, top, -math.inf)
+    second = others.amax(1, keepdim=True).detach()
+    alone = second == -math.inf  # where a logsumexp has no gradient
+    even = others.sum(1, keepdim=True) / (logits.shape[1] - 1)  # -inf, of which each has a share
+    rest = torch.where(alone, 0, others - second).logsumexp(1, keepdim=True)
+    # Differences of logits first: they are exact, however large the logits.
+    log_rest = torch.where(alone, even - first, second - first + rest) + log_p.gather(1, top)
+    is_top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, top, True)
     p = torch.where(is_top, 0, log_p.exp())
     return torch.where(is_top, log_rest, torch.log1p(-p))
 

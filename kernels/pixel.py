@@ -283,12 +283,17 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
         counts = (classes[i] != label[None, :]) & (classes[i] < CLASSES)
         value -= tl.sum(tl.where(counts, (1.0 - q[i]) * log_one_minus(p[i]), 0.0), 0)
         odds += tl.sum(tl.where(counts, (1.0 - q[i]) * p[i] / (1.0 - p[i]) - q[i], 0.0), 0)
-    share = tl.where(rest == 0.0, 0.0, (1.0 - q_top) * p_top / rest)
+    # Where nothing is left the others lose alike, as logits that fall together do.
+    alone = rest == 0.0
+    lost = (1.0 - q_top) * p_top
+    share = tl.where(alone, 0.0, lost / rest)
+    even = tl.where(alone, lost / tl.maximum(CLASSES - 1.0, 1.0), 0.0)
     gradient_top = p_top - q_top - p_top * odds
     gradient = ()
     for i in tl.static_range(len(z)):
         own = (1.0 - q[i]) * p[i] / (1.0 - p[i]) - q[i]
-        other = own - p[i] * odds[None, :] + q_top[None, :] * p[i] - others[i] * share[None, :]
+        other = own - p[i] * odds[None, :] + q_top[None, :] * p[i]
+        other -= others[i] * share[None, :] + even[None, :]
         is_top = classes[i] == label[None, :]
         gradient = gradient + (tl.where(is_top, gradient_top[None, :], other),)
     if CLASSES == 1:

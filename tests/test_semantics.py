@@ -230,6 +230,22 @@ def test_a_nan_or_infinite_student_propagates_to_the_loss_and_to_its_own_pixel(
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("classes", [1, 5])
+def test_a_nan_pixel_weight_propagates_to_the_loss_and_to_its_own_pixel(loss, classes):
+    student, teacher = (random_logits((2, classes, 9, 11), seed) for seed in (1, 2))
+    weight = torch.ones(2, 9, 11)
+    weight[1, 2, 3] = torch.nan
+    student.requires_grad_()
+    options = {"weight": "none", "pixel_weight": weight}
+    value = fastmt.consistency_loss(student, teacher, loss=loss, **options)
+    gradient = gradient_of(value, student)
+    assert value.isnan()
+    assert gradient[1, :, 2, 3].isnan().all()
+    gradient[1, :, 2, 3] = 0
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_nan_or_infinite_logit_propagates_to_the_cross_entropy(poison):
     logits = student_logits()
@@ -266,6 +282,42 @@ def test_bce_of_a_student_that_excludes_all_classes_but_the_right_one_is_zero(ot
     value = fastmt.consistency_loss(student, teacher, loss="bce", weight="none")
     assert value == 0
     assert not gradient_of(value, student).any()
+
+
+@pytest.mark.parametrize("classes", [2, 5, 19])
+def test_bce_of_all_classes_excluded_but_one_has_the_gradient_of_classes_far_below(classes):
+    teacher, gradients = random_logits((1, classes, 1, 3), 2), []
+    for logit in (-torch.inf, -1e4):
+        student = torch.full((1, classes, 1, 3), logit)
+        student[:, 1] = 2.0
+        student.requires_grad_()
+        value = fastmt.consistency_loss(student, teacher, loss="bce", weight="none")
+        gradients.append(gradient_of(value, student))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+    assert gradients[0].all()
+
+
+def test_bce_of_a_class_far_above_all_others_leaves_these_their_shares():
+    gradients = []
+    for logit in (200.0, 1e5, 1e30):
+        student = random_logits(SHAPE, 1)
+        student[:, 3] = logit
+        student.requires_grad_()
+        value = fastmt.consistency_loss(student, random_logits(SHAPE, 2), loss="bce", weight="none")
+        gradients.append(gradient_of(value, student))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("offset", [-(2.0**17), 2.0**17])
+def test_an_offset_of_all_classes_alike_changes_neither_loss_nor_gradient(loss, offset):
+    logits, results = (random_logits(SHAPE, 1) * 64).round() / 64, []
+    for student in (logits, logits + offset):
+        student.requires_grad_()
+        value = fastmt.consistency_loss(student, random_logits(SHAPE, 2), loss=loss, weight="none")
+        results.append((value, gradient_of(value, student)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [(1, 5), (2, 10)])
