@@ -151,7 +151,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def is_expanded(tensor: Tensor) -> bool:
     """Whether several elements are one place in memory."""
-    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(n > 1 and step == 0 for n, step in steps)
 
 
 def update_eagerly(

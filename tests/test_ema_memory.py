@@ -87,6 +87,12 @@ def test_a_tensor_that_was_empty_is_averaged_once_it_is_not(dtype):
     assert (teacher[1] == 0.5).all()
 
 
+def test_a_tensor_without_elements_has_no_two_of_them_in_one_place():
+    teacher = [torch.zeros(3), torch.zeros(1, 0).expand(4, 0)]
+    fastmt.ema_update_(teacher, [torch.ones(3), torch.zeros(4, 0)], 0.5)
+    assert (teacher[0] == 0.5).all()
+
+
 @pytest.mark.parametrize(("offset", "left"), [(0, 0), (0, 4), (8, 40)])
 def test_memory_that_is_gone_is_never_touched(offset, left, kernels):
     teacher, student = [torch.zeros(8), torch.zeros(8)], [torch.ones(8), torch.ones(16)[offset:]]
