@@ -52,8 +52,8 @@ def consistency_loss(
         threshold: float, 0-dim tensor, or (C,) tensor indexed by the teacher's label.
         strict: a pixel passes with score > threshold instead of >=.
         temperature: of the teacher's softmax, positive.
-        pixel_weight: float (N, *out), multiplies the weight; copied where it is not float32. Not
-            differentiable.
+        pixel_weight: float (N, *out), multiplies the weight; copied where it is not float32 or the
+            logits are float16. Not differentiable.
         valid: bool (N, *out); False pixels are ignored.
         normalize: divide the sum by the number of "all" pixels, of "valid" ones, of "selected"
             ones (valid and passing), or by the "weight" (its sum). Nothing to divide by: loss 0.
@@ -100,14 +100,19 @@ def consistency_loss(
             return_stats=return_stats,
         )
     student, *members = upsampled_before([student, *members], size, align_corners)
-    maps = [None if pixel_weight is None else pixel_weight.float(), valid]
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
+    weights = None if pixel_weight is None else pixel_weight.float()
+    unit = gradients.unit_of(weights, student, wants_gradient)
+    maps = [weights if unit is None else weights / unit, valid]
     limits = _limits(threshold, student.device, choice.backend)
     sampling = (1 / float(temperature), choice.inside)
     call = (members, limits, *maps, choice.options, *sampling, align_corners)
     kernels = backends.operations(choice.backend)
     results = _ConsistencyLoss.record(student, kernels, call, wants_gradient, return_stats)
-    return (results[0], ConsistencyStats(*results[1:])) if return_stats else results
+    value = results[0] if return_stats else results
+    if unit is not None and normalize != "weight":
+        value = value * unit
+    return (value, ConsistencyStats(*results[1:])) if return_stats else value
 
 
 class _Choice(NamedTuple):

@@ -34,8 +34,8 @@ def cross_entropy(
         labels: (N, *out), uint8 or int64, class ids 0..C-1 or ignore_index. Logits of another
             spatial size are up-sampled to the labels' as by F.interpolate (bilinear in 2-D).
         ignore_index: pixels with this label have loss and gradient exactly 0.
-        pixel_weight: float (N, *out), multiplied in; copied where it is not float32. Not
-            differentiable.
+        pixel_weight: float (N, *out), multiplied in; copied where it is not float32 or the
+            logits are float16. Not differentiable.
         class_weight: float (C,). Not differentiable. A class of weight 0 adds nothing, even with a
             logit of -inf, where PyTorch has NaN; nor, without smoothing, do the pixels that have
             its label, whatever their logits hold.
@@ -71,16 +71,19 @@ def cross_entropy(
         )
     if logits.ndim != 4:
         (logits,) = upsampled_before([logits], labels.shape[1:], align_corners)
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    pixels = None if pixel_weight is None else pixel_weight.float()
+    unit = gradients.unit_of(pixels, logits, wants_gradient)
     weights = [
-        None if pixel_weight is None else pixel_weight.float(),
+        pixels if unit is None else pixels / unit,
         None if class_weight is None else class_weight.float().contiguous(),
     ]
     # Python's own numbers: Triton compiles for none of NumPy's.
     options = [int(ignore_index), NORMALIZATIONS.index(normalize)]
-    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     call = (labels, *weights, options, float(label_smoothing), align_corners)
     kernels = backends.operations(choice.backend)
-    return _CrossEntropy.record(logits, kernels, call, wants_gradient)
+    value = _CrossEntropy.record(logits, kernels, call, wants_gradient)
+    return value if unit is None or normalize == "weight" else value * unit
 
 
 def _choose(

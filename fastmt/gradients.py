@@ -23,6 +23,19 @@ class KnownGradient(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*arguments)
 
 
+def unit_of(weights: Tensor | None, logits: Tensor, wants_gradient: bool) -> Tensor | None:
+    """What pixel weights are best divided by: a power of two near the largest, 0-dim.
+
+    The gradient of float16 logits is stored before what it is divided by and multiplied with is
+    known: of weights near 1 it keeps within the range of float16. None for all others.
+    """
+    if not wants_gradient or weights is None or logits.dtype != torch.float16:
+        return None
+    largest = weights.abs().amax() if weights.numel() else weights.new_ones(())
+    unit = largest.log2().floor().exp2()
+    return torch.where((unit > 0) & (unit < torch.inf), unit, 1)
+
+
 def keep(
     ctx: Any,
     kernels: Any,

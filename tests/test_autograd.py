@@ -140,6 +140,30 @@ def test_a_loss_scale_keeps_half_precision_gradients_from_vanishing(operation, d
     assert_gradient_close(gradient, expected, dtype)
 
 
+@pytest.mark.parametrize("operation", [fastmt.consistency_loss, fastmt.cross_entropy])
+@pytest.mark.parametrize("normalize", ["all", "valid", "weight"])
+@pytest.mark.parametrize("size", [(9, 11), (18, 22)])
+@pytest.mark.parametrize("unit", [2.0**-30, 2.0**30])
+def test_the_unit_of_pixel_weights_keeps_float16_gradients_as_they_are(
+    operation, normalize, size, unit
+):
+    weights, gradients = torch.rand(2, *size, generator=torch.Generator().manual_seed(3)), []
+    weights[0, 0, :3] = torch.tensor([0.0, 1.0, -0.5])
+    options = {"normalize": normalize}
+    if operation is fastmt.consistency_loss:
+        target = random_logits((2, 5, *size), 2)
+        options |= {"size": size, "weight": "none"}
+    else:
+        target = torch.arange(2 * size[0] * size[1]).view(2, *size) % 5
+    for factor in (1.0, unit):
+        z = logits(torch.float16)
+        value = operation(z, target, pixel_weight=weights * factor, **options)
+        scale = 1 if normalize == "weight" else 1 / factor
+        gradients.append(torch.autograd.grad(value * scale, z)[0])
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+
+
 def test_a_zero_grad_output_gives_zero_gradient():
     z = logits()
     value, _ = fastmt.consistency_loss(z, random_logits(SHAPE, 2), return_stats=True)
