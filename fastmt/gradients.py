@@ -31,8 +31,8 @@ def unit_of(weights: Tensor | None, logits: Tensor, wants_gradient: bool) -> Ten
     """
     if not wants_gradient or weights is None or logits.dtype != torch.float16:
         return None
-    largest = weights.abs().amax() if weights.numel() else weights.new_ones(())
-    unit = largest.log2().floor().exp2()
+    low, high = weights.aminmax() if weights.numel() else weights.new_ones(2)
+    unit = torch.maximum(high, -low).log2().floor().exp2()
     return torch.where((unit > 0) & (unit < torch.inf), unit, 1)
 
 
