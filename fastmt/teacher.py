@@ -51,9 +51,10 @@ class EMATeacher(Counting):
             (`compensation`), as many bytes again. Either is done in the launch that does the rest.
         seed: of stochastic rounding; the same seed and students give the same teacher.
         device: of the teacher; default: the student's. On "cpu" it takes no memory of the student's
-            GPU: update() starts a copy of the student to pinned memory and returns, and the average
-            is made at the next update(), or when this module is called, saved, copied or moved.
-            Whatever else reads it (`module`, parameters(), buffers()) has to call flush() before.
+            GPU once it is made: update() starts a copy of the student to pinned memory and
+            returns, and the average is made at the next update(), or when this module is called,
+            saved, copied or moved. Whatever else reads it (`module`, parameters(), buffers()) has
+            to call flush() before.
 
     Starts in eval mode, until train() of a module that holds it sets it like its other children.
     `module` is the averaged network; forward runs it without gradient. From an update on it holds
