@@ -1,6 +1,6 @@
 """Averages in half precision that a table of addresses leads to are the reference's, to the bit.
 
-These are the C++ kernels of the CPU; tests/cuda_on_host and tests/triton run the
+These are the C++ kernels of the CPU; tests/cuda_on_host and tests/triton_kernels run the
 same tests on those of a GPU.
 """
 

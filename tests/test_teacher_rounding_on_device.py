@@ -1,6 +1,6 @@
 """Teachers in half precision as a GPU updates them, a table and one launch, against the reference.
 
-By the CPU's kernels, or Triton's where tests/triton runs this.
+By the CPU's kernels, or Triton's where tests/triton_kernels runs this.
 """
 
 from __future__ import annotations

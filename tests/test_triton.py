@@ -1,4 +1,8 @@
-"""The Triton kernels without a GPU: tests/triton in a process that has Triton's interpreter on."""
+"""The Triton kernels without a GPU: tests/triton_kernels in a process with Triton's interpreter.
+
+The folder is not called triton: pytest puts tests/ on the path, and where Triton is not installed,
+torch would import the folder in its place.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parent / "triton"
+FOLDER = Path(__file__).parent / "triton_kernels"
 
 
 def test_the_triton_kernels_pass_their_tests_under_the_interpreter():

@@ -3,8 +3,8 @@
 python -m benchmarks.gpu_choice.run >> benchmarks/gpu_choice/results.txt
 
 Times are of the GPU with the host ahead (benchmarks/gpu_times.py); nothing is checked here, which
-tests/gpu and tests/triton do. A line: what, microseconds, GB/s of the bytes that have to move. What
-is compiled most comes last: it takes longer than all else, and may be cut short.
+tests/gpu and tests/triton_kernels do. A line: what, microseconds, GB/s of the bytes that have to
+move. What is compiled most comes last: it takes longer than all else, and may be cut short.
 """
 
 from __future__ import annotations
