@@ -47,7 +47,7 @@ inline bool weigh_labels(const CrossEntropyCall& call, const int64_t* labels, in
     const bool is_valid = given != ignored, in_range = (given >= 0) & (given < classes);
     valid += is_valid;
     wrong += is_valid & !in_range;
-    label[i] = is_valid & in_range ? int32_t(given) : 0;
+    label[i] = (is_valid & in_range) ? int32_t(given) : 0;
     weight[i] = is_valid ? weight[i] : 0.0f;
     active |= weight[i] != 0;
   }
