@@ -50,8 +50,8 @@ class EMATeacher(Counting):
             right on average; "kahan" keeps what rounding has lost in a tensor beside each
             (`compensation`), as many bytes again. Either is done in the launch that does the rest.
         seed: of stochastic rounding; the same seed and students give the same teacher.
-        device: of the teacher; default: the student's. On "cpu" it takes no memory of the student's
-            GPU once it is made: update() starts a copy of the student to pinned memory and
+        device: of the teacher; default: the student's. On "cpu" its parameters and buffers take no
+            memory of the student's GPU: update() starts a copy of the student to pinned memory and
             returns, and the average is made at the next update(), or when this module is called,
             saved, copied or moved. Whatever else reads it (`module`, parameters(), buffers()) has
             to call flush() before.
@@ -98,10 +98,8 @@ class EMATeacher(Counting):
         draw_seed = int(seed) if rounding == "stochastic" else None
         super().__init__(decay, warmup, update_every, start, draw_seed)
         self.buffer_rule, self.rounding = buffers, rounding
-        self.module = copied(unwrapped(student)).requires_grad_(False)
+        self.module = copied(unwrapped(student), device).requires_grad_(False)
         retype(self.module, dtype, rounding)
-        if device is not None:
-            self.module.to(device)
         self.compensation: dict[str, Tensor] = {}
         self._student = weakref.ref(unwrapped(student))
         self._plan: Plan | None = None

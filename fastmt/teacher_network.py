@@ -19,14 +19,18 @@ carrying: set[nn.Module] = set()  # students that carry a teacher's weights for 
 _lending = threading.Lock()
 
 
-def copied(network: nn.Module) -> nn.Module:
+def copied(network: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """A copy with memory of its own, on another `device` where one is given."""
     for name, tensor in _named_tensors(network):
         if is_lazy(tensor):
             raise ValueError(
                 f"student: {name!r} has no shape yet, expected a network that has seen a batch"
             )
+    elsewhere = {} if device is None else _copies_on(device, network)
     try:
-        twin = copy.deepcopy(network)
+        twin = copy.deepcopy(network, elsewhere)
+    except torch.OutOfMemoryError:  # also a RuntimeError
+        raise
     except (AssertionError, RuntimeError, TypeError) as error:
         kind = type(network).__name__
         raise TypeError(
@@ -35,7 +39,26 @@ def copied(network: nn.Module) -> nn.Module:
     for buffer in twin.buffers():  # parameters have memory of their own from deepcopy
         buffer.data = buffer.data.clone()
     _check_functions(network, twin)
-    return twin
+    return twin if device is None else twin.to(device)
+
+
+@torch.no_grad()
+def _copies_on(device: torch.device | str, network: nn.Module) -> dict[int, object]:
+    """What deepcopy is to take for parameters and buffers, by their ids.
+
+    Those that it makes itself lie beside the student's, where there may be no room for them. It
+    does make what has a copy of another kind: subclasses, graph leaves, what carries attributes.
+    """
+    copies: dict[int, object] = {}
+    for _, tensor in _named_tensors(network):
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            continue
+        if type(tensor).__deepcopy__ is nn.Parameter.__deepcopy__:
+            data = tensor.data.to(device, copy=True)
+            copies[id(tensor)] = type(tensor)(data, tensor.requires_grad)
+        elif type(tensor) is Tensor and not tensor.requires_grad and not vars(tensor):
+            copies[id(tensor)] = tensor.to(device, copy=True)
+    return copies
 
 
 def _named_tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
