@@ -14,10 +14,10 @@ from fastmt import arguments, backends, ema_lists, ema_table, reference
 from fastmt.ema_bound import (
     AVERAGE,
     COPY,
-    KERNEL_DTYPES,
     Bound,
     Rest,
     Row,
+    has_kernels,
     is_expanded,
     is_served,
     place_of,
@@ -111,7 +111,7 @@ def _update_on_device(
 
 
 def _representatives(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensor that decides where the launch runs: the first one of a dtype it serves, if any.
+    """The tensor that decides where the launch runs: the first that may be part of it, if any.
 
     The binding sorts out the others.
     """
@@ -119,7 +119,7 @@ def _representatives(tensors: list[Tensor]) -> list[Tensor]:
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             _check_memory("teacher", tensors)
-        if tensor.dtype in KERNEL_DTYPES:
+        if has_kernels(tensor):
             return [tensor]
         if floating is None and tensor.is_floating_point():
             floating = tensor

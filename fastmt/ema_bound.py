@@ -16,6 +16,7 @@ from fastmt import native, reference
 AVERAGE, COPY, KEEP, STOCHASTIC, KAHAN = range(5)  # as in csrc/cpu/calls.h
 _ROUNDINGS = {AVERAGE: "nearest", COPY: "nearest", STOCHASTIC: "stochastic", KAHAN: "kahan"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels average
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Row(NamedTuple):
@@ -137,7 +138,12 @@ def place_of(tensor: Tensor) -> int:
 def is_plain(tensor: Tensor) -> bool:
     """No subclass, whose data the kernels would not know, nor what changes its sign when read."""
     lazy = tensor.is_neg() or tensor.is_conj()
-    return type(tensor) in (Tensor, nn.Parameter) and not lazy
+    return type(tensor) in _PLAIN and not lazy
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether there are kernels for tensors of its type and dtype on any device."""
+    return tensor.dtype in KERNEL_DTYPES and type(tensor) in _PLAIN
 
 
 def is_dense(tensor: Tensor) -> bool:

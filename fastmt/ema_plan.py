@@ -17,11 +17,11 @@ from fastmt.ema_bound import (
     COPY,
     KAHAN,
     KEEP,
-    KERNEL_DTYPES,
     STOCHASTIC,
     Bound,
     Rest,
     Row,
+    has_kernels,
     is_served,
     place_of,
     update_eagerly,
@@ -74,7 +74,7 @@ class Plan:
         averages = [average for row in self.rows for average in row.averages]
         self.device = averages[0].device if averages else torch.device("cpu")
         floating = [average for average in averages if average.is_floating_point()]
-        self._first = ([a for a in floating if a.dtype in KERNEL_DTYPES] or floating)[:1]
+        self._first = (list(filter(has_kernels, floating)) or floating)[:1]
         self.on_host = are_on_host(self._first)
         self._choice = backends.Remembered("ema_update_", self._first)
         usable = cpp_backend.missing() is None

@@ -171,6 +171,26 @@ def test_a_float64_teacher_leaves_the_launch_to_the_others():
     assert {row.modes[1] for row in rest} == {KEEP}
 
 
+class Marked(nn.Parameter):
+    """A subclass as libraries make them, to tell some parameters from others."""
+
+
+def test_a_parameter_of_a_subclass_in_front_leaves_the_launch_to_the_others():
+    student = nn.Linear(3, 2)
+    student.weight, student.bias = Marked(torch.ones(2, 3)), nn.Parameter(torch.ones(2))
+    teacher = EMATeacher(student, 0.5, warmup=None)
+    averages, values = list(teacher.module.parameters()), list(student.parameters())
+    assert isinstance(averages[0], Marked)
+    with torch.no_grad():
+        values[0].fill_(3), values[1].fill_(5)
+    with fastmt.backend("cpp", strict=True):
+        teacher.update()
+        fastmt.ema_update_(averages, values, 0.5)
+    assert (averages[0] == 2.5).all() and (averages[1] == 4).all()
+    rest = teacher._plan._rest.rows
+    assert len(rest) == 1 and rest[0].averages[0] is averages[0]
+
+
 def test_a_view_that_negates_when_it_is_read_is_read_anew_at_each_call():
     base = torch.ones(20)
     teacher, student = [torch.zeros(3), torch.zeros(20)], [torch.ones(3), torch._neg_view(base)]
