@@ -69,6 +69,8 @@ def ema_update_(
         return
     if isinstance(decay, Tensor) and decay.is_cpu:
         arguments.check_between("decay", float(decay), 0, 1)
+        if not ema_table.is_capturing():  # else replays read what it holds by then
+            decay = float(decay)  # a copy of it would wait for the device
     first = _representatives(teacher)
     choice = backends.choose("ema_update_", first)
     if choice.backend == "eager":

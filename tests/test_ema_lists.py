@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastmt
-from fastmt import cpp_backend, ema_layout, ema_lists, ema_table, native
+from fastmt import cpp_backend, ema_layout, ema_lists, ema_table, native, reference
 from fastmt.ema_layout import Layout, unmoved
 
 pytestmark = [
@@ -153,6 +153,28 @@ def test_what_the_table_leaves_out_is_averaged_while_it_fits(pairs, change):
     student[-1].data = teacher[-1].data if shared else torch.ones(3, dtype=torch.float64)
     with pytest.raises(ValueError, match=rf"^student\[4\]: {re.escape(change)}"):
         fastmt.ema_update_(teacher, student, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decay_on_the_host_is_not_copied_to_the_device_which_would_be_waited_for(
+    pairs, dtype, monkeypatch
+):
+    teacher, student = pairs
+    teacher.append(torch.zeros(2, dtype=torch.float64))
+    student.append(torch.ones(2, dtype=torch.float64))
+    given = []
+    for module, name in ((ema_table, "decay_on"), (reference, "ema_update_")):
+        call = getattr(module, name)
+        note = lambda *args, call=call: given.append(args[-1]) or call(*args)  # noqa: E731
+        monkeypatch.setattr(module, name, note)
+    fastmt.ema_update_(teacher, student, torch.tensor(0.75, dtype=dtype))
+    with fastmt.backend("eager"):
+        fastmt.ema_update_(teacher, student, torch.tensor(0.75, dtype=dtype))
+    assert list(map(type, given)) == [float] * 3
+    assert (teacher[-1] == 0.4375).all()
+    monkeypatch.setattr(ema_table, "is_capturing", lambda: True)
+    fastmt.ema_update_(teacher, student, torch.tensor(0.75, dtype=dtype))
+    assert {type(decay) for decay in given[3:]} == {torch.Tensor}
 
 
 @pytest.mark.parametrize("whose", [0, 1])
