@@ -103,6 +103,7 @@ class Table:
         self.rows = table.to(device)
         self.starts = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)]).to(device)
         self.rounds = any(entry.rounds for entry in entries)
+        self._made_on = _stream(self.rows.device)
 
     def update(self, kernels: Any, decays: Tensor, draws: Tensor | None = None) -> None:
         """One launch; decays (teachers,), or 0-dim of one, is float64 on the device.
@@ -110,6 +111,11 @@ class Table:
         draws, as many of int64, where the table `rounds`.
         """
         kernels.ema_update_(self.rows, self.starts, decays, *([draws] if self.rounds else []))
+        device = self.rows.device
+        if _stream(device) != self._made_on and not is_capturing():
+            # Once dropped, their memory is given to others on the stream that they were made on.
+            for tensor in (self.rows, self.starts):
+                tensor.record_stream(torch.cuda.current_stream(device))
 
 
 class DeviceUpdate:
@@ -156,6 +162,11 @@ class DeviceUpdate:
 
 def _together(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars))
+
+
+def _stream(device: torch.device) -> int:
+    """What tells a GPU's current stream from others, as fast as that can be had."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def is_capturing() -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import fastmt
-from fastmt import cpp_backend, ema_plan
+from fastmt import cpp_backend, ema_plan, ema_table
 from fastmt.ema_bound import AVERAGE, COPY, KAHAN, KEEP, STOCHASTIC, Row
 from fastmt.ema_layout import Layout
 from fastmt.ema_table import DeviceUpdate
@@ -236,3 +238,23 @@ def test_what_no_kernel_serves_is_left_to_the_reference():
     ]
     rest = DeviceUpdate([served, *left], CPU).rest
     assert [(teacher, id(each.value)) for teacher, each in rest] == [(0, id(r.value)) for r in left]
+
+
+def test_a_table_outlives_what_another_stream_still_reads_of_it(monkeypatch):
+    """Else its memory would be given away on the stream that it was made on, and written there."""
+    now, recorded = [1], []
+    monkeypatch.setattr(ema_table, "_stream", lambda device: now[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    table = ema_table.Table([], CPU)
+    for name in ("rows", "starts"):
+        note = partial(lambda name, stream: recorded.append((name, stream)), name)
+        setattr(table, name, SimpleNamespace(device=CPU, record_stream=note))
+    kernels = SimpleNamespace(ema_update_=lambda *_: None)
+    table.update(kernels, torch.zeros(1))
+    assert not recorded
+    now[0] = 2
+    table.update(kernels, torch.zeros(1))
+    assert recorded == [("rows", 2), ("starts", 2)]
+    monkeypatch.setattr(ema_table, "is_capturing", lambda: True)  # a graph's tables are kept
+    table.update(kernels, torch.zeros(1))
+    assert len(recorded) == 2
