@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import zipfile
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastmt.arguments import first_line
+from fastmt.checkpoint_entries import check_dense, plain
 from fastmt.files import replacing
 
 __all__ = [
@@ -31,8 +29,6 @@ __all__ = [
 _FORMAT = "fastmt-checkpoint"
 _VERSION = 1
 _FOLDER = 0x10  # attribute of a record of which torch.load reads nothing, and says nothing
-_PLAIN = (bool, int, float, str, type(None))
-_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class CheckpointError(RuntimeError):
@@ -47,13 +43,13 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     and take the place of `path` in one rename; missing folders are made. A process killed half way
     leaves `path` as it was, and a `.<name>.*.tmp` beside it.
 
-    Raises TypeError naming the entry that `load` would refuse, CheckpointError when the file cannot
-    be written (disk full, no permission): the former checkpoint is then intact and the temporary
-    file gone.
+    Raises TypeError naming the entry that `load` would refuse or that has no memory, as on the meta
+    device; CheckpointError when the file cannot be written (disk full, no permission): the former
+    checkpoint is then intact and the temporary file gone.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state: got {type(state).__name__}, expected a dict")
-    payload = {"format": _FORMAT, "version": _VERSION, "state": _plain(state, "state")}
+    payload = {"format": _FORMAT, "version": _VERSION, "state": plain(state, "state")}
     _write_atomically(path, lambda file: _torch_save(payload, file))
 
 
@@ -111,19 +107,26 @@ def check_architecture(
 def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
     """Write a flat state dict as a safetensors file, as atomically as `save`.
 
-    Tied tensors are written once a name. Raises TypeError for an entry that is no tensor,
-    CheckpointError when the file cannot be written, ImportError when safetensors is not installed.
+    Tied tensors are written once a name. Raises TypeError naming an entry that is no dense tensor
+    or of a dtype that safetensors lacks, CheckpointError when the file cannot be written,
+    ImportError when safetensors is not installed.
     """
     safetensors_torch = _import_safetensors()
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise TypeError(f"state_dict: got {kind}, expected a state dict, as module.state_dict()")
     for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            kind = type(tensor).__name__
-            raise TypeError(f"state_dict[{name!r}]: got {kind}, expected a tensor")
+        check_dense(name, tensor)
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in state_dict.items()
     }
-    content = safetensors_torch.save(tensors, metadata={"format": "pt"})
+    try:
+        content = safetensors_torch.save(tensors, metadata={"format": "pt"})
+    except KeyError as error:  # of its table of dtypes
+        name = next(name for name, tensor in tensors.items() if tensor.dtype in error.args)
+        kind = tensors[name].dtype
+        raise TypeError(f"state_dict[{name!r}]: is {kind}, which safetensors lacks") from error
     _write_atomically(path, lambda file: file.write(content))
 
 
@@ -149,27 +152,6 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"shape {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     return f"type {type(value).__name__}"
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A copy in plain numbers; refuses by the exact type what a load without code would refuse."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    kind = type(value)
-    if kind in (list, tuple):
-        return kind(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
-    if kind in (dict, OrderedDict, Counter):  # MultiStepLR keeps its milestones in a Counter
-        copied = copy.copy(value)  # with the versions that a state dict tells beside its entries
-        for key, item in value.items():
-            if type(key) not in _PLAIN:
-                raise TypeError(f"{where}: got a {type(key).__name__} as key, expected a string")
-            copied[key] = _plain(item, f"{where}[{key!r}]")
-        return copied
-    if kind not in _PLAIN and kind not in _TENSORS:
-        raise TypeError(
-            f"{where}: got {kind.__name__}, expected a dict, list, tuple, tensor, number or string"
-        )
-    return value
 
 
 class _Sink:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_checkpoint import one_line, some_state, write_a
+from torch import nn
 
-from fastmt.checkpoint import CheckpointError, load, save
+from fastmt.checkpoint import CheckpointError, load, save, save_weights
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
@@ -121,3 +122,67 @@ def test_a_device_that_is_missing_is_told_apart_from_a_bad_file(tmp_path):
     with pytest.raises(CheckpointError, match="onto cuda .*; check map_location") as info:
         load(tmp_path / "a.pt", map_location="cuda")
     one_line(info)
+
+
+def freed():
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: torch.ones(3, device="meta"), "is on the meta device, expected a .* with memory"),
+        (lambda: torch.ones(3).to_mkldnn(), "is torch._mkldnn, expected a .*"),
+        (freed, "its storage was freed, expected memory"),
+    ],
+    ids=["meta", "mkldnn", "freed"],
+)
+def test_a_tensor_of_which_there_is_nothing_to_write_is_named(tmp_path, make, found):
+    with pytest.raises(TypeError, match=rf"^state\['model'\]\['bias'\]: {found}$"):
+        save(tmp_path / "a.pt", {"model": {"bias": make()}})
+    with pytest.raises(TypeError, match=rf"^state_dict\['bias'\]: {found}$"):
+        save_weights(tmp_path / "a.safetensors", {"weight": torch.ones(2), "bias": make()})
+    assert not list(tmp_path.iterdir())
+
+
+def made_of_others():
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "is torch.sparse_coo, expected a dense tensor"),
+        (lambda: torch.eye(3).to_sparse_csr(), "is torch.sparse_csr, expected a dense tensor"),
+        (made_of_others, "is made of other tensors, expected a dense tensor"),
+        (lambda: torch.ones(3).cdouble(), "is torch.complex128, which safetensors lacks"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+            "is torch.qint8, expected a dense tensor",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(quantize|Sparse|nested|TypedStorage).*")
+def test_a_tensor_that_no_safetensors_file_holds_is_named_and_a_checkpoint_holds_it(
+    tmp_path, make, found
+):
+    with pytest.raises(TypeError, match=rf"^state_dict\['bias'\]: {found}$"):
+        save_weights(tmp_path / "a.safetensors", {"weight": torch.ones(2), "bias": make()})
+    save(tmp_path / "a.pt", {"bias": make()})
+    loaded, saved = load(tmp_path / "a.pt")["bias"], make()
+    assert (loaded.dtype, loaded.layout) == (saved.dtype, saved.layout)
+    assert str(loaded) == str(saved)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (nn.Linear(2, 2), "got Linear, expected a state dict, as module.state_dict()"),
+        ({1: torch.ones(2)}, "got a int as key, expected a string"),
+    ],
+)
+def test_weights_that_are_no_state_dict_are_named(tmp_path, wrong, found):
+    with pytest.raises(TypeError, match=f"^state_dict: {found}"):
+        save_weights(tmp_path / "a.safetensors", wrong)
