@@ -52,11 +52,9 @@ def average(
         updates: the moment in training; by default that of the last snapshot.
 
     Floating and complex tensors are summed in double precision and keep their dtype; all else, as
-    float8, is that of the last snapshot. The snapshots' weights sum to 1 only as nearly as these
-    come to the wanted average. No gradient.
+    float8, is that of the last snapshot. No gradient.
 
-    Raises ValueError without snapshots, for one that lacks an entry of the last, for a time before
-    the first update, or for a gamma of at most -1/2.
+    Raises ValueError without snapshots, for one that lacks an entry of the last, and as `weights`.
     """
     if not snapshots:
         raise ValueError("snapshots: got none, expected at least one")
@@ -88,8 +86,10 @@ def _entry(snapshot: Snapshot, name: str, like: Tensor) -> Tensor:
 def weights(updates: Sequence[int], gammas: Sequence[float], end: int, gamma: float) -> list[float]:
     """The weight of each snapshot: least squares between the profiles in training time.
 
-    Raises ValueError for a time before the first update, which no profile covers, and for a gamma
-    whose profile has no square integral.
+    Divided by their sum, as in the authors' code: those of few snapshots would shrink the network.
+
+    Raises ValueError for a time before the first update, which no profile covers, for a gamma whose
+    profile has no square integral, of at most -1/2, and where no snapshot has any weight.
     """
     for name, number in (*(("snapshots", number) for number in updates), ("updates", end)):
         if number < 1:
@@ -100,7 +100,13 @@ def weights(updates: Sequence[int], gammas: Sequence[float], end: int, gamma: fl
     times, powers = np.asarray(updates, np.float64), np.asarray(gammas, np.float64)
     products = _product(times[:, None], powers[:, None], times[None], powers[None])
     wanted = _product(times, powers, np.float64(end), np.float64(gamma))
-    return np.linalg.lstsq(products, wanted, rcond=None)[0].tolist()
+    shares = np.linalg.lstsq(products, wanted, rcond=None)[0]
+    if not shares.sum() > 0:
+        raise ValueError(
+            f"snapshots: got none with any weight in the average after {end} updates, expected "
+            "one nearer"
+        )
+    return (shares / shares.sum()).tolist()
 
 
 def _product(

@@ -20,12 +20,34 @@ def test_a_snapshot_of_the_wanted_average_is_returned_whole():
     assert shares == pytest.approx([0, 0, 1], abs=1e-8)
 
 
+def shared(one, other):
+    """The integral of two profiles (g + 1) s^g / t^(g + 1), each up to its own time t."""
+    (t, g), (u, h) = one, other
+    exponent = g + h + 1
+    return (g + 1) * (h + 1) * min(t, u) ** exponent / (t ** (g + 1) * u ** (h + 1) * exponent)
+
+
 @pytest.mark.parametrize(("time", "end"), [(4, 8), (8, 4)])
-def test_a_snapshot_weighs_what_its_profile_shares_with_the_wanted_one(time, end):
-    # Of (g + 1) s^g / t^(g + 1) with g = 2 and 1: products integrated up to the earlier time.
-    shared = 6 / (time**3 * end**2) * min(time, end) ** 4 / 4
-    (weight,) = posthoc.weights([time], [2.0], end, 1.0)
-    assert weight == pytest.approx(shared / (9 / (5 * time)))
+def test_snapshots_weigh_as_least_squares_between_the_profiles_have_it(time, end):
+    a, b, wanted = (time, 2.0), (6, 3.0), (end, 1.0)
+    first = shared(a, wanted) * shared(b, b) - shared(b, wanted) * shared(a, b)
+    second = shared(b, wanted) * shared(a, a) - shared(a, wanted) * shared(a, b)
+    shares = posthoc.weights([a[0], b[0]], [a[1], b[1]], *wanted)
+    assert shares == pytest.approx([first / (first + second), second / (first + second)])
+
+
+@pytest.mark.parametrize("times", [[90], [300], [20, 50], [20, 50, 90]])
+def test_a_student_that_stands_still_is_its_own_average(times):
+    states = {"weight": torch.full((3,), 2.0)}
+    snapshots = [posthoc.Snapshot(n, gamma, states) for n in times for gamma in (6.94, 16.97)]
+    for some in (snapshots, snapshots[:1]):
+        mixed = posthoc.average(some, 10.0, 100)
+        torch.testing.assert_close(mixed, states)
+
+
+def test_snapshots_of_which_the_wanted_average_has_nothing_are_refused():
+    with pytest.raises(ValueError, match="^snapshots: got none with any weight .* after 100000 "):
+        posthoc.weights([1, 2], [7.0, 7.0], 100000, 100.0)
 
 
 def test_two_tracks_give_the_average_of_a_third_length():
