@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
 
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fastmt.matching import Pair, is_sharded, local, matched, plain_name, reshard, unwrapped
 from fastmt.rounding import HALVES
+from fastmt.teacher_functions import check_functions
 
 carrying: set[nn.Module] = set()  # students that carry a teacher's weights for the time being
 _lending = threading.Lock()
@@ -38,7 +38,7 @@ def copied(network: nn.Module, device: torch.device | str | None = None) -> nn.M
         ) from error
     for buffer in twin.buffers():  # parameters have memory of their own from deepcopy
         buffer.data = buffer.data.clone()
-    _check_functions(network, twin)
+    check_functions(network, twin)
     return twin if device is None else twin.to(device)
 
 
@@ -63,46 +63,6 @@ def _copies_on(device: torch.device | str, network: nn.Module) -> dict[int, obje
 
 def _named_tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
     return [*network.named_parameters(), *network.named_buffers()]
-
-
-def _check_functions(network: nn.Module, twin: nn.Module) -> None:
-    """A copy would run the network's own weights by a function that deepcopy passes on as it is."""
-    modules = set(network.modules())
-    twins = dict(twin.named_modules())
-    for name, module in network.named_modules():
-        passed_on = _functions(twins[name])
-        for kind, function in _functions(module):
-            if (kind, function) in passed_on and _holds(function, modules):
-                raise TypeError(
-                    f"student: the {kind} of {name or type(module).__name__!r} is a function that "
-                    "refers to the student itself, and so would a copy's; make the teacher before "
-                    "it is set, or set a method; a module is compiled by its compile()"
-                )
-
-
-def _functions(module: nn.Module) -> list[tuple[str, object]]:
-    """What a forward may call beside methods: attributes, such as a `forward`, and hooks."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    named = (*vars(module).items(), *(("forward hook", hook) for hook in hooks))
-    return [(name, function) for name, function in named if inspect.isfunction(function)]
-
-
-def _holds(function: object, modules: Container[nn.Module]) -> bool:
-    """Whether a function, or one that it closes over, refers to a module or to its method."""
-    waiting, seen = [function], set()
-    while waiting:
-        inner = waiting.pop()
-        if not inspect.isfunction(inner) or inner in seen:
-            continue
-        seen.add(inner)
-        with contextlib.suppress(ValueError):  # a variable that has no value yet
-            scope = inspect.getclosurevars(inner)
-            for value in (*scope.nonlocals.values(), *scope.globals.values()):
-                held = getattr(value, "__self__", value)
-                if isinstance(held, nn.Module) and held in modules:
-                    return True
-            waiting += scope.nonlocals.values()
-    return False
 
 
 def _remedy(network: nn.Module, error: Exception) -> str:

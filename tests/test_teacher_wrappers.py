@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -55,21 +57,51 @@ def hook_before(net: Net) -> None:
     net.norm.register_forward_pre_hook(lambda module, args: (net.last(args[0]),))
 
 
+def hold_in_a_list(net: Net) -> None:
+    net.paths = {"main": [lambda x: net.first(x)]}
+
+
+def hold_in_a_partial(net: Net) -> None:
+    net.project = functools.partial(lambda x, scale: net.first(scale * x), scale=2)
+
+
+def refer_weakly(net: Net) -> None:
+    net.norm.whole = weakref.ref(net)
+
+
+def refer_weakly_in_a_function(net: Net) -> None:
+    whole = weakref.ref(net)
+    net.project = lambda x: whole().first(x)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (call_itself, "project of 'Net'"),
-        (compile_a_method, "project of 'Net'"),
-        (hook, "forward hook of 'norm'"),
-        (hook_before, "forward hook of 'norm'"),
+        (call_itself, "project of 'Net' is a function"),
+        (compile_a_method, "project of 'Net' is a function"),
+        (hook, "forward hook of 'norm' is a function"),
+        (hook_before, "forward hook of 'norm' is a function"),
+        (hold_in_a_list, "paths of 'Net' holds a function"),
+        (hold_in_a_partial, "project of 'Net' holds a function"),
+        (refer_weakly, "whole of 'norm' is a weak reference"),
+        (refer_weakly_in_a_function, "project of 'Net' is a function"),
     ],
 )
 def test_a_function_that_would_run_the_students_weights_in_a_copy_is_refused(
     student, change, named
 ):
     change(student)
-    with pytest.raises(TypeError, match=f"^student: the {named} is a function that refers to"):
+    with pytest.raises(TypeError, match=f"^student: the {named} that refers to the student"):
         EMATeacher(student)
+
+
+def test_what_holds_functions_is_taken_where_these_refer_to_no_part_of_the_student(student):
+    student.last.paths = [{"main": nn.functional.relu}, len, functools.partial(student.first)]
+    student.last.paths.append(student.last.paths)
+    student.norm.other = weakref.ref(Net().first), weakref.ref(student.first.weight)
+    student.first.register_full_backward_hook(lambda *_: student.norm)  # no teacher comes to it
+    teacher = EMATeacher(student)
+    assert teacher.module.last.paths[2].func is teacher.module.first
 
 
 def test_hooks_that_a_copy_takes_with_it_run_the_teachers_weights(student):
