@@ -26,6 +26,12 @@ def copied(network: nn.Module, device: torch.device | str | None = None) -> nn.M
             raise ValueError(
                 f"student: {name!r} has no shape yet, expected a network that has seen a batch"
             )
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # parameters of a copy would be no leaves
+            raise TypeError(
+                f"student: {name or type(module).__name__!r} is scripted, which has no copy; make "
+                "the teacher of the network that was scripted, whose parameters it shares"
+            )
     elsewhere = {} if device is None else _copies_on(device, network)
     try:
         twin = copy.deepcopy(network, elsewhere)

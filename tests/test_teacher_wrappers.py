@@ -134,6 +134,21 @@ def test_a_student_with_what_cannot_be_copied_is_told_so(student):
         EMATeacher(student)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize(("name", "named"), [("", "RecursiveScriptModule"), ("0.", "0")])
+def test_a_scripted_student_is_told_to_be_followed_by_what_was_scripted(name, named):
+    network = nn.Sequential(nn.Linear(3, 2))
+    scripted = torch.jit.script(network)
+    student = nn.Sequential(scripted) if name else scripted
+    with pytest.raises(TypeError, match=f"^student: '{named}' is scripted.* whose parameters"):
+        EMATeacher(student)
+    teacher = EMATeacher(network, 0.0, warmup=None)
+    with torch.no_grad():
+        next(scripted.parameters()).fill_(3)
+    teacher.update()
+    assert (teacher.module[0].weight == 3).all()
+
+
 def test_a_student_that_holds_its_own_teacher_is_told_so(student):
     student.teacher = EMATeacher(student)
     with pytest.raises(ValueError, match="^student: it holds its own teacher.* of the part"):
