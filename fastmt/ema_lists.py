@@ -24,12 +24,12 @@ def lists(
 ) -> Lists:
     """The table of two lists, from the last few; `positions` of a new one are checked first."""
     key = (len(teacher), *(_place(tensors[0]) for tensors in (teacher, student) if tensors))
-    table = _tables.get(key)
+    table = _tables.pop(key, None)
     if table is None or not table.is_of(teacher, student):
-        table = _tables[key] = Lists(teacher, student, positions(teacher, student))
+        table = Lists(teacher, student, positions(teacher, student))
     if is_capturing():
         _captured.add(table)
-    _tables.move_to_end(key)
+    _tables[key] = table  # the last of all, whatever other threads have put there meanwhile
     if len(_tables) > _MAX_TABLES:
         _tables.popitem(last=False)
     return table

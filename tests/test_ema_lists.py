@@ -202,6 +202,18 @@ def test_lists_that_gave_way_to_others_are_let_go():
     assert [end() is None for end in ends] == [True] * 8 + [False] * 8
 
 
+def test_lists_that_another_thread_forgets_meanwhile_are_averaged(pairs, monkeypatch):
+    is_of = ema_lists.Lists.is_of
+
+    def is_of_meanwhile(*given):
+        ema_lists._tables.clear()
+        return is_of(*given)
+
+    monkeypatch.setattr(ema_lists.Lists, "is_of", is_of_meanwhile)
+    for _ in range(3):
+        assert_averaged(*pairs)
+
+
 def test_unmoved_says_no_for_good():
     tensor, other = torch.zeros(3), torch.zeros(3)
     holds = unmoved([tensor])
