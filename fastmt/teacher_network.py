@@ -165,6 +165,7 @@ def write(pairs: Iterable[Pair]) -> None:
         if value.is_meta:
             raise ValueError(f"network: {name!r} is on the meta device and has no memory")
         _copy(value, average)
+    torch.clear_autocast_cache()  # an autocast around this goes on with what it has cast before
 
 
 def _copy(target: Tensor, value: Tensor) -> None:
@@ -221,6 +222,7 @@ def _put_back(student: nn.Module, own: Mapping[str, Tensor], written: Container[
             _copy(now[name], value)
         elif plain_name(name, module=True) in written:
             lost.append(name)
+    torch.clear_autocast_cache()
     if lost:
         raise ValueError(
             f"student: {lost[0]!r} was removed or resized in swapped(), expected it as before; all "

@@ -190,3 +190,18 @@ def test_update_without_finite_gradients_changes_nothing(student):
     assert state == (teacher.calls, teacher.updates, teacher.current_decay())
     teacher.update(finite=torch.tensor(True))
     assert_same(teacher.module, student)
+
+
+def test_weights_that_autocast_remembers_are_those_that_the_student_carries(student):
+    student.eval()
+    teacher = EMATeacher(student)
+    advance(student, 0)
+    x = torch.randn(2, 3)
+    with torch.autocast("cpu"):
+        own, average = student(x), teacher(x)
+        assert not torch.equal(own, average)
+        with teacher.swapped():
+            assert torch.equal(student(x), average)
+        assert torch.equal(student(x), own)
+        teacher.copy_to(student)
+        assert torch.equal(student(x), average)
