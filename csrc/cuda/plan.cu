@@ -36,11 +36,16 @@ void plan(Cells& cells, int columns) {
   cells.bands = std::max(rows.size - 1, 1);
   cells.segments = (largest_band(rows, cells.bands) + MAX_ROWS - 1) / MAX_ROWS;
   const int32_t width = (cells.first.columns.out + WARP - 1) / WARP * WARP;
-  if (is_fixed(cells.classes)) return set_tile(cells, std::min(width, FIXED_TILE));
-  set_tile(cells, std::min(width, 8 * WARP));
+  const bool fixed = is_fixed(cells.classes);
+  set_tile(cells, std::min(width, fixed ? FIXED_TILE : 8 * WARP));
+  const int32_t least = fixed ? WARP : 1;  // put_corners has a thread for each class
+  const int values = (fixed ? 2 : columns) * cells.classes;
   const int64_t limit = shared_memory_of_block();
-  while (shared_bytes(cells, columns * cells.classes) > limit) {
-    if (cells.tile == 1) throw std::runtime_error("fastmt: a row of the logits is too long");
+  while (shared_bytes(cells, values) > limit) {
+    if (cells.tile == least)
+      throw std::runtime_error(
+          "fastmt: a row of the logits is too long for the CUDA C++ kernels; use "
+          "fastmt.backend(\"triton\")");
     set_tile(cells, cells.tile > WARP ? cells.tile - WARP : cells.tile / 2);
   }
 }

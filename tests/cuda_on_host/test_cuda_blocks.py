@@ -31,6 +31,15 @@ def test_images_of_many_blocks(classes, low, size):
     assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
 
 
+@pytest.mark.parametrize("classes", [*FIXED, 4])
+def test_tiles_that_touch_more_logits_than_a_block_has_memory_for_are_made_narrower(classes):
+    student, teacher = (random_logits((1, classes, 2, 60_000), seed, 4.0) for seed in (1, 2))
+    for loss in ("mse", "kl"):
+        assert_consistency(student, [teacher], (3, 130), 0.4, loss=loss)
+    labels = torch.arange(3 * 130).view(1, 3, 130) % classes
+    assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
+
+
 @pytest.mark.parametrize("classes", [*FIXED, 33])
 @pytest.mark.parametrize("loss", ["mse", "kl"])
 def test_threads_in_any_order_give_the_same_bits(classes, loss):
