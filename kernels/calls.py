@@ -45,8 +45,9 @@ class ConsistencyCall:
     ) -> ConsistencyCall:
         loss, class_mean, kind, weight, strict, normalize = options
         known = normalize == 0 or (normalize == 1 and valid is None)
-        mean = class_mean and LOSSES[loss] != "ce"
-        scale = GradientScale(student, pixels, known and WEIGHTS[weight] != "ratio")
+        class_share = 1 / student.shape[1] if class_mean and LOSSES[loss] != "ce" else 1.0
+        known = known and WEIGHTS[weight] != "ratio"
+        scale = GradientScale(student, pixels, known, class_share)
         return cls(
             teacher,
             pixel_weight,
@@ -56,7 +57,7 @@ class ConsistencyCall:
             COLUMNS[LOSSES[loss]] + (len(teacher) > 1),
             {
                 "LOSS": LOSSES[loss],
-                "CLASS_SHARE": 1 / student.shape[1] if mean else 1.0,
+                "CLASS_SHARE": class_share,
                 "KIND": KINDS[kind],
                 "WEIGHT": WEIGHTS[weight],
                 "STRICT": bool(strict),

@@ -24,14 +24,16 @@ class GradientScale:
     A gradient takes its denominator, the number of pixels, inside where that is known, which saves
     the backward pass its scaling. In float16 it would drown in the subnormals before the caller's
     loss scale lifts it; there only the pixels of one low-resolution cell are divided out, so that
-    their sum stays in range.
+    their sum stays in range, and the `class_share` that the kernel multiplies by is left out.
     """
 
-    def __init__(self, logits: Tensor, pixels: int, known: bool) -> None:
-        self.complete = known and logits.dtype != torch.float16
-        cells = logits.numel() / logits.shape[1]
-        in_cell = pixels / cells if logits.dtype == torch.float16 else 1.0
-        self.inside = 1 / pixels if self.complete else 1 / max(in_cell, 1.0)
+    def __init__(self, logits: Tensor, pixels: int, known: bool, class_share: float = 1.0) -> None:
+        half = logits.dtype == torch.float16
+        self.complete = known and not half
+        self.inside = 1 / pixels if self.complete else 1.0
+        if half:
+            cells = logits.numel() / logits.shape[1]
+            self.inside = 1 / (max(pixels / cells, 1.0) * class_share)
 
 
 def scalars(like: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:

@@ -214,6 +214,19 @@ def test_a_float16_gradient_of_many_pixels_is_not_divided_before_the_loss_scale(
     assert_gradient_close(*gradients, torch.float16)
 
 
+@pytest.mark.parametrize("size", [(6, 8), (12, 16)])
+def test_a_float16_gradient_of_a_mean_over_many_classes_is_as_exact_as_that_of_their_sum(size):
+    student, teacher = (random_logits((1, 300, 6, 8), i, 1.0, torch.float16) for i in (1, 2))
+    gradients = []
+    for class_reduction, factor in (("mean", 300), ("sum", 1)):
+        student.requires_grad_()
+        options = {"class_reduction": class_reduction, "threshold": 0.02, "normalize": "selected"}
+        loss = fastmt.consistency_loss(student, teacher, size=size, **options)
+        gradients += torch.autograd.grad(65536 * factor * loss, student)
+    assert gradients[1].any()
+    torch.testing.assert_close(*gradients, rtol=2e-3, atol=1e-6)
+
+
 def test_bce_counts_classes_too_unlikely_to_change_1():
     student = torch.zeros(1, 1000)
     student[:, 0] = 17.5  # 1 - exp(-17.5) is 1 in float32

@@ -47,7 +47,8 @@ struct ConsistencyCall {
   const View* teacher;
   int members, classes, tile;
   int loss, kind, weight;
-  bool class_mean, strict;
+  bool strict;
+  float class_share;  // of a mean over classes, else 1
   float inverse_temperature, gradient_scale;
   const float* threshold;
   bool threshold_by_label;

@@ -6,7 +6,7 @@ namespace fastmt {
 namespace {
 
 enum class Normalize : int64_t { all, valid, selected, weight };  // as in fastmt/consistency.py
-constexpr int RATIO = 2;                                          // Weight::ratio of the kernels
+constexpr int CE = 3, RATIO = 2;  // Loss::ce, which has no sum over classes, and Weight::ratio
 
 struct Maps {
   const std::optional<Tensor>&pixel_weight, &valid;
@@ -89,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
   call.members = int(teacher.size());
   call.classes = int(student.size(1));
   call.loss = int(options[0]);
-  call.class_mean = options[1] != 0;
+  const bool mean = options[1] != 0 && call.loss != CE;
+  call.class_share = mean ? 1 / float(student.size(1)) : 1;
   call.kind = int(options[2]);
   call.weight = int(options[3]);
   call.strict = options[4] != 0;
@@ -101,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
   const int64_t pixels = pixel_count(student, size);
   const bool known = (normalize == Normalize::all || (normalize == Normalize::valid && !valid)) &&
                      call.weight != RATIO;
-  const GradientScale scale = gradient_scale(student, pixels, known);
+  const GradientScale scale = gradient_scale(student, pixels, known, call.class_share);
   call.gradient_scale = scale.inside;
 
   std::optional<Tensor> gradient;

@@ -82,8 +82,7 @@ inline floats weigh(const ConsistencyCall& call, const Teacher& teacher, ints va
 
 // The weight of each pixel with the share of one class in it.
 inline floats scaled_weight(const ConsistencyCall& call, floats weight) {
-  const bool mean = call.class_mean && Loss(call.loss) != Loss::ce;
-  return weight * (mean ? 1.0f / float(call.classes) : 1.0f);
+  return weight * call.class_share;
 }
 
 // Calls f(constant<LOSS>) for the loss of the call.

@@ -118,13 +118,15 @@ bool outgrows_caches(const Tensor& tensor) {
   return tensor.numel() * int64_t(tensor.element_size()) >= most;
 }
 
-GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels) {
+GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels,
+                             double class_share) {
   const bool half = type_of(logits) == Type::float16;
   if (pixels == 0) return {1, false};
-  if (by_pixels && !half) return {float(1 / double(pixels)), true};
+  if (!half && by_pixels) return {float(1 / double(pixels)), true};
+  if (!half) return {1, false};
   const double cells = double(logits.numel()) / double(logits.size(1));
-  const double in_cell = half ? double(pixels) / cells : 1;
-  return {float(1 / std::max(in_cell, 1.0)), false};
+  const double in_cell = std::max(double(pixels) / cells, 1.0);
+  return {float(1 / (in_cell * class_share)), false};
 }
 
 namespace {

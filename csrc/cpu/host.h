@@ -74,8 +74,10 @@ struct GradientScale {
 
 // A gradient takes its denominator, the number of pixels, inside where that is known. In float16 it
 // would drown in the subnormals before the caller's loss scale lifts it; there only the pixels of
-// one low-resolution cell are divided out, so that their sum stays in range.
-GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels);
+// one low-resolution cell are divided out, so that their sum stays in range, and the `class_share`
+// that the kernel multiplies by is left out.
+GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels,
+                             double class_share = 1);
 
 // 0 where there is nothing to divide by.
 inline double ratio(double numerator, double denominator) {

@@ -91,7 +91,8 @@ struct ConsistencyCells {
   Map pixel_weight, valid;
   int32_t teacher_reach;  // low-resolution columns that a tile touches of the first one
   int32_t members, loss, kind, weight;
-  bool class_mean, strict, threshold_by_label;
+  bool strict, threshold_by_label;
+  float class_share;  // of a mean over classes, else 1
   float inverse_temperature, gradient_scale;
   const float* threshold;  // one, or one for each class
 };

@@ -5,7 +5,7 @@ namespace fastmt::cuda {
 namespace {
 
 enum Normalize { all, valid, selected, weight };
-constexpr int RATIO = 2;  // weight="ratio"
+constexpr int CE = 3, RATIO = 2;  // loss="ce", which has no sum over classes, and weight="ratio"
 
 }  // namespace
 
@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
   call.valid = map_of(valid);
   STD_TORCH_CHECK(!valid || call.valid.type == Type::uint8, "valid: expected bool");
   call.loss = int32_t(options[0]);
-  call.class_mean = options[1] != 0;
+  const bool mean = options[1] != 0 && call.loss != CE;
+  call.class_share = mean ? 1 / float(student.size(1)) : 1;
   call.kind = int32_t(options[2]);
   call.weight = int32_t(options[3]);
   call.strict = options[4] != 0;
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
   const int64_t pixels = student.size(0) * height * width;
   const bool known = (normalize == Normalize::all || (normalize == Normalize::valid && !valid)) &&
                      call.weight != RATIO;
-  const GradientScale scale = gradient_scale(student, pixels, known);
+  const GradientScale scale = gradient_scale(student, pixels, known, call.class_share);
   call.gradient_scale = scale.inside;
   const Gradient gradient(student, call.cells.first, wants_gradient);
   const Scratch scratch(call.cells, student, 1 + call.members, 2, wants_gradient);

@@ -50,9 +50,8 @@ FASTMT_INLINE void put_sums(Block& block) {
 }
 
 // The weight of a pixel with the share of one class in it.
-FASTMT_INLINE float scaled_weight(const ConsistencyCells& call, Loss loss, float weight) {
-  const bool mean = call.class_mean && loss != Loss::ce;
-  return weight * (mean ? 1.0f / float(call.cells.classes) : 1.0f);
+FASTMT_INLINE float scaled_weight(const ConsistencyCells& call, float weight) {
+  return weight * call.class_share;
 }
 
 FASTMT_INLINE void put_tiles(const ConsistencyCells& call, const Block& block) {
@@ -122,7 +121,7 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
     }
     student.go_to(student_stage, student_column, row, student_grid.step(), 1.0f);
     if (weight == 0.0f) continue;
-    const float scaled = scaled_weight(call, LOSS, weight);
+    const float scaled = scaled_weight(call, weight);
     const Student state = student_of<LOSS == Loss::ce>(student, student_stage, student_column,
                                                        row.at, belief.label);
     const float value = loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
@@ -212,7 +211,7 @@ FASTMT_INLINE float visit(const ConsistencyCells& call, Block& block, int i, Col
   const Across across(call.cells.first, block.place.image, block.tile.column_at(0));
   interpolate(call.cells.first, across, block.tile.row_at(0, i).at, classes, z);
   const Loss loss = Loss(call.loss);
-  const float scaled = scaled_weight(call, loss, weight);
+  const float scaled = scaled_weight(call, weight);
   const float value = loss_of_logits<WITH_BCE>(loss, z, y, belief, scaled * call.gradient_scale,
                                                gradient, classes);
   block.tally.add(Sums::loss, scaled * value);

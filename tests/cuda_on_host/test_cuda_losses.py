@@ -15,6 +15,9 @@ from operands import (
     threshold_near,
     thresholds_by_class,
 )
+from test_consistency import (  # noqa: F401, run here on these kernels too
+    test_a_float16_gradient_of_a_mean_over_many_classes_is_as_exact_as_that_of_their_sum,
+)
 from test_upsampling import assert_cross_entropy_is_the_reference, decided
 
 import fastmt
