@@ -93,9 +93,12 @@ def pick(totals, row: tl.constexpr):
 
 @triton.jit
 def ratio(numerator, denominator):
-    """numerator / denominator, 0 where there is nothing to divide by."""
+    """numerator / denominator, 0 where there is nothing to divide by; NaN by infinity.
+
+    So the gradient of infinite weights is NaN like their loss.
+    """
     empty = denominator == 0
-    return tl.where(empty, 0.0, numerator / tl.where(empty, 1.0, denominator))
+    return tl.where(empty, 0.0, numerator / tl.where(empty, 1.0, denominator) + 0.0 * denominator)
 
 
 @triton.jit
@@ -127,7 +130,8 @@ def consistency_total_kernel(
         denominator = passing
     else:
         denominator = factor * pick(totals, 1)
-    value = tl.where(factor == 0, 0.0, ratio(factor * pick(totals, 0), denominator))
+    denominator = tl.where(factor == 0, 0.0, denominator)
+    value = ratio(factor * pick(totals, 0), denominator)
     outside = ratio(factor, denominator) / inside
     tl.store(results[0], value.to(tl.float32))
     tl.store(results[1], fraction.to(tl.float32))

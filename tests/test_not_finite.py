@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from operands import random_logits
-from test_semantics import SHAPE, gradient_of, student_logits
+from test_semantics import SHAPE, assert_nothing_is_taught, gradient_of, student_logits
 
 import fastmt
-from fastmt.consistency import LOSSES
+from fastmt.consistency import LOSSES, NORMALIZATIONS
 
 pytestmark = pytest.mark.usefixtures("either")
 
@@ -44,6 +44,34 @@ def test_a_nan_pixel_weight_propagates_to_the_loss_and_to_its_own_pixel(loss, cl
     assert gradient[1, :, 2, 3].isnan().all()
     gradient[1, :, 2, 3] = 0
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [(9, 11), (18, 22)])
+def test_where_the_sum_of_weights_is_not_finite_loss_and_gradient_are_nan(poison, size):
+    logits = student_logits()
+    pixel_weight = torch.ones(2, *size)
+    pixel_weight[1, 4, 6] = poison
+    options = {"normalize": "weight", "pixel_weight": pixel_weight}
+    labels = torch.zeros(2, *size, dtype=torch.uint8)
+    values = [fastmt.cross_entropy(logits, labels, **options)]
+    for weight in ("none", "ratio"):
+        call = {"weight": weight, "threshold": 0.0, "size": size, **options}
+        values.append(fastmt.consistency_loss(logits, random_logits(SHAPE, 2), **call))
+    for value in values:
+        assert value.isnan()
+        assert gradient_of(value, logits)[1].isnan().any()
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_ratio_of_0_teaches_nothing_whatever_the_weights_of_pixels(poison, normalize):
+    student, pixel_weight = student_logits(), torch.full((2, 9, 11), poison)
+    options = {"weight": "ratio", "threshold": 2.0, "normalize": normalize}
+    value = fastmt.consistency_loss(
+        student, random_logits(SHAPE, 2), pixel_weight=pixel_weight, **options
+    )
+    assert_nothing_is_taught(value, student)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

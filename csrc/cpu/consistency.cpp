@@ -115,12 +115,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
 
   const double fraction = ratio(double(total.selected), double(total.valid));
   const double factor = call.weight == RATIO ? fraction : 1;
-  const double denominator = normalize == Normalize::all        ? double(pixels)
+  const double denominator = factor == 0                        ? 0
+                             : normalize == Normalize::all      ? double(pixels)
                              : normalize == Normalize::valid    ? double(total.valid)
                              : normalize == Normalize::selected ? double(total.selected)
                                                                 : factor * total.weight;
-  const double loss = factor == 0 ? 0 : ratio(factor * total.loss, denominator);
-  return {scalar_tensor(loss), scalar_tensor(fraction),
+  return {scalar_tensor(ratio(factor * total.loss, denominator)), scalar_tensor(fraction),
           scalar_tensor(ratio(total.score, double(total.valid))),
           scalar_tensor(scale.outside(ratio(factor, denominator))),
           gradient ? *gradient : torch::stable::new_empty(student, {0})};

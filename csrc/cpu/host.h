@@ -79,9 +79,9 @@ struct GradientScale {
 GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixels,
                              double class_share = 1);
 
-// 0 where there is nothing to divide by.
+// 0 where there is nothing to divide by; NaN by infinity, so that the gradient is NaN like the loss.
 inline double ratio(double numerator, double denominator) {
-  return denominator == 0 ? 0 : numerator / denominator;
+  return denominator == 0 ? 0 : numerator / denominator + 0 * denominator;
 }
 
 Tensor scalar_tensor(double value);   // float32

@@ -20,8 +20,9 @@ struct Join {
 constexpr int JOIN_THREADS = 128;
 constexpr int JOIN_CLASSES = 24;  // that one thread joins: where its shares lie is found once
 
+// As in csrc/cpu/host.h.
 FASTMT_INLINE double ratio(double numerator, double denominator) {
-  return denominator == 0 ? 0 : numerator / denominator;
+  return denominator == 0 ? 0 : numerator / denominator + 0 * denominator;
 }
 
 // d loss / d logits is scale * gradient; what the kernel has divided out is in `inside`.
@@ -38,11 +39,12 @@ struct FinishConsistency {
                  valid_count = sum[4];
     const double fraction = ratio(selected_count, valid_count);
     const double factor = finish.ratio ? fraction : 1;
-    const double denominator = finish.normalize == Normalize::all        ? double(finish.pixels)
+    const double denominator = factor == 0                               ? 0
+                               : finish.normalize == Normalize::all      ? double(finish.pixels)
                                : finish.normalize == Normalize::valid    ? valid_count
                                : finish.normalize == Normalize::selected ? selected_count
                                                                          : factor * weights;
-    *finish.loss = factor == 0 ? 0.0f : float(ratio(factor * loss, denominator));
+    *finish.loss = float(ratio(factor * loss, denominator));
     *finish.selected = float(fraction);
     *finish.mean_score = float(ratio(score, valid_count));
     put_scale(finish, ratio(factor, denominator));

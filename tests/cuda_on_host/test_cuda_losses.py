@@ -18,6 +18,10 @@ from operands import (
 from test_consistency import (  # noqa: F401, run here on these kernels too
     test_a_float16_gradient_of_a_mean_over_many_classes_is_as_exact_as_that_of_their_sum,
 )
+from test_not_finite import (  # noqa: F401, and here
+    test_a_ratio_of_0_teaches_nothing_whatever_the_weights_of_pixels,
+    test_where_the_sum_of_weights_is_not_finite_loss_and_gradient_are_nan,
+)
 from test_upsampling import assert_cross_entropy_is_the_reference, decided
 
 import fastmt
