@@ -35,7 +35,7 @@ CUDA_SOURCES = [*sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")), "csrc
 LIBRARY, CUDA_LIBRARY, RECORD = "_C.abi3.so", "_CUDA.abi3.so", "_build_info.json"
 COST = "eager PyTorch runs on CPU instead, roughly an order of magnitude slower on the losses"
 CUDA_COST = "on a GPU only Triton's kernels run"
-CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 COMPILE_FLAGS = [
     "-std=c++20",
@@ -121,19 +121,23 @@ def find_nvcc() -> str:
 
 
 def architecture_flags(nvcc: str) -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST; of the default list those that this nvcc knows."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    known = {int(number) for number in re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))}
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, or for its own default."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     flags = []
-    for name in re.split(r"[;\s]+", (asked or CUDA_ARCHITECTURES).strip()):
+    for name in re.split(r"[;\s]+", asked) if asked else default_architectures(nvcc):
         if not (found := re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)):
             raise LeftOutError(f"TORCH_CUDA_ARCH_LIST: got {name!r}, expected e.g. 8.0;9.0+PTX")
         number = found[1] + found[2]
-        if not asked and int(number) not in known:
-            continue
         code = f"sm_{number}{found[3]}" + (f",compute_{number}" if found[4] else "")
         flags.append(f"-gencode=arch=compute_{number}{found[3]},code=[{code}]")
     return flags
+
+
+def default_architectures(nvcc: str) -> list[str]:
+    """Those of CUDA_ARCHITECTURES that this nvcc knows, the last with PTX for the GPUs after it."""
+    known = re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))
+    names = [name for name in CUDA_ARCHITECTURES if name.replace(".", "") in known]
+    return [*names[:-1], *(f"{name}+PTX" for name in names[-1:])]
 
 
 def build_library(target: Path) -> str:

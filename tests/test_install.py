@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,24 @@ def test_build_without_cuda_kernels_succeeds_and_says_what_is_left_out(source, t
     required = build_wheel(source, FASTMT_BUILD_CUDA="1", **tools)
     assert required.returncode != 0
     assert f"FASTMT_BUILD_CUDA=1, but {left_out['reason']}" in required.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(("known", "newest"), [("80 90", 90), ("80 90 100 120", 100)])
+def test_the_newest_default_gpu_that_nvcc_knows_carries_the_code_for_later_ones(
+    source, tmp_path, known, newest
+):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        f'#!/bin/sh\n[ $1 = --list-gpu-arch ] || {{ echo "$*" >> {tmp_path}/asked; exit 1; }}\n'
+        f"printf 'compute_%s\\n' {known}\n"
+    )
+    nvcc.chmod(0o755)
+    only_a_stub(source)
+    built(build_wheel(source, FASTMT_BUILD_CUDA="", CUDA_HOME=str(tmp_path)), source)
+    codes = re.findall(r"code=\[(\S+)\]", (tmp_path / "asked").read_text().splitlines()[0])
+    assert [codes[0], codes[-1]] == ["sm_80", f"sm_{newest},compute_{newest}"]
 
 
 def only_a_stub(source: Path) -> None:
