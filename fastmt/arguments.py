@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from numbers import Rational, Real
@@ -49,6 +50,8 @@ def check_finite(name: str, value: float) -> None:
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
+    if not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not value >= least:
         raise ValueError(f"{name}: got {value!r}, expected at least {least}")
 
@@ -56,6 +59,25 @@ def check_at_least(name: str, value: float, least: float) -> None:
 def check_integer(name: str, value: float) -> None:
     if not (isinstance(value, Real) and value % 1 == 0):
         raise ValueError(f"{name}: got {value!r}, expected an integer")
+
+
+def as_index(name: str, value: int) -> int:
+    """An integer, NumPy's too, and no float that happens to be whole."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        got = type(value).__name__
+        raise TypeError(f"{name}: got {got}, expected an integer") from None
+
+
+def check_index(name: str, value: int) -> None:
+    if not -(2**63) <= as_index(name, value) < 2**63:
+        raise ValueError(f"{name}: got {value}, expected an integer of 64 bits")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    check_index(name, value)
+    check_at_least(name, value, least)
 
 
 def check_between(name: str, value: float, low: float, high: float) -> None:
@@ -83,6 +105,8 @@ def check_flag(name: str, value: object) -> None:
 def check_height_width(name: str, size: Sequence[int], least: int) -> None:
     if not isinstance(size, Sized):
         raise TypeError(f"{name}: got {size!r}, expected (height, width)")
+    for side in size:
+        check_index(name, side)
     if len(size) != 2 or min(size) < least:
         raise ValueError(f"{name}: got {tuple(size)}, expected (height, width) of at least {least}")
 
@@ -102,7 +126,12 @@ def check_image_shape(name: str, images: Tensor, channels: int | None = None) ->
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    if generator is not None and generator.device.type != device.type:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        got = type(generator).__name__
+        raise TypeError(f"generator: got {got}, expected a torch.Generator or None")
+    if generator.device.type != device.type:
         raise ValueError(f"generator: got one on {generator.device}, expected one on {device}")
 
 

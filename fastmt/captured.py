@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastmt.arguments import check_index
 from fastmt.steps import Scheduled, StepReport
 from fastmt.trainer import MeanTeacher
 
@@ -141,6 +142,7 @@ def _check(trainer: MeanTeacher, warmup: int, device_type: str) -> None:
         raise ValueError("trainer: got one with capturable=False, expected capturable=True")
     if trainer.device.type != device_type:
         raise ValueError(f"trainer: its student is on {trainer.device}, expected a GPU")
+    check_index("warmup", warmup)
     if warmup < 1:
         raise ValueError(f"warmup: got {warmup}, expected at least 1, to allocate what stays")
     if trainer.teacher.update_every != 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor, nn
 
@@ -113,13 +111,7 @@ def _choose(
 def _check_options(
     ignore_index: int, normalize: str, label_smoothing: float, align_corners: bool
 ) -> None:
-    try:
-        index = operator.index(ignore_index)
-    except TypeError:
-        got = type(ignore_index).__name__
-        raise TypeError(f"ignore_index: got {got}, expected an integer") from None
-    if not -(2**63) <= index < 2**63:
-        raise ValueError(f"ignore_index: got {ignore_index}, expected an integer of 64 bits")
+    arguments.check_index("ignore_index", ignore_index)
     arguments.check_choice("normalize", normalize, NORMALIZATIONS)
     arguments.check_between("label_smoothing", label_smoothing, 0, 1)
     arguments.check_flag("align_corners", align_corners or False)  # None, as in F.interpolate

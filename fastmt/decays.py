@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from fastmt import arguments
 
@@ -82,7 +83,7 @@ class PowerFunction:
     gamma: float
 
     def __post_init__(self) -> None:
-        if not self.gamma > -1:
+        if not (isinstance(self.gamma, Real) and self.gamma > -1):
             raise ValueError(f"gamma: got {self.gamma!r}, expected a number above -1")
 
     def __call__(self, step: int) -> float:
@@ -135,6 +136,7 @@ def half_life_decay(half_life: float, steps: int, images: float | None = None) -
         images: of a step.
     """
     arguments.check_positive("half_life", half_life)
+    arguments.check_positive("steps", steps)
     if images is not None:
         arguments.check_positive("images_per_step", images)
     decay = 0.5 ** (steps * (1 if images is None else images) / half_life)

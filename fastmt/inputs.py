@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmt.arguments import check_positive, first_line, shape
+from fastmt.arguments import check_between, check_index, check_positive, first_line, shape
 from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
 from fastmt.teacher_network import all_pairs, carries
@@ -101,8 +101,13 @@ def check_amp(amp: torch.dtype | None, student: nn.Module) -> None:
         )
 
 
-def check_options(clip_norm: float | None, **counts: int) -> None:
+def check_options(
+    clip_norm: float | None, class_mixing: float, ignore_index: int | None, **counts: int
+) -> None:
     """Options of the trainer that no other part of it checks before the first step."""
+    check_between("class_mixing", class_mixing, 0, 1)
+    if ignore_index is not None:
+        check_index("ignore_index", ignore_index)
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm)
     for name, count in counts.items():

@@ -27,9 +27,9 @@ class ConfusionMatrix:
         ignore_index: int = 255,
         device: torch.device | str | None = None,
     ) -> None:
-        arguments.check_at_least("num_classes", num_classes, 1)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        arguments.check_count("num_classes", num_classes)
+        arguments.check_index("ignore_index", ignore_index)
+        self.num_classes, self.ignore_index = int(num_classes), int(ignore_index)
         self._device = None if device is None else torch.device(device)
         self.reset()
 

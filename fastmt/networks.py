@@ -35,8 +35,9 @@ class UNet(nn.Module):
         self, num_classes: int, *, in_channels: int = 3, width: int = 32, stride: int = 4
     ) -> None:
         super().__init__()
-        arguments.check_at_least("num_classes", num_classes, 1)
-        arguments.check_at_least("in_channels", in_channels, 1)
+        arguments.check_count("num_classes", num_classes)
+        arguments.check_count("in_channels", in_channels)
+        arguments.check_index("width", width)
         if width < 2 or width % 2:
             raise ValueError(f"width: got {width}, expected an even number of at least 2")
         arguments.check_choice("stride", stride, _OUTPUT_STRIDES)

@@ -40,6 +40,7 @@ def gaussian_noise(
     arguments.check_floating("images", images)
     arguments.check_at_least("sigma", sigma, 0)
     arguments.check_at_least("clip", clip, 0)
+    arguments.check_flag("clamp", clamp)
     arguments.check_generator(generator, images.device)
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return _noise_of_torch(images, sigma, clip, clamp, generator)
@@ -124,7 +125,8 @@ def class_mix(
         raise TypeError(f"labels: got {labels.dtype}, expected integers")
     if labels.ndim < 2:
         raise ValueError(f"labels: got shape {arguments.shape(labels)}, expected (N, *spatial)")
-    arguments.check_at_least("num_classes", num_classes, 1)
+    arguments.check_count("num_classes", num_classes)
+    arguments.check_index("ignore_index", ignore_index)
     arguments.check_generator(generator, labels.device)
 
     label = labels.long().flatten(1)  # (N, P)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fastmt.arguments import check_between
+from fastmt.arguments import check_between, check_index
 from fastmt.files import replacing
 
 VOID_COLOUR = (24, 24, 28)
@@ -51,6 +51,7 @@ def default_palette(num_classes: int) -> np.ndarray:
     The first eleven suit street scenes; each further one is the colour of a coarse RGB grid
     that lies farthest from all before it. At most 255 classes.
     """
+    check_index("num_classes", num_classes)
     check_between("num_classes", num_classes, 0, MAX_CLASSES)
     colours = np.array(_STREET_COLOURS, np.float64)[:num_classes]
     steps = np.linspace(40, 250, 8).round()

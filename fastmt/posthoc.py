@@ -10,6 +10,7 @@ CVPR 2024, section 3.2 and appendix C.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ def gamma_of(sigma_rel: float) -> float:
     Raises:
         ValueError: outside (0, 0.288), the widths that a power function can have.
     """
-    if not 0 < sigma_rel < 12**-0.5:
+    if not (isinstance(sigma_rel, Real) and 0 < sigma_rel < 12**-0.5):
         raise ValueError(f"sigma_rel: got {sigma_rel!r}, expected a number in (0, 12^-0.5)")
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
@@ -92,10 +93,10 @@ def weights(updates: Sequence[int], gammas: Sequence[float], end: int, gamma: fl
     profile has no square integral, of at most -1/2, and where no snapshot has any weight.
     """
     for name, number in (*(("snapshots", number) for number in updates), ("updates", end)):
-        if number < 1:
-            raise ValueError(f"{name}: got one after {number} updates, expected at least 1")
+        if not (isinstance(number, Real) and number >= 1):
+            raise ValueError(f"{name}: got one after {number!r} updates, expected at least 1")
     for each in (*gammas, gamma):
-        if not each > -0.5:
+        if not (isinstance(each, Real) and each > -0.5):
             raise ValueError(f"gamma: got {each!r}, expected a number above -1/2")
     times, powers = np.asarray(updates, np.float64), np.asarray(gammas, np.float64)
     products = _product(times[:, None], powers[:, None], times[None], powers[None])

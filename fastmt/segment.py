@@ -75,7 +75,9 @@ def segment(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    _check(network, images, scales, divisor)
+    _check(network, images)
+    _check_steps(scales, divisor)
+    arguments.check_flag("flip", flip)
     arguments.check_choice("kind", kind, KINDS)
     arguments.check_positive("temperature", temperature)
     side = None if tile is None else tile_side(tile, scales, divisor)
@@ -106,6 +108,7 @@ def tile_side(tile: int, scales: Sequence[float], divisor: int = 1) -> int:
 
     Raises ValueError where a tile is no positive multiple of `divisor`, or covers less than one.
     """
+    _check_steps(scales, divisor)
     if not isinstance(tile, int):
         raise TypeError(f"tile: got {type(tile).__name__}, expected an integer")
     if tile < 1 or tile % divisor:
@@ -184,7 +187,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _check(network: nn.Module, images: Tensor, scales: Sequence[float], divisor: int) -> None:
+def _check(network: nn.Module, images: Tensor) -> None:
     if not isinstance(network, nn.Module):
         raise TypeError(f"network: got {type(network).__name__}, expected a torch.nn.Module")
     if not isinstance(images, Tensor):
@@ -203,6 +206,9 @@ def _check(network: nn.Module, images: Tensor, scales: Sequence[float], divisor:
             f"images: got shape {arguments.shape(images)}, expected (3, H, W) or (N, 3, H, W), not"
             " empty"
         )
+
+
+def _check_steps(scales: Sequence[float], divisor: int) -> None:
     if not isinstance(divisor, int):
         raise TypeError(f"divisor: got {type(divisor).__name__}, expected an integer")
     arguments.check_at_least("divisor", divisor, 1)

@@ -88,6 +88,7 @@ class EMATeacher(Counting):
         if half_life is not None:
             if decay != 0.999:
                 raise ValueError(f"decay: got {decay!r} beside half_life; give one of them")
+            arguments.check_positive("update_every", update_every)
             decay = decays.half_life_decay(half_life, update_every, images_per_step)
         elif images_per_step is not None:
             raise ValueError(f"images_per_step: got {images_per_step!r} without half_life")

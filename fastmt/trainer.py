@@ -99,7 +99,8 @@ class MeanTeacher:
         inputs.check_scheduler(scheduler, optimizer)
         inputs.check_losses(consistency=consistency, supervised=supervised)
         inputs.check_amp(amp, student)
-        inputs.check_options(clip_norm, accumulate=accumulate, passes=passes)
+        counts = {"accumulate": accumulate, "passes": passes}
+        inputs.check_options(clip_norm, class_mixing, ignore_index, **counts)
         if capturable:
             skipping.check_capturable(optimizer, class_mixing)
         self.student, self.optimizer, self.scheduler = student, optimizer, scheduler

@@ -47,7 +47,6 @@ class Views:
         seed: int,
         device: torch.device,
     ) -> None:
-        check_between("class_mixing", class_mixing, 0, 1)
         check_integer("seed", seed)
         check_between("seed", seed, *_SEEDS)
         if noise is not None:

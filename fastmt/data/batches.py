@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmt.arguments import check_at_least, check_height_width
+from fastmt.arguments import check_count, check_height_width
 from fastmt.data.folders import DataError, check_crop, size_of
 
 
@@ -49,8 +49,8 @@ class Batches:
         seed: int = 0,
         flip: bool = True,
     ) -> None:
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("seed", seed, 0)
+        check_count("batch_size", batch_size)
+        check_count("seed", seed, 0)
         if crop is not None:
             check_height_width("crop", crop, 1)
         if not len(dataset):
@@ -64,7 +64,7 @@ class Batches:
 
     def indices(self, step: int) -> list[int]:
         """Dataset indices of the batch of a step."""
-        check_at_least("step", step, 0)
+        check_count("step", step, 0)
         count = len(self.dataset)
         stream = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [int(self._permutation(at // count)[at % count]) for at in stream]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmt.arguments import first_line
+from fastmt.arguments import as_index, first_line
 from fastmt.pictures import default_palette, require_pillow
 
 VOID = 255
@@ -137,7 +137,7 @@ class SegmentationFolder:
     ) -> tuple[str, ...]:
         if isinstance(classes, str):
             raise TypeError(f"classes: got {classes!r}, expected a sequence of names")
-        if num_classes is not None and not 1 <= num_classes <= VOID:
+        if num_classes is not None and not 1 <= as_index("num_classes", num_classes) <= VOID:
             raise DataError(f"num_classes: got {num_classes}, expected 1 to {VOID}")
         source, names = ("classes", classes) if classes is not None else names_file(roots)
         if names is None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmt.arguments import check_at_least, check_choice, check_height_width
+from fastmt.arguments import check_choice, check_count, check_height_width
 from fastmt.data import painter
 from fastmt.data.looks import CLASSES, LOOKS, PAVEMENT, ROAD
 from fastmt.data.painter import Canvas, rgb
@@ -44,7 +44,7 @@ class Scenes:
         cache: bool = True,
     ) -> None:
         _check_scene(domain, seed, size)
-        check_at_least("count", count, 1)
+        check_count("count", count)
         self.domain, self.count, self.seed, self.size = domain, count, seed, tuple(size)
         self.labelled, self.cache = labelled, cache
         self.classes = CLASSES
@@ -89,7 +89,7 @@ def render_scene(
         image uint8 (H, W, 3) and label uint8 (H, W), ids as in `CLASSES`, without void.
     """
     _check_scene(domain, seed, size)
-    check_at_least("index", index, 0)
+    check_count("index", index, 0)
     rng = np.random.default_rng((seed, index, get_args(Domain).index(domain)))
     look, canvas, street = LOOKS[domain], Canvas(*size), Street(rng, size)
     for paint in (paint_sky, paint_ground, paint_buildings):
@@ -103,7 +103,7 @@ def render_scene(
 
 def _check_scene(domain: str, seed: int, size: tuple[int, int]) -> None:
     check_choice("domain", domain, get_args(Domain))
-    check_at_least("seed", seed, 0)
+    check_count("seed", seed, 0)
     check_height_width("size", size, MIN_SIZE)
 
 
