@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
+import pytest
 import torch
 from torch._dynamo.utils import counters
 
 
 def compiled(function, backend="aot_eager", **options):
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
     return torch.compile(function, backend=backend, fullgraph=True, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_integers_are_refused_where_kernels_compute(dtype):
 
 def test_the_widest_instruction_set_is_taken():
     flags = Path("/proc/cpuinfo")
-    if not flags.exists() or "flags" not in flags.read_text():
+    if platform.machine() != "x86_64" or not flags.exists():
         pytest.skip("no processor flags to compare with")
     words = set(flags.read_text().split())
     avx2 = {"avx2", "fma", "bmi2", "f16c"} <= words
