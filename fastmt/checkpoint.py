@@ -83,25 +83,27 @@ def check_architecture(
     module_state: Mapping[str, Tensor],
     loaded_state: Mapping[str, Tensor],
     path: str | os.PathLike[str],
+    *,
+    owner: str = "network",
 ) -> None:
     """Raise CheckpointError naming the first entry of a loaded state dict that does not fit.
 
     module_state: `module.state_dict()`; loaded_state: the state dict from the file; path: that
-    file, for the message. Entries of the network that are missing, or of another shape or dtype
-    (which loading would round), are named before unexpected ones.
+    file, and owner: what the module is, for the message. Entries of the module that are missing, or
+    of another shape or dtype (which loading would round), are named before unexpected ones.
     """
-    remedy = "build the network with the settings it was trained with"
+    remedy = f"build the {owner} with the settings it was trained with"
     for name, tensor in module_state.items():
         if name not in loaded_state:
-            raise CheckpointError(f"{path}: entry {name!r} of the network is missing; {remedy}")
+            raise CheckpointError(f"{path}: entry {name!r} of the {owner} is missing; {remedy}")
         expected, found = _describe(tensor), _describe(loaded_state[name])
         if expected != found:
             raise CheckpointError(
-                f"{path}: entry {name!r} has {found}, the network expects {expected}; {remedy}"
+                f"{path}: entry {name!r} has {found}, the {owner} expects {expected}; {remedy}"
             )
     for name in loaded_state:
         if name not in module_state:
-            raise CheckpointError(f"{path}: entry {name!r} is unknown to the network; {remedy}")
+            raise CheckpointError(f"{path}: entry {name!r} is unknown to the {owner}; {remedy}")
 
 
 def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:

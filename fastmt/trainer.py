@@ -229,9 +229,9 @@ class MeanTeacher:
     def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Continue from a checkpoint of `save`, with the numbers of an uninterrupted run.
 
-        Restores seed and global generators too, so that of several processes each needs its own
-        file, and returns the `extra` of `save`; another kind of device draws other numbers. Raises
-        CheckpointError, before anything is changed, when the file does not fit.
+        Restores state dicts of losses, seed and global generators too, so that of several processes
+        each needs its own file, and returns the `extra` of `save`; another kind of device draws
+        other numbers. CheckpointError, before anything is changed, when the file does not fit.
         """
         state = checkpoint.load(path)
         trainer_state.restore(self, state, path)

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastmt.checkpoint import CheckpointError, check_architecture
 from fastmt.inputs import check_own_weights
@@ -16,16 +17,18 @@ if TYPE_CHECKING:
     from fastmt.trainer import MeanTeacher
 
 _PARTS = ("student", "teacher", "optimizer", "scheduler", "scaler")
+_LOSSES = ("consistency", "supervised")
 _COUNTERS = ("steps", "skipped", "teacher_counts")
 _GENERATORS = ("seed", "generator", "global_generators")
 _HOW = ("fused", "foreach", "capturable")  # how a group is stepped is up to the run, not its state
 
 
 def collect(trainer: MeanTeacher) -> dict[str, Any]:
-    """The state of a trainer: networks, optimiser, counters, its generator and the global ones."""
+    """The state of a trainer: its parts and losses, counters, its generator and the global ones."""
     check_own_weights("save", trainer.student)
     cuda = torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else []
-    return {name: part.state_dict() for name, part in _parts(trainer).items()} | {
+    parts = _parts(trainer) | _losses(trainer)
+    return {name: part.state_dict() for name, part in parts.items()} | {
         "kinds": _kinds(trainer),
         "parameters": _parameters(trainer),
         "steps": trainer.steps,
@@ -50,8 +53,8 @@ def restore(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike
             f"{path}: the optimiser's state does not fit ({error}); use the optimiser it was "
             "trained with"
         ) from error
-    for name, part in parts.items():
-        if name != "optimizer":
+    for name, part in (parts | _losses(trainer)).items():
+        if name != "optimizer" and name in state:
             part.load_state_dict(state[name])
     trainer.steps = state["steps"]
     trainer.skipped.copy_(state["skipped"])
@@ -106,6 +109,9 @@ def _check(trainer: MeanTeacher, state: dict[str, Any], path: str | os.PathLike[
             )
     for name in ("student", "teacher"):
         check_architecture(_parts(trainer)[name].state_dict(), state[name], path)
+    for name, loss in _losses(trainer).items():
+        if name in state:
+            check_architecture(loss.state_dict(), state[name], path, owner=f"{name} loss")
 
 
 def _parameters(trainer: MeanTeacher) -> list[str | None]:
@@ -119,6 +125,16 @@ def _parts(trainer: MeanTeacher) -> dict[str, Any]:
     parts = {name: getattr(trainer, name) for name in _PARTS}
     parts["student"] = unwrapped(trainer.student)  # a run may go on compiled, or on one GPU
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def _losses(trainer: MeanTeacher) -> dict[str, nn.Module]:
+    """Those that keep a state, such as thresholds of each class that move from step to step.
+
+    A checkpoint of an earlier fastmt has none of theirs.
+    """
+    losses = {name: getattr(trainer, name) for name in _LOSSES}
+    modules = {n: unwrapped(loss) for n, loss in losses.items() if isinstance(loss, nn.Module)}
+    return {name: loss for name, loss in modules.items() if loss.state_dict()}
 
 
 def _kinds(trainer: MeanTeacher) -> dict[str, str | None]:
