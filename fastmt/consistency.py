@@ -271,10 +271,12 @@ class ConsistencyLoss(nn.Module):
     def preset(cls, name: str, **overrides: object) -> ConsistencyLoss:
         """The consistency loss of a published method; `overrides` replace single options.
 
-        "mean_teacher" Tarvainen & Valpola 2017; "uamt" Yu et al. 2019 (its threshold moves: pass
-        schedules.UncertaintyThreshold at each call; its teacher makes 8 noisy passes:
-        MeanTeacher(passes=8)); "dacs" Tranheden et al. 2021; "daformer" Hoyer et al. 2022;
-        "unimatch" Yang et al. 2023.
+        "mean_teacher" Tarvainen & Valpola 2017; "dacs" Tranheden et al. 2021; "daformer" Hoyer et
+        al. 2022; "unimatch" Yang et al. 2023; "uamt" Yu et al. 2019: its threshold moves, so pass
+        schedules.UncertaintyThreshold at each call; its teacher makes 8 noisy passes, as of
+        MeanTeacher(passes=8), whose mean is the target. The authors' code takes one more pass as
+        target: give that alone, weight="none", normalize="valid" and as `valid` where the score of
+        softmax_confidence(passes, kind="entropy") is above the threshold.
         """
         arguments.check_choice("preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name], **overrides})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_unimatch_divides_by_the_valid_pixels():
     value = ConsistencyLoss.preset("unimatch")(STUDENT, TEACHER, valid=valid)
     expected = (pixel_cross_entropy() * (MAX_PROB >= 0.95))[valid].mean()
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("step", [0, 50, 80])
+def test_uamt_with_a_pass_of_its_own_as_target_is_that_of_its_code(step):
+    passes = [0.2 * TEACHER + 0.1 * random_logits(SHAPE, 3 + i) for i in range(8)]
+    threshold = fastmt.schedules.UncertaintyThreshold(100)(step)
+    sure = fastmt.softmax_confidence(passes, kind="entropy").score > threshold
+    options = {"weight": "none", "normalize": "valid", "valid": sure}
+    value = ConsistencyLoss.preset("uamt")(STUDENT, TEACHER, **options)
+
+    entropy = torch.special.entr(torch.stack(passes).softmax(2).mean(0)).sum(1)
+    ramp = math.exp(-5 * (1 - step / 100) ** 2)
+    mask = entropy < (0.75 + 0.25 * ramp) * math.log(SHAPE[1])
+    assert 0 < mask.float().mean() < 1
+    torch.testing.assert_close(value, squares()[mask].mean(), rtol=1e-5, atol=0)
 
 
 def test_unknown_presets_options_and_choices_are_named_when_the_module_is_made():
