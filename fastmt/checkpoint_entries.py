@@ -34,6 +34,7 @@ def plain(value: Any, where: str) -> Any:
             f"{where}: got {kind.__name__}, expected a dict, list, tuple, tensor, number or string"
         )
     if kind in _TENSORS:
+        _check_single(where, value)
         _check_memory(where, value)
     return value
 
@@ -45,12 +46,17 @@ def check_dense(name: object, value: object) -> None:
     where = f"state_dict[{name!r}]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: got {type(value).__name__}, expected a tensor")
-    if is_traceable_wrapper_subclass(value) or value.is_nested:
-        raise TypeError(f"{where}: is made of other tensors, expected a dense tensor")
+    _check_single(where, value)
     if value.layout != torch.strided or value.is_quantized:
         kind = value.dtype if value.is_quantized else value.layout
         raise TypeError(f"{where}: is {kind}, expected a dense tensor")
     _check_memory(where, value)
+
+
+def _check_single(where: str, tensor: Tensor) -> None:
+    """TypeError for one that holds others: from PyTorch 2.15 on no load without code builds it."""
+    if is_traceable_wrapper_subclass(tensor) or tensor.is_nested:
+        raise TypeError(f"{where}: is made of other tensors, expected a single one")
 
 
 def _check_memory(where: str, tensor: Tensor) -> None:

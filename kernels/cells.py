@@ -201,7 +201,7 @@ def join_kernel(
         total += tl.load(part + 2 * program * (CLASSES * span), mask=here, other=0.0)
         program -= strips  # of the band above, where this row is the lower one
         at = part + (2 * program + 1) * (CLASSES * span)
-        total += tl.load(at, mask=here & (y > 0), other=0.0)
+        total += tl.load(at, mask=tl.where(y > 0, here, False), other=0.0)
     to = gradient + image * strides[0] + y.to(tl.int64) * strides[2]
     to += c.to(tl.int64) * strides[1] + x * strides[3]
     tl.store(to, total.to(gradient.dtype.element_ty), mask=inside)

@@ -21,7 +21,8 @@ def class_weights(class_weight, classes, smoothing, CLASSES: tl.constexpr):
     for i in tl.static_range(len(classes)):
         exists = classes[i] < CLASSES
         if class_weight is not None:
-            tile = tl.load(class_weight + classes[i], mask=exists & (smoothing != 0), other=0.0)
+            counts = tl.where(smoothing != 0, exists, False)
+            tile = tl.load(class_weight + classes[i], mask=counts, other=0.0)
         else:
             tile = tl.where(exists, 1.0, 0.0)
         mean += tl.sum(tl.sum(tile, 1), 0) / CLASSES

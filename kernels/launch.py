@@ -165,14 +165,15 @@ def _direct(made: Any) -> Callable[..., bool]:
         return lambda programs, arguments: False
     driver, runtime = triton.runtime.driver.active, triton.knobs.runtime
     device, stream_of = driver.get_current_device(), driver.get_current_stream
-    run, function, metadata = made.run, made.function, made.packed_metadata
+    run, metadata = made.run, made.packed_metadata
 
     def direct(programs: int, arguments: Sequence[Any]) -> bool:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return False
         stream = stream_of(device)
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+        # Asked of `made`, which is kept by that: its end unloads the code, from Triton 3.9 on.
+        run(programs, 1, 1, stream, made.function, metadata, None, None, None, *arguments)
         return True
 
     return direct

@@ -36,6 +36,8 @@ class _OnAnotherDevice(torch.Tensor):
 
 
 class _Code(triton.compiler.CompiledKernel):
+    module = None  # that its end would unload, from Triton 3.9 on
+
     def __init__(self, ran):
         self.ran = ran
 
@@ -125,6 +127,7 @@ def compiled(monkeypatch):
     made = object.__new__(triton.compiler.CompiledKernel)
     made.module, made._run = "module", lambda *arguments: given.append(arguments)
     made.function, made.packed_metadata = "function", "metadata"
+    made._module_pid = None  # of no process, so that its end unloads nothing
     device = SimpleNamespace(get_current_device=lambda: 1, get_current_stream=lambda index: 70)
     monkeypatch.setattr(triton.runtime.driver, "_active", device)
     monkeypatch.setattr(launching, "DIRECT", (tuple(map(int, triton.__version__.split(".")[:2])),))
