@@ -73,26 +73,19 @@ def assert_consistency_is_the_reference(student, members, size, align_corners, *
     return gradient
 
 
-@settings(max_examples=80)
-@given(
-    batch=st.integers(1, 3),
-    classes=st.integers(2, 12) | st.integers(13, 70),
-    low=st.tuples(SIDES, SIDES),
-    teacher_low=st.none() | st.tuples(SIDES, SIDES),
-    size=st.tuples(OUT, OUT),
-    align_corners=st.booleans(),
-    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
-    members=st.integers(1, 3),
-    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
-    loss=st.sampled_from(LOSSES),
-    kind=st.sampled_from(KINDS),
-    weight=st.sampled_from(WEIGHTS),
-    normalize=st.sampled_from(NORMALIZATIONS),
-    quantile=st.sampled_from([0.0, 0.5, 0.9]),
-    weighted=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_consistency_is_that_of_interpolated_logits(
+def assert_confidence_is_the_reference(members, kind, size, align_corners):
+    score, valid = decided(members, size, align_corners, kind)
+    confidence = fastmt.softmax_confidence(
+        members, kind=kind, size=size, align_corners=align_corners
+    )
+    error = (confidence.score.double() - score).abs().max().item()
+    assert error <= TOLERANCES[torch.float32].score
+    if len(members) == 1:
+        label = upsampled(members[0], size, align_corners).argmax(1)
+        assert torch.equal(confidence.label[valid], label[valid])
+
+
+def assert_consistency_is_that_of_interpolated_logits(
     batch,
     classes,
     low,
@@ -118,7 +111,7 @@ def test_consistency_is_that_of_interpolated_logits(
     ]
     score, valid = decided(teachers, size, align_corners, kind)
     threshold = threshold_near(score, quantile)
-    extra = random_logits(valid.shape, seed, 1.0).clamp(0, 2)
+    extra = laid_out(random_logits(valid.shape, seed, 1.0).clamp(0, 2), layouts[2], class_dim=False)
     gradient = assert_consistency_is_the_reference(
         student,
         teachers,
@@ -130,15 +123,44 @@ def test_consistency_is_that_of_interpolated_logits(
         normalize=normalize,
         threshold=threshold,
         valid=laid_out(valid, layouts[2], class_dim=False) if not valid.all() else None,
-        pixel_weight=laid_out(extra, layouts[2], class_dim=False) if weighted else None,
+        pixel_weight=extra if weighted else None,
     )
     active = valid.double()
     if weight in ("mask", "confidence"):
         active = active * (score >= threshold)
     if weighted:
-        active = active * (laid_out(extra, layouts[2], class_dim=False) != 0)
+        active = active * (extra != 0)
     taught = reached(active, student.shape, size, align_corners)
     assert not gradient.movedim(1, -1)[~taught].any()
+    assert_confidence_is_the_reference(teachers, kind, size, align_corners)
+
+
+CONSISTENCY = {  # what is drawn for any kernels, beside sizes, dtypes and layouts
+    "align_corners": st.booleans(),
+    "loss": st.sampled_from(LOSSES),
+    "kind": st.sampled_from(KINDS),
+    "weight": st.sampled_from(WEIGHTS),
+    "normalize": st.sampled_from(NORMALIZATIONS),
+    "quantile": st.sampled_from([0.0, 0.5, 0.9]),
+    "weighted": st.booleans(),
+    "seed": st.integers(0, 1000),
+}
+
+
+@settings(max_examples=80)
+@given(
+    batch=st.integers(1, 3),
+    classes=st.integers(2, 12) | st.integers(13, 70),
+    low=st.tuples(SIDES, SIDES),
+    teacher_low=st.none() | st.tuples(SIDES, SIDES),
+    size=st.tuples(OUT, OUT),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
+    members=st.integers(1, 3),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    **CONSISTENCY,
+)
+def test_consistency_is_that_of_interpolated_logits(**case):
+    assert_consistency_is_that_of_interpolated_logits(**case)
 
 
 @pytest.mark.parametrize(("low", "size"), RATIOS)
@@ -149,12 +171,9 @@ def test_any_ratio_of_sizes_serves_all_three_operations(low, size, align_corners
     assert_consistency_is_the_reference(
         student, [teacher], size, align_corners, threshold=threshold_near(score, 0.5), valid=valid
     )
-    confidence = fastmt.softmax_confidence(teacher, size=size, align_corners=align_corners)
-    error = (confidence.score.double() - score).abs().max().item()
-    assert error <= TOLERANCES[torch.float32].score
-    big = upsampled(teacher, size, align_corners)
-    assert torch.equal(confidence.label[valid], big.argmax(1)[valid])
-    labels = torch.where(valid, big.argmax(1), 255).to(torch.uint8)
+    assert_confidence_is_the_reference([teacher], "max_prob", size, align_corners)
+    best = upsampled(teacher, size, align_corners).argmax(1)
+    labels = torch.where(valid, best, 255).to(torch.uint8)
     assert_cross_entropy_is_the_reference(student, labels, align_corners=align_corners)
 
 
@@ -171,22 +190,7 @@ def assert_cross_entropy_is_the_reference(logits, labels, **options):
     assert not gradient.movedim(1, -1)[~taught].any()
 
 
-@settings(max_examples=60)
-@given(
-    batch=st.integers(1, 3),
-    classes=st.integers(1, 12) | st.integers(13, 70),
-    low=st.tuples(SIDES, SIDES),
-    size=st.tuples(OUT, OUT),
-    align_corners=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
-    label_dtype=st.sampled_from([torch.uint8, torch.int64]),
-    smoothing=st.sampled_from([0.0, 0.1]),
-    normalize=st.sampled_from(["all", "valid", "weight"]),
-    weighted=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_cross_entropy_is_that_of_interpolated_logits(
+def assert_cross_entropy_is_that_of_interpolated_logits(
     batch,
     classes,
     low,
@@ -213,6 +217,30 @@ def test_cross_entropy_is_that_of_interpolated_logits(
         class_weight=0.1 + torch.rand(classes, generator=generator) if weighted else None,
         pixel_weight=torch.rand(labels.shape, generator=generator) if weighted else None,
     )
+
+
+CROSS_ENTROPY = {
+    "align_corners": st.booleans(),
+    "label_dtype": st.sampled_from([torch.uint8, torch.int64]),
+    "smoothing": st.sampled_from([0.0, 0.1]),
+    "normalize": st.sampled_from(["all", "valid", "weight"]),
+    "weighted": st.booleans(),
+    "seed": st.integers(0, 1000),
+}
+
+
+@settings(max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    classes=st.integers(1, 12) | st.integers(13, 70),
+    low=st.tuples(SIDES, SIDES),
+    size=st.tuples(OUT, OUT),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+    **CROSS_ENTROPY,
+)
+def test_cross_entropy_is_that_of_interpolated_logits(**case):
+    assert_cross_entropy_is_that_of_interpolated_logits(**case)
 
 
 def test_a_label_out_of_range_is_named_also_when_logits_are_upsampled():

@@ -9,19 +9,21 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import DTYPES, laid_out, random_logits, threshold_near
-from test_upsampling import (
+from operands import DTYPES, random_logits, threshold_near
+from test_upsampling import (  # noqa: F401, one is run here on these kernels too
+    CONSISTENCY,
+    CROSS_ENTROPY,
+    assert_confidence_is_the_reference,
+    assert_consistency_is_that_of_interpolated_logits,
     assert_consistency_is_the_reference,
+    assert_cross_entropy_is_that_of_interpolated_logits,
     assert_cross_entropy_is_the_reference,
     decided,
-    reached,
+    test_a_label_out_of_range_is_named_also_when_logits_are_upsampled,
     upsampled,
 )
-from tolerances import TOLERANCES
 
 import fastmt
-from fastmt.confidence import KINDS
-from fastmt.consistency import LOSSES, NORMALIZATIONS, WEIGHTS
 from fastmt.kernels import (
     calls,
     cells,
@@ -46,18 +48,6 @@ RATIOS = [  # (low resolution, output): integer scales and not, wide strips, dow
 ]
 
 
-def assert_confidence_is_the_reference(members, kind, size, align_corners):
-    score, valid = decided(members, size, align_corners, kind)
-    confidence = fastmt.softmax_confidence(
-        members, kind=kind, size=size, align_corners=align_corners
-    )
-    error = (confidence.score.double() - score).abs().max().item()
-    assert error <= TOLERANCES[torch.float32].score
-    if len(members) == 1:
-        label = upsampled(members[0], size, align_corners).argmax(1)
-        assert torch.equal(confidence.label[valid], label[valid])
-
-
 @settings(max_examples=14)
 @given(
     batch=st.integers(1, 2),
@@ -65,66 +55,13 @@ def assert_confidence_is_the_reference(members, kind, size, align_corners):
     low=st.tuples(SIDE, SIDE),
     teacher_low=st.none() | st.tuples(SIDE, SIDE),
     size=OUT,
-    align_corners=st.booleans(),
     dtypes=st.tuples(*[small.DTYPE] * 3),
     members=st.integers(1, 2),
     layouts=st.tuples(*[small.LAYOUT] * 3),
-    loss=st.sampled_from(LOSSES),
-    kind=st.sampled_from(KINDS),
-    weight=st.sampled_from(WEIGHTS),
-    normalize=st.sampled_from(NORMALIZATIONS),
-    quantile=st.sampled_from([0.0, 0.5, 0.9]),
-    weighted=st.booleans(),
-    seed=st.integers(0, 1000),
+    **CONSISTENCY,
 )
-def test_consistency_is_that_of_interpolated_logits(
-    batch,
-    classes,
-    low,
-    teacher_low,
-    size,
-    align_corners,
-    dtypes,
-    members,
-    layouts,
-    loss,
-    kind,
-    weight,
-    normalize,
-    quantile,
-    weighted,
-    seed,
-):
-    student = laid_out(random_logits((batch, classes, *low), seed, 4.0, dtypes[0]), layouts[0])
-    shape = (batch, classes, *(teacher_low or low))
-    teachers = [
-        laid_out(random_logits(shape, seed + 1 + i, 4.0, dtypes[1 + i % 2]), layouts[1 + i % 2])
-        for i in range(members)
-    ]
-    score, valid = decided(teachers, size, align_corners, kind)
-    threshold = threshold_near(score, quantile)
-    extra = laid_out(random_logits(valid.shape, seed, 1.0).clamp(0, 2), layouts[2], class_dim=False)
-    gradient = assert_consistency_is_the_reference(
-        student,
-        teachers,
-        size,
-        align_corners,
-        loss=loss,
-        confidence=kind,
-        weight=weight,
-        normalize=normalize,
-        threshold=threshold,
-        valid=laid_out(valid, layouts[2], class_dim=False) if not valid.all() else None,
-        pixel_weight=extra if weighted else None,
-    )
-    active = valid.double()
-    if weight in ("mask", "confidence"):
-        active = active * (score >= threshold)
-    if weighted:
-        active = active * (extra != 0)
-    taught = reached(active, student.shape, size, align_corners)
-    assert not gradient.movedim(1, -1)[~taught].any()
-    assert_confidence_is_the_reference(teachers, kind, size, align_corners)
+def test_consistency_is_that_of_interpolated_logits(**case):
+    assert_consistency_is_that_of_interpolated_logits(**case)
 
 
 @settings(max_examples=15)
@@ -133,42 +70,12 @@ def test_consistency_is_that_of_interpolated_logits(
     classes=st.integers(1, 12) | st.integers(13, 40),
     low=st.tuples(SIDE, SIDE),
     size=OUT,
-    align_corners=st.booleans(),
     dtype=small.DTYPE,
     layouts=st.tuples(*[small.LAYOUT] * 2),
-    label_dtype=st.sampled_from([torch.uint8, torch.int64]),
-    smoothing=st.sampled_from([0.0, 0.1]),
-    normalize=st.sampled_from(["all", "valid", "weight"]),
-    weighted=st.booleans(),
-    seed=st.integers(0, 1000),
+    **CROSS_ENTROPY,
 )
-def test_cross_entropy_is_that_of_interpolated_logits(
-    batch,
-    classes,
-    low,
-    size,
-    align_corners,
-    dtype,
-    layouts,
-    label_dtype,
-    smoothing,
-    normalize,
-    weighted,
-    seed,
-):
-    generator = torch.Generator().manual_seed(seed)
-    logits = laid_out(random_logits((batch, classes, *low), seed, 4.0, dtype), layouts[0])
-    labels = torch.randint(classes, (batch, *size), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
-    assert_cross_entropy_is_the_reference(
-        logits,
-        laid_out(labels.to(label_dtype), layouts[1], class_dim=False),
-        align_corners=align_corners,
-        label_smoothing=smoothing,
-        normalize=normalize,
-        class_weight=0.1 + torch.rand(classes, generator=generator) if weighted else None,
-        pixel_weight=torch.rand(labels.shape, generator=generator) if weighted else None,
-    )
+def test_cross_entropy_is_that_of_interpolated_logits(**case):
+    assert_cross_entropy_is_that_of_interpolated_logits(**case)
 
 
 @pytest.mark.parametrize(("low", "size"), RATIOS)
@@ -289,13 +196,6 @@ def test_rows_whose_places_take_64_bits_are_found():
     assert walk.wide(2)
     found = small.left_by(band_kernel, 3, low, walk.first[0], high, BAND=band, WIDE=True)
     assert found == [2 * band + 1, 2, band]
-
-
-def test_a_label_out_of_range_is_named_also_when_logits_are_upsampled():
-    labels = torch.zeros(1, 6, 40, dtype=torch.int64)
-    labels[0, 5, 39] = 19
-    with pytest.raises(ValueError, match="^labels: got label 19"):
-        fastmt.cross_entropy(torch.zeros(1, 19, 3, 10), labels)
 
 
 @pytest.mark.parametrize("operation", ["consistency", "cross_entropy"])
