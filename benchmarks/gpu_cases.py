@@ -145,10 +145,9 @@ def _compared(
 ) -> GpuWork:
     """The variants of `call(f, *tensors)`: f is fastmt's `function` by each backend, or `eager`."""
     choices = {}
-    for name in backends.BACKENDS:
-        if name not in ("auto", "eager"):
-            with fastmt.backend(name):
-                choices[name] = fastmt.explain(function, *sets[0])
+    for name in backends.KERNELS:
+        with fastmt.backend(name):
+            choices[name] = fastmt.explain(function, *sets[0])
     variants = {"eager": eager, **harness.compiled(eager, compiled)}
     served = {name: c for name, c in choices.items() if c.backend != "eager"}
     variants |= {name: partial(_by_backend, name, function) for name in served}

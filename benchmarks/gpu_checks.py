@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastmt
 from benchmarks import inputs, machine
 from benchmarks.shapes import Shape
-from fastmt import backends, decays, schedules, selftest
+from fastmt import decays, schedules, selftest
 from fastmt.confidence import KINDS
 from fastmt.consistency import LOSSES, NORMALIZATIONS, WEIGHTS
 from fastmt.networks import UNet
@@ -68,13 +68,7 @@ def trials() -> dict[str, tuple[selftest.Build, tuple[torch.dtype, ...]]]:
 
 def serving(build: selftest.Build, device: torch.device) -> list[str]:
     """The backends whose kernels serve a trial; "auto" where none does, to test the fallback."""
-    found = []
-    trial = build(device, torch.float32, SIZES)
-    for name in backends.BACKENDS:
-        if name not in ("auto", "eager"):
-            with fastmt.backend(name):
-                found += [name] if trial.choice().backend == name else []
-    return found or ["auto"]
+    return selftest.serving(build, device) or ["auto"]
 
 
 def is_right(build: selftest.Build, dtype: torch.dtype, backend: str, device: torch.device) -> None:
@@ -184,10 +178,9 @@ def kernels_are_deterministic(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for build in selftest.PLAIN.values():
-            for backend in serving(build, device):
-                if backend != "auto":  # eager's up-sampling is not deterministic
-                    with fastmt.backend(backend):
-                        build(device, torch.float32, SIZES).run()
+            for backend in selftest.serving(build, device):  # eager's up-sampling would raise
+                with fastmt.backend(backend):
+                    build(device, torch.float32, SIZES).run()
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -197,11 +190,10 @@ def an_average_of_many_tensors_is_one_launch(device: torch.device) -> None:
     student = [torch.ones(n, device=device) for n in range(1, 200)]
     decay = torch.full((), 0.5, dtype=torch.float64, device=device)
     build = selftest.PLAIN["ema_update_"]
-    for backend in serving(build, device):
-        if backend != "auto":
-            with fastmt.backend(backend):
-                count = machine.launches(lambda: fastmt.ema_update_(teacher, student, decay))
-            assert count in (1, None), f"{backend}: {count} launches"
+    for backend in selftest.serving(build, device):
+        with fastmt.backend(backend):
+            count = machine.launches(lambda: fastmt.ema_update_(teacher, student, decay))
+        assert count in (1, None), f"{backend}: {count} launches"
 
 
 def teachers_of_a_student_take_one_launch_and_some_for_their_decays(device: torch.device) -> None:

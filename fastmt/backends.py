@@ -21,7 +21,8 @@ from fastmt import cpp_backend, triton_backend
 from fastmt.environment import Variable
 from fastmt.kinds import kinds_of
 
-BACKENDS = ("auto", "eager", "triton", "cpp")
+KERNELS = ("triton", "cpp")
+BACKENDS = ("auto", "eager", *KERNELS)
 MAX_CLASSES = 4096
 MOST_ANSWERS = 4096  # that are remembered; training asks for the same few at every step
 T = TypeVar("T")

@@ -76,8 +76,8 @@ def doctor(*, timing: bool = True) -> Report:
     findings = [
         _examine(operation, torch.device(device), backend, timing)
         for device in devices
-        for operation in selftest.PLAIN
-        for backend in _serving(operation, torch.device(device))
+        for operation, build in selftest.PLAIN.items()
+        for backend in selftest.serving(build, torch.device(device)) or ["eager"]
     ]
     return Report(_versions(), _build(), devices, tuple(findings))
 
@@ -98,17 +98,6 @@ def run_doctor(args: argparse.Namespace, _: str) -> int:
     report = doctor(timing=not args.no_timing)
     print(report)
     return 0 if report.ok else 1
-
-
-def _serving(operation: str, device: torch.device) -> list[str]:
-    """The names of the backends whose kernels serve the operation; "eager" where none does."""
-    trial = selftest.PLAIN[operation](device, torch.float32, Sizes())
-    found = []
-    for name in backends.BACKENDS:
-        if name not in ("auto", "eager"):
-            with backends.backend(name):
-                found.append(trial.choice().backend)
-    return list(dict.fromkeys(name for name in found if name != "eager")) or ["eager"]
 
 
 def _examine(operation: str, device: torch.device, backend: str, timing: bool) -> Finding:

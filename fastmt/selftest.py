@@ -173,6 +173,15 @@ PLAIN: dict[str, Build] = {
 }
 
 
+def serving(build: Build, device: torch.device) -> list[str]:
+    """The names of the backends whose kernels serve a trial."""
+    trial, found = build(device, torch.float32, Sizes()), []
+    for name in backends.KERNELS:
+        with backends.backend(name):
+            found += [name] if trial.choice().backend == name else []
+    return found
+
+
 def _logits(sizes: Sizes, upsampled: bool, seed: int, dtype: torch.dtype) -> Tensor:
     shape = (sizes.batch, sizes.classes, *(sizes.low if upsampled else sizes.out))
     return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
