@@ -48,9 +48,8 @@ inline void cells_confidence(const ConfidenceCall& call, const Cells& cells, Que
 inline ints valid_at(const ConsistencyCall& call, int64_t image, int y, const int32_t* columns) {
   if (!call.valid.data) return ~(load(columns) >> 31);
   alignas(64) int32_t valid[W];
-  int64_t values[W];
-  gather_integers(call.valid, image, y, columns, 0, values);
-  for (int i = 0; i < W; ++i) valid[i] = values[i] ? -1 : 0;
+  gather<uint8_t, int32_t>(call.valid, image, y, columns, valid,
+                           [](uint8_t x) { return x ? -1 : 0; });
   return load(valid);
 }
 

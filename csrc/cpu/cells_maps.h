@@ -5,23 +5,23 @@
 
 namespace FASTMT_ISA {
 
-// Values of a map (N, height, width) at W output columns of a row; `padding` where there is none.
+// Values of a map (N, height, width) at W output columns of a row; 0 where there is none.
 template <class T, class To>
-inline void gather(const View& map, int64_t image, int out_row, const int32_t* columns, To padding,
-                   To* to, To (*convert)(T)) {
+inline void gather(const View& map, int64_t image, int out_row, const int32_t* columns, To* to,
+                   To (*convert)(T)) {
   const T* row = static_cast<const T*>(map.data) + image * map.stride[0] + out_row * map.stride[1];
   for (int i = 0; i < W; ++i)
-    to[i] = columns[i] < 0 ? padding : convert(row[columns[i] * map.stride[2]]);
+    to[i] = columns[i] < 0 ? To(0) : convert(row[columns[i] * map.stride[2]]);
 }
 
 inline void gather_floats(const View& map, int64_t image, int row, const int32_t* columns,
                           float* to) {
   if (map.type == Type::float32)
-    gather<float, float>(map, image, row, columns, 0, to, [](float x) { return x; });
+    gather<float, float>(map, image, row, columns, to, [](float x) { return x; });
   else if (map.type == Type::bfloat16)
-    gather<bfloat16, float>(map, image, row, columns, 0, to, [](bfloat16 x) { return widen(x); });
+    gather<bfloat16, float>(map, image, row, columns, to, [](bfloat16 x) { return widen(x); });
   else
-    gather<float16, float>(map, image, row, columns, 0, to, [](float16 x) { return widen(x); });
+    gather<float16, float>(map, image, row, columns, to, [](float16 x) { return widen(x); });
 }
 
 // A row of a map of labels, as 64-bit integers.
@@ -37,15 +37,6 @@ inline void load_row(const View& map, int64_t image, int row, int width, int64_t
     copy(static_cast<const uint8_t*>(map.data) + offset);
   else
     copy(static_cast<const int64_t*>(map.data) + offset);
-}
-
-inline void gather_integers(const View& map, int64_t image, int row, const int32_t* columns,
-                            int64_t padding, int64_t* to) {
-  if (map.type == Type::uint8)
-    gather<uint8_t, int64_t>(map, image, row, columns, padding, to,
-                             [](uint8_t x) { return int64_t(x); });
-  else
-    gather<int64_t, int64_t>(map, image, row, columns, padding, to, [](int64_t x) { return x; });
 }
 
 }  // namespace FASTMT_ISA
