@@ -77,17 +77,13 @@ class Plan:
         self._first = (list(filter(has_kernels, floating)) or floating)[:1]
         self.on_host = are_on_host(self._first)
         self._choice = backends.Remembered("ema_update_", self._first)
-        usable = cpp_backend.missing() is None
-        served = [[usable and is_served(alone) for alone in row.of_each()] for row in self.rows]
-        bound = [_of(row, fits) for row, fits in zip(self.rows, served, strict=True) if any(fits)]
-        others = [[not fit for fit in fits] for fits in served]
-        rest = [_of(row, those) for row, those in zip(self.rows, others, strict=True) if any(those)]
+        bound, rest = _parted(self.rows)
         self._rest, self._all = Rest(rest), Rest(self.rows)
         self._bound = Bound(bound) if bound else None
         self._on_device: DeviceUpdate | None = None  # made when first needed
 
     def holds(self, network: nn.Module) -> bool:
-        return self.student() is network and all(map(_holds, self._guards))
+        return self.student() is network and all(guard.holds() for guard in self._guards)
 
     def _staged(self) -> Staging:
         """Let the rows read host copies of the student."""
@@ -157,10 +153,6 @@ def _check_not_held(tracks: Sequence[Track], network: nn.Module) -> None:
         )
 
 
-def _holds(guard: Shards | Structure | Rest) -> bool:
-    return guard.holds()
-
-
 def _is_offloaded(row: Row) -> bool:
     away = [average.device.type == "cpu" != row.value.device.type for average in row.averages]
     if len(set(away)) > 1:  # an average of the one kind is made later, of the other at once
@@ -177,6 +169,19 @@ def _rows(tracks: Sequence[Track], network: nn.Module, named) -> list[tuple[Pair
     for pairs in followed:
         check_memory(pairs)
     return list(zip(*followed, strict=True))
+
+
+def _parted(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """What C++ holds and launches of the rows, and what is left of them; a row may be in both."""
+    usable = cpp_backend.missing() is None
+    bound, rest = [], []
+    for row in rows:
+        fits = [usable and is_served(alone) for alone in row.of_each()]
+        if any(fits):
+            bound.append(_of(row, fits))
+        if not all(fits):
+            rest.append(_of(row, [not fit for fit in fits]))
+    return bound, rest
 
 
 def _of(row: Row, teachers: Sequence[bool]) -> Row:
