@@ -37,14 +37,7 @@ def update_together(
         )
         return aside(teachers, student=student, finite=finite, decays=decays)
     teachers = list(teachers)
-    if not teachers:
-        raise ValueError("teachers: got none, expected at least one")
-    if decays is not None and len(decays) != len(teachers):
-        raise ValueError(f"decays: got {len(decays)}, expected {len(teachers)}, one a teacher")
-    for decay in decays or ():
-        _check_scalar("decay", decay, torch.float64)
-    if finite is not None:
-        _check_scalar("finite", finite, torch.bool)
+    _check(teachers, decays, finite)
     network = teachers[0]._resolve(student)
     if carries(network):
         raise RuntimeError("update: the student carries a teacher's weights; leave swapped()")
@@ -96,6 +89,19 @@ def _on_device(
         is_put = count is not None and (capturing or decay is count.decay)
         draws.append(count.draw if is_put else teacher._draw())
     return now, draws
+
+
+def _check(
+    teachers: list[EMATeacher], decays: Sequence[Tensor] | None, finite: Tensor | None
+) -> None:
+    if not teachers:
+        raise ValueError("teachers: got none, expected at least one")
+    if decays is not None and len(decays) != len(teachers):
+        raise ValueError(f"decays: got {len(decays)}, expected {len(teachers)}, one a teacher")
+    for decay in decays or ():
+        _check_scalar("decay", decay, torch.float64)
+    if finite is not None:
+        _check_scalar("finite", finite, torch.bool)
 
 
 def _check_scalar(name: str, given: object, dtype: torch.dtype) -> None:
