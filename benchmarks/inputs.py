@@ -60,12 +60,12 @@ def clear_threshold(teacher: Tensor, size: Sequence[int], *, near: float) -> flo
     return float(scores[widest : widest + 2].mean())
 
 
-def labels(shape: Shape, *, device: torch.device, seed: int, ignored: float = 0.1) -> Tensor:
-    """Labels int64 (N, *spatial), a fraction of them 255."""
+def labels(shape: Shape, *, device: torch.device, seed: int) -> Tensor:
+    """Labels int64 (N, *spatial), a tenth of them 255."""
     generator = torch.Generator().manual_seed(seed)
     size = (shape.batch, *shape.spatial)
     values = torch.randint(shape.classes, size, generator=generator)
-    values[torch.rand(size, generator=generator) < ignored] = 255
+    values[torch.rand(size, generator=generator) < 0.1] = 255
     return values.to(device)
 
 

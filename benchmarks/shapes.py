@@ -72,7 +72,7 @@ def unet_parameters(classes: int = 19) -> tuple[tuple[int, ...], ...]:
     return (*shapes, (classes, 64, 1, 1), (classes,))
 
 
-def resnet50_parameters(classes: int = 1000) -> tuple[tuple[int, ...], ...]:
+def resnet50_parameters() -> tuple[tuple[int, ...], ...]:
     """Parameter shapes of ResNet-50, 25.6 M in 161 tensors.
 
     Source: He et al., "Deep Residual Learning", CVPR 2016.
@@ -92,10 +92,10 @@ def resnet50_parameters(classes: int = 1000) -> tuple[tuple[int, ...], ...]:
             if block == 0:
                 convolution(before, 4 * narrow, 1)
             before = 4 * narrow
-    return (*shapes, (classes, before), (classes,))
+    return (*shapes, (1000, before), (1000,))
 
 
-def vit_large_parameters(classes: int = 1000) -> tuple[tuple[int, ...], ...]:
+def vit_large_parameters() -> tuple[tuple[int, ...], ...]:
     """Parameter shapes of ViT-L/16 at 224 pixels, 304 M in 296 tensors.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
@@ -105,10 +105,10 @@ def vit_large_parameters(classes: int = 1000) -> tuple[tuple[int, ...], ...]:
     norm = [(width,), (width,)]
     block = [*norm, *norm, *(shape for wide in linear for shape in (wide, wide[:1]))]
     stem = [(1, 1, width), (1, patches + 1, width), (width, 3, 16, 16), (width,)]
-    return (*stem, *block * depth, *norm, (classes, width), (classes,))
+    return (*stem, *block * depth, *norm, (1000, width), (1000,))
 
 
-def segformer_b5_parameters(classes: int = 19) -> tuple[tuple[int, ...], ...]:
+def segformer_b5_parameters() -> tuple[tuple[int, ...], ...]:
     """Parameter shapes of SegFormer-B5, 84.6 M in 1065 tensors at 19 classes.
 
     Source: Xie et al., "SegFormer", NeurIPS 2021.
@@ -144,5 +144,5 @@ def segformer_b5_parameters(classes: int = 19) -> tuple[tuple[int, ...], ...]:
     for width in (64, 128, 320, 512):
         weighted(768, width)
     shapes.extend([(768, 4 * 768, 1, 1), (768,), (768,)])
-    weighted(classes, 768, 1, 1)
+    weighted(19, 768, 1, 1)
     return tuple(shapes)

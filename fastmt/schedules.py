@@ -132,12 +132,13 @@ class OnDevice:
         self.device = device
         self._tensors: dict[str, Tensor] = {}
 
-    def fill(self, name: str, value: float | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def fill(self, name: str, value: float | Tensor) -> Tensor:
         """The tensor of `name`, the same one each time, holding `value`: 0-dim, or of its shape."""
         shape = value.shape if isinstance(value, Tensor) else ()
         tensor = self._tensors.get(name)
         if tensor is None or tensor.shape != shape:
-            tensor = self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            tensor = torch.empty(shape, dtype=torch.float32, device=self.device)
+            self._tensors[name] = tensor
         if isinstance(value, Tensor):
             return tensor.copy_(value, non_blocking=True)
         return tensor.fill_(value)

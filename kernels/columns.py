@@ -57,12 +57,12 @@ def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False)
     return Blocks(pixels, warps, tiles_of(classes, rows_at_once), vector)
 
 
-def tiles_of(classes: int, rows_at_once: int, most: int = 3) -> tuple[int, ...]:
-    """Powers of two, highest first, that hold the classes; the padding is within the last one."""
+def tiles_of(classes: int, rows_at_once: int) -> tuple[int, ...]:
+    """At most three powers of two, highest first, that hold the classes; the last one is padded."""
     left = -(-classes // rows_at_once) * rows_at_once
     tiles: list[int] = []
     while left > 0:
-        last = len(tiles) == most - 1
+        last = len(tiles) == 2
         height = 1 << ((left - 1).bit_length() if last else left.bit_length() - 1)
         tiles.append(height)
         left -= height
