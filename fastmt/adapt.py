@@ -37,9 +37,7 @@ from fastmt.style import Style, fourier_style
 from fastmt.trainer import MeanTeacher, StepReport
 
 VARIANTS = ("source_only", "adapted")
-CURVES_SUFFIX = (
-    ".fastmt"  # of the names of TensorBoard's files, which say nothing else of their origin
-)
+CURVES_SUFFIX = ".fastmt"  # TensorBoard's files say nothing else of their origin
 _PROGRESS_EVERY = 10  # steps; reading a report waits for a GPU
 
 

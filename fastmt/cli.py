@@ -94,10 +94,8 @@ def _told(error: Exception, args: argparse.Namespace) -> str | None:
     return None
 
 
-def _within(path: str, out: str | None) -> bool:
+def _within(path: str, out: str) -> bool:
     """Whether a path lies in the folder of results, or is one that had to be made for it."""
-    if out is None:
-        return False
     place, folder = Path(path).resolve(), Path(out).resolve()
     return place.is_relative_to(folder) or folder.is_relative_to(place)
 

@@ -13,7 +13,7 @@ struct Held {
   AtenTensorHandle handle;  // null while it is not held
   void* pointer;
   const void* const* record;  // of PyTorch, to be fetched ahead; null where it is not known
-  int64_t layout;             // where in Bound::layouts its sizes start, then strides
+  int64_t layout;             // where in `layouts` its sizes start, then strides
   int32_t dtype, rank;
 };
 

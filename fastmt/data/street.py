@@ -157,7 +157,7 @@ def _paint_row(canvas: Canvas, street: Street, look: Look, rng, front: float) ->
     for near, far in reversed(lots):
         house = House(rng, look, rng.uniform(2.9, 3.6) * int(rng.integers(1, 7)) + 1.5)
         x = front + side * max(rng.uniform(-3.0, 1.5), 0.0)
-        house.paintsign(canvas, street.camera, look, x, near, far, shade)
+        house.paint_side(canvas, street.camera, look, x, near, far, shade)
         if near > 1:
             back = x + side * rng.uniform(8, 20)
             house.paint_front(canvas, street.camera, look, x, back, near)
@@ -175,7 +175,7 @@ class House:
         self.tones = rng.random(128, dtype=np.float32)
         self.shop = rng.random() < 0.4
 
-    def paintsign(self, canvas, camera, look, x, near: float, far: float, shade: float) -> None:
+    def paint_side(self, canvas, camera, look, x, near: float, far: float, shade: float) -> None:
         """Wall along the street at `x`, between two depths."""
         near = max(near, 0.6)
         if far <= near:
