@@ -13,6 +13,7 @@ from operands import DTYPES, random_logits, threshold_near
 from test_upsampling import (  # noqa: F401, one is run here on these kernels too
     CONSISTENCY,
     CROSS_ENTROPY,
+    assert_all_three_operations_are_the_reference,
     assert_confidence_is_the_reference,
     assert_consistency_is_that_of_interpolated_logits,
     assert_consistency_is_the_reference,
@@ -81,15 +82,7 @@ def test_cross_entropy_is_that_of_interpolated_logits(**case):
 @pytest.mark.parametrize(("low", "size"), RATIOS)
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_any_ratio_of_sizes_serves_all_three_operations(low, size, align_corners):
-    student, teacher = (random_logits((1, 5, *low), seed, 4.0) for seed in (1, 2))
-    score, valid = decided([teacher], size, align_corners, "max_prob")
-    assert_consistency_is_the_reference(
-        student, [teacher], size, align_corners, threshold=threshold_near(score, 0.5), valid=valid
-    )
-    assert_confidence_is_the_reference([teacher], "max_prob", size, align_corners)
-    best = upsampled(teacher, size, align_corners).argmax(1)
-    labels = torch.where(valid, best, 255).to(torch.uint8)
-    assert_cross_entropy_is_the_reference(student, labels, align_corners=align_corners)
+    assert_all_three_operations_are_the_reference(low, size, align_corners)
 
 
 @pytest.mark.parametrize("classes", [19, 21, 81, 150, 256])
