@@ -23,7 +23,6 @@ from fastmt.kinds import kinds_of
 
 KERNELS = ("triton", "cpp")
 BACKENDS = ("auto", "eager", *KERNELS)
-MAX_CLASSES = 4096
 MOST_ANSWERS = 4096  # that are remembered; training asks for the same few at every step
 T = TypeVar("T")
 
@@ -200,12 +199,6 @@ def _tensor_obstacle(tensors: Sequence[Tensor]) -> str | None:
             return f"tensors on different devices: {device} and {tensor.device}"
         if tensor.dtype == torch.float64:
             return "float64 is computed by the reference"
-    return None
-
-
-def classes_obstacle(classes: int) -> str | None:
-    if classes > MAX_CLASSES:
-        return f"{classes} classes are more than the {MAX_CLASSES} that the kernels hold"
     return None
 
 

@@ -11,7 +11,7 @@ from fastmt import arguments, backends, reference
 from fastmt.reference import Confidence
 
 KINDS = ("max_prob", "entropy", "margin")
-MAX_RANK = 8  # as in csrc/cpu/calls.h
+MAX_CLASSES, MAX_RANK = 4096, 8  # as in csrc/cpu/calls.h
 
 
 def softmax_confidence(
@@ -115,11 +115,9 @@ def upsampled_before(
 
 def shape_obstacle(logits: Tensor) -> str | None:
     """Why the kernels do not serve logits of a shape, if they do not."""
-    return backends.classes_obstacle(logits.shape[1]) or _rank_obstacle(logits)
-
-
-def _rank_obstacle(logits: Tensor) -> str | None:
-    """Of dimensions (N, *spatial), not counting those of size 1."""
+    classes = logits.shape[1]
+    if classes > MAX_CLASSES:
+        return f"{classes} classes are more than the {MAX_CLASSES} that the kernels hold"
     if logits.ndim - 1 <= MAX_RANK:  # without a look at sizes, which a trace may leave open
         return None
     rank = sum(size > 1 for size in (logits.shape[0], *logits.shape[2:]))
