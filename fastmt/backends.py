@@ -206,6 +206,19 @@ def _report(operation: str, name: str, strict: bool, reason: str) -> None:
     message = f"{operation}: {name!r} falls back to eager PyTorch: {reason}"
     if strict:
         raise RuntimeError(f"{operation}: backend {name!r} cannot serve this call: {reason}")
+    _warn(message)
+
+
+def warn_of_one_class(operation: str, logits: Tensor) -> None:
+    """A softmax over one class is 1 everywhere: who has a sigmoid's logits would train nothing."""
+    if not torch.compiler.is_compiling() and logits.shape[1] == 1:
+        _warn(
+            f"{operation}: one class alone teaches nothing; a sigmoid's one channel z is two "
+            "classes, torch.cat([torch.zeros_like(z), z], 1)"
+        )
+
+
+def _warn(message: str) -> None:
     if message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=_callers())

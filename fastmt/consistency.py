@@ -127,6 +127,7 @@ def _choose(operands: tuple, options: tuple) -> _Choice:
     arguments.check_logits("student", student)
     _check_call(*operands)
     _check_options(*options)
+    backends.warn_of_one_class("consistency_loss", student)
     inside = upsampled_inside([student, *members], size)
     choice = backends.choose(
         "consistency_loss",

@@ -100,6 +100,7 @@ def _choose(
     arguments.check_map("pixel_weight", pixel_weight, labels.shape, arguments.FLOATS, device)
     arguments.check_map("class_weight", class_weight, (classes,), arguments.FLOATS, device)
     _check_options(ignore_index, normalize, label_smoothing, align_corners)
+    backends.warn_of_one_class("cross_entropy", logits)
     return backends.choose(
         "cross_entropy",
         [logits],

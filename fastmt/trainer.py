@@ -51,7 +51,9 @@ class MeanTeacher:
             averaged (uncertainty-aware training takes 8).
         jitter: options of photometric_jitter for the styled source and the student's view.
         class_mixing: probability of a step that pastes half of each source image's classes onto
-            the student's view: there the source's labels teach, elsewhere the teacher does.
+            the student's view: there the source's labels teach, elsewhere the teacher does. Each
+            part divides as its loss is told; with CrossEntropy(normalize="all") all pixels weigh
+            alike, as in DAFormer.
         scheduler: of the learning rate; stepped once a step.
         clip_norm: largest norm of the gradient.
         amp: None, torch.bfloat16 or torch.float16 (with loss scaling).

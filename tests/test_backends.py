@@ -248,3 +248,17 @@ def test_module_twins_are_explained_too():
         with fastmt.backend("eager"):
             assert fastmt.explain(module, *arguments).backend == "eager"
             assert fastmt.explain(partial(module, *arguments)).backend == "eager"
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_loss_of_one_class_tells_once_that_it_teaches_nothing(backend):
+    one = STUDENT[:, :1]
+    for function, other in ((fastmt.consistency_loss, one), (fastmt.cross_entropy, LABELS)):
+        with fastmt.backend(backend):
+            with pytest.warns(RuntimeWarning, match="one class alone teaches nothing") as told:
+                assert function(one, other) == 0
+            assert [warning.filename for warning in told] == [__file__]
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                function(one, other)
+                function(STUDENT, TEACHER if other is one else LABELS)
