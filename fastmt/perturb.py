@@ -118,8 +118,9 @@ def class_mix(
     pixels and False on all others, `ignore_index` included. No gradient.
 
     Raises TypeError for labels that are not integer, ValueError for num_classes < 1 and, on CPU,
-    for a label outside [0, num_classes) that is not `ignore_index`; on GPU such a pixel counts as
-    ignored. Sources: Olsson et al., "ClassMix", WACV 2021; Tranheden et al., "DACS", WACV 2021.
+    for a label outside [0, num_classes) that is not `ignore_index`; on GPU, and in a compiled
+    function, such a pixel counts as ignored. Sources: Olsson et al., "ClassMix", WACV 2021;
+    Tranheden et al., "DACS", WACV 2021.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: got {labels.dtype}, expected integers")
@@ -132,7 +133,7 @@ def class_mix(
     label = labels.long().flatten(1)  # (N, P)
     in_range = (label >= 0) & (label < num_classes)
     ignored = label == ignore_index
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(label, in_range | ignored, num_classes, ignore_index)
     column = torch.where(in_range & ~ignored, label, num_classes)
 

@@ -218,6 +218,16 @@ def test_class_mix_draws_classes_evenly_and_independently_of_their_area():
     assert len(pairs) == 6  # every way to take two of four classes
 
 
+def test_class_mix_is_one_graph():
+    labels = torch.randint(0, 9, (3, 8, 8), generator=seeded())
+    masks = []
+    for function in (class_mix, torch.compile(class_mix, backend="aot_eager", fullgraph=True)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            masks.append(function(labels, 9))
+    assert torch.equal(*masks)
+
+
 def test_class_mix_honours_an_ignore_index_inside_and_below_the_range():
     labels = torch.tensor([[0, 0, 1, 2]])
     assert not class_mix(labels, 3, ignore_index=0)[0, :2].any()
