@@ -76,6 +76,7 @@ def segment(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     _check(network, images)
+    divisor = arguments.as_index("divisor", divisor)
     _check_steps(scales, divisor)
     arguments.check_flag("flip", flip)
     arguments.check_choice("kind", kind, KINDS)
@@ -108,9 +109,8 @@ def tile_side(tile: int, scales: Sequence[float], divisor: int = 1) -> int:
 
     Raises ValueError where a tile is no positive multiple of `divisor`, or covers less than one.
     """
+    tile, divisor = arguments.as_index("tile", tile), arguments.as_index("divisor", divisor)
     _check_steps(scales, divisor)
-    if not isinstance(tile, int):
-        raise TypeError(f"tile: got {type(tile).__name__}, expected an integer")
     if tile < 1 or tile % divisor:
         raise ValueError(f"tile: got {tile}, expected a positive multiple of divisor {divisor}")
     largest = max(1, *scales)
@@ -124,8 +124,7 @@ def tile_side(tile: int, scales: Sequence[float], divisor: int = 1) -> int:
 def _shared(overlap: int | None, side: int | None) -> int:
     if overlap is None:
         return 0 if side is None else side // 4
-    if not isinstance(overlap, int):
-        raise TypeError(f"overlap: got {type(overlap).__name__}, expected an integer")
+    overlap = arguments.as_index("overlap", overlap)
     if side is None:
         raise ValueError(f"overlap: got {overlap} without a tile, expected None; give tile too")
     if not 0 <= overlap < side:
@@ -209,8 +208,6 @@ def _check(network: nn.Module, images: Tensor) -> None:
 
 
 def _check_steps(scales: Sequence[float], divisor: int) -> None:
-    if not isinstance(divisor, int):
-        raise TypeError(f"divisor: got {type(divisor).__name__}, expected an integer")
     arguments.check_at_least("divisor", divisor, 1)
     if not isinstance(scales, Sequence):
         raise TypeError(f"scales: got {type(scales).__name__}, expected a sequence of factors")

@@ -128,3 +128,6 @@ def test_integers_of_numpy_count():
     assert matrix.matrix.shape == (200, 200)
     assert matrix.matrix.sum() == 2
     assert perturb.class_mix(LABELS, classes).all()
+    net = network()
+    tiled = fastmt.segment(net, IMAGES, tile=np.int8(4), overlap=np.int8(1), divisor=np.int8(2))
+    assert torch.equal(tiled.label, fastmt.segment(net, IMAGES).label)
