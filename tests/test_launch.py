@@ -157,6 +157,12 @@ def test_a_hook_is_told_of_launches_in_tritons_own_way(hook, compiled, monkeypat
     assert len(given) == 1
 
 
+def test_a_repeated_launch_keeps_the_compiled_kernel_whose_end_would_unload_its_code(compiled):
+    made, _ = compiled
+    direct = launching._direct(made)
+    assert any(cell.cell_contents is made for cell in direct.__closure__)
+
+
 def test_another_triton_launches_in_its_own_way(compiled, monkeypatch):
     made, given = compiled
     monkeypatch.setattr(launching, "DIRECT", ())
