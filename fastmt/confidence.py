@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastmt import arguments, backends, reference
+from fastmt import arguments, backends, planes, reference
 from fastmt.reference import Confidence
 
 KINDS = ("max_prob", "entropy", "margin")
@@ -52,13 +52,15 @@ def softmax_confidence(
             size=size,
             align_corners=align_corners,
         )
-    members = upsampled_before(members, size, align_corners)
+    pixels = planes.logits_of_planes(members, size, align_corners, backend)
     kernels = backends.operations(backend)
-    return Confidence(
-        *kernels.softmax_confidence(
-            members, KINDS.index(kind), 1 / float(temperature), inside, align_corners
-        )
+    score, label = kernels.softmax_confidence(
+        pixels, KINDS.index(kind), 1 / float(temperature), inside, align_corners
     )
+    if pixels[0].ndim == members[0].ndim:
+        return Confidence(score, label)
+    out = (len(members[0]), *size)
+    return Confidence(score.view(out), label.view(out))
 
 
 class _Choice(NamedTuple):
@@ -78,7 +80,7 @@ def _choose(
     arguments.check_positive("temperature", temperature)
     arguments.check_flag("align_corners", align_corners or False)  # None, as in F.interpolate
     arguments.output_shape([("logits", member) for member in members], size)
-    inside = upsampled_inside(members, size)
+    inside = planes.plane_size(members, size)
     choice = backends.choose(
         "softmax_confidence",
         members,
@@ -86,31 +88,6 @@ def _choose(
         upsampled=inside is not None,
     )
     return _Choice(choice.backend, inside)
-
-
-def upsampled_inside(logits: Sequence[Tensor], size: Sequence[int] | None) -> list[int] | None:
-    """The size that the kernel has to up-sample to; None where all logits come to it at that size.
-
-    Up-sampling inside the kernels is bilinear: 1-D and 3-D logits are up-sampled before.
-    """
-    if size is None or logits[0].ndim != 4:
-        return None
-    if all(tuple(member.shape[2:]) == tuple(size) for member in logits):
-        return None
-    return list(size)
-
-
-def upsampled_before(
-    logits: Sequence[Tensor], size: Sequence[int] | None, align_corners: bool
-) -> list[Tensor]:
-    """The logits as the kernel takes them; what is up-sampled here is float32."""
-    if size is None or logits[0].ndim == 4:
-        return list(logits)
-    size = tuple(size)
-    return [
-        member if member.shape[2:] == size else reference.upsample(member, size, align_corners)
-        for member in logits
-    ]
 
 
 def shape_obstacle(logits: Tensor) -> str | None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, backends, gradients, reference
-from fastmt.confidence import KINDS, shape_obstacle, upsampled_before, upsampled_inside
+from fastmt import arguments, backends, gradients, planes, reference
+from fastmt.confidence import KINDS, shape_obstacle
 from fastmt.reference import ConsistencyStats
 
 LOSSES = ("mse", "kl", "soft_ce", "ce", "bce", "js")
@@ -99,7 +99,9 @@ def consistency_loss(
             align_corners=align_corners,
             return_stats=return_stats,
         )
-    student, *members = upsampled_before([student, *members], size, align_corners)
+    logits = planes.logits_of_planes([student, *members], size, align_corners, choice.backend)
+    student, *members = logits
+    pixel_weight, valid = (planes.map_of_planes(pixels, student) for pixels in maps)
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
     weights = None if pixel_weight is None else pixel_weight.float()
     unit = gradients.unit_of(weights, student, wants_gradient)
@@ -128,7 +130,7 @@ def _choose(operands: tuple, options: tuple) -> _Choice:
     _check_call(*operands)
     _check_options(*options)
     backends.warn_of_one_class("consistency_loss", student)
-    inside = upsampled_inside([student, *members], size)
+    inside = planes.plane_size([student, *members], size)
     choice = backends.choose(
         "consistency_loss",
         [student, *members],

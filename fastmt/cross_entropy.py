@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, backends, gradients, reference
-from fastmt.confidence import shape_obstacle, upsampled_before, upsampled_inside
+from fastmt import arguments, backends, gradients, planes, reference
+from fastmt.confidence import shape_obstacle
 from fastmt.environment import Variable
 
 _CHECK = Variable("FASTMT_CHECK")
@@ -68,7 +68,10 @@ def cross_entropy(
             align_corners=align_corners,
         )
     if logits.ndim != 4:
-        (logits,) = upsampled_before([logits], labels.shape[1:], align_corners)
+        (logits,) = planes.logits_of_planes(
+            [logits], labels.shape[1:], align_corners, choice.backend
+        )
+        labels, pixel_weight = (planes.map_of_planes(p, logits) for p in (labels, pixel_weight))
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     pixels = None if pixel_weight is None else pixel_weight.float()
     unit = gradients.unit_of(pixels, logits, wants_gradient)
@@ -105,7 +108,7 @@ def _choose(
         "cross_entropy",
         [logits],
         obstacle=shape_obstacle(logits),
-        upsampled=upsampled_inside([logits], labels.shape[1:]) is not None,
+        upsampled=planes.plane_size([logits], labels.shape[1:]) is not None,
     )
 
 

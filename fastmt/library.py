@@ -37,7 +37,7 @@ def constant_while_tracing(function: Callable[[], _T]) -> Callable[[], _T]:
 
 def register_fakes() -> None:
     """Tell torch.library what the operations of the loaded library return."""
-    for fake in (softmax_confidence, consistency_loss, cross_entropy, ema_update_, scale_):
+    for fake in (*_FAKES, resample_slices, resample_slices_backward, ema_update_, scale_):
         torch.library.register_fake(f"fastmt::{fake.__name__}", fake, lib=_LIBRARY)
 
 
@@ -48,7 +48,7 @@ def define(namespace: str, kernels: Any) -> torch.library.Library:
     be kept: with it the nodes end.
     """
     nodes = torch.library.Library(namespace, "DEF")
-    for fake in (softmax_confidence, consistency_loss, cross_entropy):
+    for fake in _FAKES:
         name = fake.__name__
         nodes.define(name + SCHEMAS[name])
         nodes.impl(name, getattr(kernels, name), "CompositeExplicitAutograd")
@@ -104,6 +104,14 @@ def ema_update_(table: Tensor, starts: Tensor, decays: Tensor, draws: Tensor | N
     pass
 
 
+def resample_slices(slices: Tensor, out: int, align_corners: bool) -> Tensor:
+    return slices.new_empty((slices.shape[0], out, *slices.shape[2:]))
+
+
+def resample_slices_backward(gradient: Tensor, depth: int, align_corners: bool) -> Tensor:
+    return gradient.new_empty((gradient.shape[0], depth, *gradient.shape[2:]))
+
+
 def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
     pass
 
@@ -114,3 +122,6 @@ def _scalar(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _gradient(logits: Tensor, wanted: bool) -> Tensor:
     return torch.empty_like(logits) if wanted else logits.new_empty(0)
+
+
+_FAKES = (softmax_confidence, consistency_loss, cross_entropy)

@@ -92,6 +92,7 @@ def test_an_output_of_more_than_2_31_logits_is_the_mean_of_its_images():
 def test_upsampling_takes_no_memory_of_the_outputs_size():
     student, teacher = (random_logits((2, 19, 64, 64), seed) for seed in (0, 1))
     student.requires_grad_()
+    volume = random_logits((1, 2, 16, 32, 32), 2).requires_grad_()
     labels = torch.zeros(2, 1024, 1024, dtype=torch.uint8)
     by_pixel = torch.rand(2, 1024, 1024).mT
     calls = {
@@ -99,6 +100,9 @@ def test_upsampling_takes_no_memory_of_the_outputs_size():
             student, teacher, threshold=0.5, size=(1024, 1024), pixel_weight=by_pixel
         ),
         "cross_entropy": lambda: fastmt.cross_entropy(student, labels, pixel_weight=by_pixel),
+        "volumes": lambda: fastmt.consistency_loss(
+            volume, volume.detach(), threshold=0.5, size=(64, 256, 256)
+        ),
     }
     for name, call in calls.items():
         call().backward()

@@ -1,10 +1,10 @@
-"""Logits of one and three dimensions are up-sampled before the kernels, as by the reference."""
+"""Up-sampled logits of one and three dimensions: the kernels take them as planes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from operands import random_logits
+from operands import HALVES, LAYOUTS, laid_out, random_logits
 from tolerances import assert_gradient_close, assert_loss_close
 
 import fastmt
@@ -12,7 +12,14 @@ from fastmt import reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-SIZES = [((9,), (40,)), ((4, 5, 3), (9, 15, 6)), ((6, 7, 8), (3, 7, 2))]
+SIZES = [
+    ((9,), (40,)),
+    ((2, 5, 3), (5, 15, 6)),
+    ((6, 7, 8), (3, 7, 2)),
+    ((3, 4, 5), (7, 4, 5)),
+    ((2, 4, 5), (2, 9, 5)),
+    ((1, 2, 1), (4, 6, 3)),
+]
 
 
 def inputs(low, size, dtype):
@@ -32,8 +39,13 @@ def assert_same(loss, expected, student):
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("low", "size"), SIZES)
+@pytest.mark.parametrize(
+    ("low", "size", "dtype"),
+    [
+        *((low, size, torch.float32) for low, size in SIZES),
+        *((*SIZES[place], dtype) for place in (1, 4) for dtype in HALVES),
+    ],
+)
 def test_losses_and_gradients_are_those_of_the_reference(low, size, dtype, align_corners):
     student, teachers, labels = inputs(low, size, dtype)
     options = {"size": size, "align_corners": align_corners, "weight": "none", "loss": "kl"}
@@ -42,6 +54,30 @@ def test_losses_and_gradients_are_those_of_the_reference(low, size, dtype, align
     loss = fastmt.cross_entropy(student, labels, align_corners=align_corners)
     expected = reference.cross_entropy(student, labels, align_corners=align_corners)
     assert_same(loss, expected, student)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_maps_of_the_output_and_statistics_are_those_of_the_reference(layout):
+    low, size = SIZES[1]
+    student, teachers, labels = inputs(low, size, torch.float32)
+    moved = laid_out(student.detach(), layout).requires_grad_()
+    weight = laid_out(torch.rand(labels.shape), layout, class_dim=False)
+    options = {
+        "size": size,
+        "threshold": torch.tensor([0.4, 0.6, 0.8, 0.5]),
+        "pixel_weight": weight,
+        "valid": laid_out(labels != 1, layout, class_dim=False),
+        "normalize": "selected",
+        "return_stats": True,
+    }
+    loss, stats = fastmt.consistency_loss(moved, teachers, **options)
+    expected, true_stats = reference.consistency_loss(moved, teachers, **options)
+    assert_same(loss, expected, moved)
+    torch.testing.assert_close(tuple(stats), tuple(true_stats))
+    labels = laid_out(labels, layout, class_dim=False)
+    loss = fastmt.cross_entropy(moved, labels, pixel_weight=weight, normalize="weight")
+    expected = reference.cross_entropy(moved, labels, pixel_weight=weight, normalize="weight")
+    assert_same(loss, expected, moved)
 
 
 @pytest.mark.parametrize(("low", "size"), SIZES)
@@ -60,3 +96,28 @@ def test_a_teacher_of_the_output_size_goes_with_a_student_that_is_upsampled():
     options = {"size": size, "threshold": 0.5}
     loss = fastmt.consistency_loss(student, teacher, **options)
     assert_same(loss, reference.consistency_loss(student, teacher, **options), student)
+
+
+def test_an_empty_batch_of_volumes_has_a_loss_of_zero():
+    student = torch.zeros(0, 4, 3, 4, 5, requires_grad=True)
+    loss = fastmt.consistency_loss(student, student, size=(6, 8, 10))
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss == 0
+    assert gradient.shape == student.shape
+    score, _ = fastmt.softmax_confidence(student, size=(6, 8, 10))
+    assert score.shape == (0, 6, 8, 10)
+
+
+def test_a_volume_is_not_touched_by_what_its_slices_hold_that_have_no_weight():
+    low, size = (3, 2, 2), (5, 4, 4)  # with corners aligned every other slice is one of the input
+    student, _, labels = inputs(low, size, torch.float32)
+    labels[:, [1, 2, 3, 4]] = 255
+    with torch.no_grad():
+        student[:, :, 1:] = torch.nan
+    loss = fastmt.cross_entropy(student, labels, align_corners=True)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite()
+    assert gradient[:, :, 0].isfinite().all()
+    assert not gradient[:, :, 1:].any()
+    score, _ = fastmt.softmax_confidence(student.detach(), size=size, align_corners=True)
+    assert torch.equal(score.isnan()[0, :, 0, 0], torch.tensor([False, True, True, True, True]))
