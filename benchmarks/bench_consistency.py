@@ -12,7 +12,16 @@ from torch import Tensor
 import fastmt
 from benchmarks import harness, inputs, models
 from benchmarks.harness import Case, Work
-from benchmarks.shapes import CROSSOVER, HEADLINE, LARGE, TINY, UPSAMPLED, Shape
+from benchmarks.shapes import (
+    CROSSOVER,
+    HEADLINE,
+    LARGE,
+    TINY,
+    TINY_VOLUME,
+    UPSAMPLED,
+    UPSAMPLED_VOLUMES,
+    Shape,
+)
 from fastmt import reference
 
 THRESHOLD = 0.7
@@ -47,7 +56,8 @@ def cases(which: str) -> list[Case]:
     """The comparisons of the set "tiny", "quick" or "full"."""
     if which == "tiny":
         half = _case(TINY, "kl", torch.bfloat16)
-        return [_case(TINY), half, _case(TINY, stride=2), _crossover(TINY)]
+        upsampled = [_case(shape, stride=2) for shape in (TINY, TINY_VOLUME)]
+        return [_case(TINY), half, *upsampled, _crossover(TINY)]
     variants = [
         _case(HEADLINE, "mse", torch.bfloat16, compiled=which == "full"),
         _case(HEADLINE, "mse", layout="channels_last", compiled=which == "full"),
@@ -60,6 +70,7 @@ def cases(which: str) -> list[Case]:
         for shape, stride in UPSAMPLED
         for loss in ("mse", "ce")
     ]
+    chosen += [_case(shape, stride=stride, compiled=True) for shape, stride in UPSAMPLED_VOLUMES]
     return chosen + [_crossover(shape) for shape in CROSSOVER]
 
 
@@ -122,8 +133,7 @@ def _build(
 
 
 def at_size(function: Callable, size: Sequence[int], student: Tensor, teacher: Tensor) -> Tensor:
-    large = [F.interpolate(x, size, mode="bilinear") for x in (student, teacher)]
-    return function(*large)
+    return function(*(reference.upsample(logits, size, False) for logits in (student, teacher)))
 
 
 def with_gradient(function: Callable, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import Shape
+from fastmt import reference
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _MARGIN = 1e-3
@@ -51,7 +51,7 @@ def clear_threshold(teacher: Tensor, size: Sequence[int], *, near: float) -> flo
 
     Interpolated pixels cannot be kept clear of a threshold one by one, so the threshold gives way.
     """
-    large = F.interpolate(teacher.double(), tuple(size), mode="bilinear")
+    large = reference.upsample(teacher.double(), size, False)
     scores = large.softmax(1).amax(1).flatten()
     scores = scores[(scores - near).abs() < 0.01].sort().values
     if len(scores) < 2:

@@ -45,9 +45,10 @@ UPSAMPLED = (  # logits at 1/stride of this output
     (Shape(2, 19, (1024, 1024)), 8),
     (Shape(4, 150, (512, 512)), 8),
 )
+UPSAMPLED_VOLUMES = ((Shape(2, 2, (112, 112, 80)), 4), (Shape(2, 14, (96, 96, 96)), 4))
 SIDES = (256, 512, 1024, 2048)  # of the images over which time and memory are followed
 CROSSOVER = tuple(Shape(1, 19, (side, side)) for side in (16, 32, 64, 128))
-TINY = Shape(2, 3, (9, 11))
+TINY, TINY_VOLUME = Shape(2, 3, (9, 11)), Shape(2, 3, (4, 6, 5))
 
 MANY_SMALL = ((64, 16),) * 1000
 
