@@ -24,6 +24,8 @@ from fastmt.networks import UNet
 
 Check = Callable[[torch.device], None]
 SIZES = selftest.Sizes()
+VOLUMES = selftest.Sizes(2, 5, (9, 11, 12), (20, 33, 30))
+TRIALS = (selftest.consistency, selftest.labelled, selftest.confidence)
 _CLASSES, _SIDE = 5, 32
 
 
@@ -63,7 +65,19 @@ def trials() -> dict[str, tuple[selftest.Build, tuple[torch.dtype, ...]]]:
         for form, upsampled in (("dense", False), ("up-sampled", True)):
             build = partial(trial, upsampled=upsampled, **options)
             found[f"{trial.__name__}, {form}, {said}"] = build, one
+    for trial in TRIALS:
+        found[f"{trial.__name__}, volumes"] = partial(of_volumes, trial), one
     return found
+
+
+def _plain() -> list[selftest.Build]:
+    return [*selftest.PLAIN.values(), *(partial(of_volumes, trial) for trial in TRIALS)]
+
+
+def of_volumes(
+    trial: selftest.Build, device: torch.device, dtype: torch.dtype, _: selftest.Sizes
+) -> selftest.Trial:
+    return trial(device, dtype, VOLUMES, upsampled=True)
 
 
 def serving(build: selftest.Build, device: torch.device) -> list[str]:
@@ -90,7 +104,7 @@ def a_step_never_waits_for_the_device(device: torch.device) -> None:
 
 
 def a_loss_never_waits_for_the_device(device: torch.device) -> None:
-    for build in selftest.PLAIN.values():
+    for build in _plain():
         trial = build(device, torch.float32, SIZES)
         trial.run()
         with waiting_is_an_error(device):
@@ -177,7 +191,7 @@ def kernels_are_deterministic(device: torch.device) -> None:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        for build in selftest.PLAIN.values():
+        for build in _plain():
             for backend in selftest.serving(build, device):  # eager's up-sampling would raise
                 with fastmt.backend(backend):
                     build(device, torch.float32, SIZES).run()

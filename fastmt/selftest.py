@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,8 +30,8 @@ class Sizes(NamedTuple):
 
     batch: int = 2
     classes: int = 19
-    low: tuple[int, int] = (33, 37)
-    out: tuple[int, int] = (70, 91)
+    low: tuple[int, ...] = (33, 37)
+    out: tuple[int, ...] = (70, 91)
 
 
 @dataclass
@@ -146,7 +147,7 @@ def confidence(
 
 def average(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Trial:
     """Tensors of many lengths: of one element, of one vector and a rest, of several chunks."""
-    lengths = (1, 7, 64 * sizes.classes, 16 * 1024 + 3, sizes.batch * sizes.out[0] * sizes.out[1])
+    lengths = (1, 7, 64 * sizes.classes, 16 * 1024 + 3, sizes.batch * math.prod(sizes.out))
     generator = torch.Generator().manual_seed(0)
     teacher = [torch.randn(n, generator=generator) for n in lengths]
     student = [torch.randn(n, generator=generator).to(dtype) for n in lengths]
