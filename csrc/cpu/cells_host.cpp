@@ -163,7 +163,9 @@ void CellTables::make_bands(const Axis& rows) {
   for (int band = 0; band < cells.bands; ++band) band_start_[band + 1] += band_start_[band];
   cells.band_start = band_start_.data();
   // Larger groups share fewer rows; smaller ones feed more threads. The shape alone decides.
-  cells.bands_in_group = std::clamp(cells.bands / 16, 1, 8);
+  constexpr int64_t enough = 256;  // groups of all images
+  const int in_many = int(std::min<int64_t>(cells.images * cells.bands / enough, cells.bands));
+  cells.bands_in_group = std::max(std::clamp(cells.bands / 16, 1, 8), in_many);
   cells.groups = (cells.bands + cells.bands_in_group - 1) / cells.bands_in_group;
 }
 
