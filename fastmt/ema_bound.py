@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastmt import native, reference
 
 AVERAGE, COPY, KEEP, STOCHASTIC, KAHAN = range(5)  # as in csrc/cpu/calls.h
-_ROUNDINGS = {AVERAGE: "nearest", COPY: "nearest", STOCHASTIC: "stochastic", KAHAN: "kahan"}
+_ROUNDINGS = {AVERAGE: "nearest", STOCHASTIC: "stochastic", KAHAN: "kahan"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels average
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -155,6 +155,30 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def has_arithmetic(tensor: Tensor) -> bool:
+    """Whether it can be averaged: a subclass made of codes and scales, as torchao's, often cannot.
+
+    Only asking tells, which takes memory of its size.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return True
+    try:
+        tensor.detach().lerp(tensor.detach(), 0.5)
+    except torch.OutOfMemoryError:  # also a RuntimeError
+        raise
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def pieces_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that one of such a subclass is made of, any other as it is."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [piece for name in names for piece in pieces_of(getattr(tensor, name))]
+
+
 def is_expanded(tensor: Tensor) -> bool:
     """Whether several elements are one place in memory."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -168,11 +192,14 @@ def update_eagerly(
     for average, mode, lost, decay, draw in zip(
         row.averages, row.modes, row.compensations, decays, draws, strict=True
     ):
-        if mode != KEEP:
+        if mode == COPY:
+            averages, values = pieces_of(average.detach()), pieces_of(row.value.detach())
+            reference.ema_update_(averages, values, _copying(decay))
+        elif mode != KEEP:
             reference.ema_update_(
                 [average.detach()],
                 [row.value.detach()],
-                _copying(decay) if mode == COPY else decay,
+                decay,
                 rounding=_ROUNDINGS[mode],
                 draw=draw,
                 numbers=[row.number],

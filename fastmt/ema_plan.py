@@ -21,8 +21,10 @@ from fastmt.ema_bound import (
     Bound,
     Rest,
     Row,
+    has_arithmetic,
     has_kernels,
     is_served,
+    pieces_of,
     place_of,
     update_eagerly,
 )
@@ -241,8 +243,7 @@ def _each_once(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 def _averaged(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> Row:
     modes = [
-        _parameter_mode(pair.average, track.rounding)
-        for pair, track in zip(pairs, tracks, strict=True)
+        _parameter_mode(pair, track.rounding) for pair, track in zip(pairs, tracks, strict=True)
     ]
     lost = [
         _compensation(track, pair) if mode == KAHAN else None
@@ -272,7 +273,27 @@ def _followed(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> 
     return Row(number, averages, pairs[0].value, tuple(modes), (None,) * len(pairs))
 
 
-def _parameter_mode(average: Tensor, rounding: str | None) -> int:
-    if average.dtype in (torch.bfloat16, torch.float16):
+def _parameter_mode(pair: Pair, rounding: str | None) -> int:
+    if not (has_arithmetic(pair.average) and has_arithmetic(pair.value)):
+        _check_copied(pair)
+        return COPY
+    if pair.average.dtype in (torch.bfloat16, torch.float16):
         return _ROUNDINGS[rounding]
-    return AVERAGE if is_averaged(average) else COPY
+    return AVERAGE if is_averaged(pair.average) else COPY
+
+
+def _check_copied(pair: Pair) -> None:
+    """A copy is the average of a tensor that is not trained alone."""
+    name, average, value = pair
+    kinds = [type(tensor).__name__ for tensor in (average, value)]
+    shapes = [[piece.shape for piece in pieces_of(tensor)] for tensor in (average, value)]
+    if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+        raise TypeError(
+            f"student: {name!r} is {kinds[1]}, in the teacher {kinds[0]}, of which one cannot be "
+            "averaged and needs the other alike; make a new EMATeacher"
+        )
+    if value.requires_grad:
+        raise TypeError(
+            f"student: {name!r} is {kinds[1]}, which cannot be averaged (it has no lerp()) and is "
+            "copied where it requires no grad alone"
+        )

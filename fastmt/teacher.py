@@ -36,8 +36,9 @@ class EMATeacher(Counting):
             as it is.
         buffers: "copy" the student's (running statistics belong to the newest weights), "ema"
             averages floating ones, "keep" leaves them, and the student may have others. Integer,
-            bool and float8 buffers are copied unless kept, as are parameters of these types. No
-            state dict holds those that are not persistent: their average begins anew.
+            bool and float8 buffers are copied unless kept, as are parameters of these types and
+            frozen ones without arithmetic, such as torchao's quantised weights. No state dict
+            holds those that are not persistent: their average begins anew.
         update_every: only every so many calls of update() average.
         start: until that many calls the teacher is a plain copy of the student.
         half_life: instead of `decay`: after that many steps (calls of update()) a weight counts
