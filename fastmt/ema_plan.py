@@ -263,13 +263,13 @@ def _compensation(track: Track, pair: Pair) -> Tensor:
 
 
 def _followed(number: int, pairs: tuple[Pair, ...], tracks: Sequence[Track]) -> Row:
-    """A buffer; integer, bool and float8 ones are copied unless kept."""
-    rules = [_RULES[track.buffers] for track in tracks]
-    modes = [
-        rule if rule == KEEP or is_averaged(pair.average) else COPY
-        for pair, rule in zip(pairs, rules, strict=True)
-    ]
+    """A buffer; one that has no average, as integers, is copied unless kept."""
     averages = tuple(pair.average for pair in pairs)
+    rules = [_RULES[track.buffers] for track in tracks]
+    fit = [is_averaged(average) and has_arithmetic(average) for average in averages]
+    modes = [
+        rule if rule != AVERAGE or fits else COPY for rule, fits in zip(rules, fit, strict=True)
+    ]
     return Row(number, averages, pairs[0].value, tuple(modes), (None,) * len(pairs))
 
 

@@ -89,6 +89,15 @@ def test_a_skipped_update_copies_no_weight_that_has_no_average(student):
     assert all(map(torch.equal, teacher.module["base"].weight.pieces(), before))
 
 
+@pytest.mark.parametrize("rule", ["copy", "ema"])
+def test_a_buffer_that_has_no_average_is_copied_also_where_buffers_are_averaged(student, rule):
+    student.register_buffer("codes", quantised(2).detach())
+    teacher = EMATeacher(student, 0.5, warmup=None, buffers=rule)
+    student.codes = quantised(2).detach()
+    teacher.update()
+    assert all(map(torch.equal, teacher.module.codes.pieces(), student.codes.pieces()))
+
+
 def train(student: nn.Module) -> None:
     student["base"].weight.requires_grad_()
 
