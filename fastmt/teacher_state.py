@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmt.ema_bound import has_arithmetic
 from fastmt.matching import local, plain_name, reshard, sharded_as
 from fastmt.rounding import HALVES
 
@@ -124,5 +125,6 @@ def whole_compensation(network: nn.Module, lost: Mapping[str, Tensor]) -> dict[s
     reshard((network,))
     named = {plain_name(name): parameter for name, parameter in network.named_parameters()}
     halves = {name: local(p) for name, p in named.items() if p.dtype in HALVES}
+    halves = {name: shard for name, shard in halves.items() if has_arithmetic(shard)}
     found = {name: torch.zeros_like(shard) for name, shard in halves.items() if name not in lost}
     return {n: sharded_as(t, named.get(n, t)) for n, t in (found | dict(lost)).items()}

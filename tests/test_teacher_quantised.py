@@ -98,6 +98,19 @@ def test_a_buffer_that_has_no_average_is_copied_also_where_buffers_are_averaged(
     assert all(map(torch.equal, teacher.module.codes.pieces(), student.codes.pieces()))
 
 
+def test_rounding_loses_nothing_of_a_weight_that_has_no_average(student):
+    student["adapter"].bfloat16()
+    codes, scale = student["base"].weight.pieces()
+    base = Quantised(codes, scale.bfloat16())
+    student["base"].weight = nn.Parameter(base, requires_grad=False)
+    teacher = EMATeacher(student, 0.5, rounding="kahan")
+    teacher.update()
+    progress = teacher.progress()
+    assert progress["compensation"].keys() == {"adapter.weight", "adapter.bias"}
+    teacher.load_progress(progress)
+    teacher.update()
+
+
 def train(student: nn.Module) -> None:
     student["base"].weight.requires_grad_()
 
