@@ -39,7 +39,8 @@ from fastmt.backends import Choice
 
 LARGE = Shape(8, 19, (1024, 1024))
 SMALL = Shape(1, 19, (64, 64))
-TINY = Shape(2, 5, (16, 24))
+VOLUME = Shape(2, 14, (96, 96, 96))
+TINY, TINY_VOLUME = Shape(2, 5, (16, 24)), Shape(2, 5, (8, 16, 24))
 THRESHOLD = bench_consistency.THRESHOLD
 _MAX_SETS = 512
 
@@ -55,7 +56,7 @@ class GpuWork(Work):
 def cases(which: str = "real") -> list[Case]:
     """The comparisons, or ("tiny") the same at sizes for a test on a CPU."""
     tiny = which == "tiny"
-    large, small = (TINY, TINY) if tiny else (LARGE, SMALL)
+    large, small, volume = (TINY, TINY, TINY_VOLUME) if tiny else (LARGE, SMALL, VOLUME)
     single, half = torch.float32, torch.bfloat16
     losses = [
         _loss("dense", "consistency", large, half, compiled=True),
@@ -70,6 +71,7 @@ def cases(which: str = "real") -> list[Case]:
         _loss("small", "consistency", small, single, compiled=True),
         _loss("small", "confidence", small, single, compiled=True),
         _loss("small", "cross-entropy", small, single, compiled=True),
+        _loss("volumes", "consistency", volume, single, 4),
     ]
     return [*losses, *_averages(tiny)]
 
@@ -186,7 +188,7 @@ def _consistency(
     teacher = inputs.logits(low, dtype=dtype, device=device, seed=1, threshold=THRESHOLD)
     threshold = THRESHOLD
     if size:  # one image again and again: few scores, with a gap between them that rounding spares
-        teacher = teacher[:1].repeat(low.batch, 1, 1, 1)
+        teacher = teacher[:1].expand_as(teacher).contiguous()
         threshold = inputs.clear_threshold(teacher[:1], size, near=THRESHOLD)
     options = {"threshold": threshold, "size": size}
     eager = partial(bench_consistency.EAGER["mse"], threshold=threshold)

@@ -25,6 +25,7 @@ def test_the_bytes_of_each_case_are_those_that_have_to_move():
         "confidence 2x5x16x24 float32 from 1/8": 4 * low + 12 * pixels,
         "cross-entropy 2x5x16x24 float32 from 1/4": 2 * 4 * (4 * low) + 8 * pixels,
         "cross-entropy 2x5x16x24 float32": (2 * 4 * 5 + 8) * pixels,
+        "consistency 2x5x8x16x24 float32 from 1/4": 3 * 4 * (2 * 5 * 2 * 4 * 6),
         "EMA of 0 M in 5 tensors, float32 student": 12 * 5 * 21,
         "EMA of 0 M in 5 tensors, bfloat16 student": 10 * 5 * 21,
     }
@@ -36,7 +37,7 @@ def test_the_bytes_of_each_case_are_those_that_have_to_move():
 
 def test_the_real_cases_have_the_sizes_of_their_names():
     names = [case.name for case in gpu_cases.cases()]
-    assert len(names) == len(set(names)) == 17
+    assert len(names) == len(set(names)) == 18
     assert "consistency 8x19x1024x1024 float32 from 1/8" in names
     assert "EMA of 304 M in 296 tensors, float32 student" in names
     assert "EMA of 1 M in 1000 tensors, float32 student" in names
