@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmt.arguments import check_between, check_index, check_positive, first_line, shape
+from fastmt.arguments import as_index, check_between, check_index, check_positive, first_line, shape
 from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
 from fastmt.teacher_network import all_pairs, carries
@@ -111,7 +111,7 @@ def check_options(
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm)
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
+        if as_index(name, count) < 1:
             raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
 
 

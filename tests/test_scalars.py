@@ -42,6 +42,8 @@ COUNTS = {
     ("class_mix", "ignore_index"): lambda n: perturb.class_mix(LABELS, 4, ignore_index=n),
     ("cross_entropy", "ignore_index"): lambda n: fastmt.CrossEntropy(ignore_index=n),
     ("MeanTeacher", "ignore_index"): lambda n: trainer(ignore_index=n),
+    ("MeanTeacher", "accumulate"): lambda n: trainer(accumulate=n),
+    ("MeanTeacher", "passes"): lambda n: trainer(passes=n),
     ("segment", "tile"): lambda n: fastmt.segment(network(), IMAGES, tile=n),
     ("segment", "overlap"): lambda n: fastmt.segment(network(), IMAGES, tile=8, overlap=n),
     ("segment", "divisor"): lambda n: fastmt.segment(network(), IMAGES, divisor=n),

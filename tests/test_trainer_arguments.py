@@ -66,7 +66,7 @@ def test_batches_that_do_not_fit_are_named(batch, error, message):
         ({"class_mixing": 1.5}, ValueError, "class_mixing"),
         ({"accumulate": 0}, ValueError, "^accumulate: got 0"),
         ({"passes": 0}, ValueError, "^passes: got 0"),
-        ({"passes": 1.5}, ValueError, "^passes: got 1.5"),
+        ({"passes": 1.5}, TypeError, "^passes: got float, expected an integer"),
         ({"noise": 0.1}, ValueError, "^noise: got 0.1"),
         ({"noise": (-0.1, 0.2)}, ValueError, "^noise: got"),
         ({"noise": ("much", 0.2)}, ValueError, "^noise: got"),
