@@ -75,7 +75,7 @@ def hand_over(ctx: Any, grad_value: Tensor | None) -> Tensor | None:
         return _scaled(ctx, logits, grad_value)
     with torch.no_grad():  # create_graph=True
         gradient = _scaled(ctx, logits, grad_value)
-    return _DifferentiableOnce.apply(gradient, logits, grad_value)
+    return DifferentiableOnce.apply(gradient, logits, grad_value)
 
 
 def _scaled(ctx: Any, logits: Tensor, grad_value: Tensor) -> Tensor:
@@ -111,11 +111,11 @@ def _computed_again(ctx: Any, logits: Tensor) -> Tensor:
     return ctx.again(logits)
 
 
-class _DifferentiableOnce(torch.autograd.Function):
+class DifferentiableOnce(torch.autograd.Function):
     """The gradient itself; whoever differentiates it is told that this cannot be done."""
 
     @staticmethod
-    def forward(ctx, gradient, logits, grad_value):
+    def forward(ctx, gradient, *_):
         return gradient.view_as(gradient)
 
     @staticmethod

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmt import gradients
 from fastmt import slices as of_torch
 
 
@@ -58,6 +59,8 @@ def _have_size(logits: Sequence[Tensor], size: Sequence[int]) -> bool:
 
 
 class _Resampled(torch.autograd.Function):
+    """Slices (N, D, C, H, W) as (N, out, C, H, W)."""
+
     @staticmethod
     def forward(ctx, slices, kernels, out, align_corners):
         ctx.kernels, ctx.depth, ctx.align_corners = kernels, slices.shape[1], align_corners
@@ -66,4 +69,8 @@ class _Resampled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         call = (gradient.contiguous(), ctx.depth, ctx.align_corners)
-        return ctx.kernels.resample_slices_backward(*call), None, None, None
+        with torch.no_grad():
+            slices = ctx.kernels.resample_slices_backward(*call)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            slices = gradients.DifferentiableOnce.apply(slices, gradient)
+        return slices, None, None, None

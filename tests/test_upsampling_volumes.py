@@ -98,6 +98,15 @@ def test_a_teacher_of_the_output_size_goes_with_a_student_that_is_upsampled():
     assert_same(loss, reference.consistency_loss(student, teacher, **options), student)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_second_derivative_is_refused_by_name():
+    student, teachers, _ = inputs(*SIZES[1], torch.float32)
+    loss = fastmt.consistency_loss(student, teachers, size=SIZES[1][1], threshold=0.5)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative of a loss is not in the kernels"):
+        torch.autograd.grad(gradient.square().sum(), student)
+
+
 def test_an_empty_batch_of_volumes_has_a_loss_of_zero():
     student = torch.zeros(0, 4, 3, 4, 5, requires_grad=True)
     loss = fastmt.consistency_loss(student, student, size=(6, 8, 10))

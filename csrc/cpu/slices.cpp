@@ -1,5 +1,6 @@
 // Slices of volumes, interpolated along their depth. Mirrors fastmt/slices.py.
 #include <algorithm>
+#include <cstdlib>
 
 #include "cpu/host.h"
 
