@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastmt.arguments import as_index, check_between, check_index, check_positive, first_line, shape
+from fastmt.arguments import (
+    as_index,
+    check_at_least,
+    check_between,
+    check_index,
+    check_positive,
+    first_line,
+    shape,
+)
 from fastmt.matching import unwrapped
 from fastmt.teacher import EMATeacher
 from fastmt.teacher_network import all_pairs, carries
@@ -111,8 +119,7 @@ def check_options(
     if clip_norm is not None:
         check_positive("clip_norm", clip_norm)
     for name, count in counts.items():
-        if as_index(name, count) < 1:
-            raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
+        check_at_least(name, as_index(name, count), 1)
 
 
 def check_scheduler(scheduler: object | None, optimizer: torch.optim.Optimizer) -> None:

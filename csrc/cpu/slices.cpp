@@ -1,43 +1,13 @@
-// Slices of volumes, interpolated along their depth. Mirrors fastmt/slices.py.
+// Slices of volumes, interpolated along their depth. As fastmt/slices.py.
 #include <algorithm>
-#include <cstdlib>
 
-#include "cpu/host.h"
+#include "cpu/cells_host.h"
 
 namespace fastmt {
 
 namespace {
 
 constexpr int64_t STRETCH = 4096;  // floats of a slice, one piece of work
-
-// Places of output slices z among input slices: (step * z + first) / unit, in whole numbers.
-struct Places {
-  int64_t step, first, unit, last;
-
-  Places(int64_t depth, int64_t out, bool align_corners) {
-    unit = align_corners ? std::max<int64_t>(out - 1, 1) : 2 * out;
-    step = align_corners ? (out > 1 ? depth - 1 : 0) : 2 * depth;
-    first = align_corners ? 0 : depth - out;
-    last = (depth - 1) * unit;
-  }
-
-  int64_t place(int64_t z) const { return std::clamp<int64_t>(step * z + first, 0, last); }
-
-  // What output slice z takes of input slice k.
-  float share(int64_t z, int64_t k) const {
-    const int64_t reach = std::abs(place(z) - k * unit);
-    return reach < unit ? float(1 - double(reach) / double(unit)) : 0;
-  }
-
-  // The output slices that may take something of input slice k: [begin, end).
-  int64_t begin(int64_t k) const {
-    const int64_t past = (k - 1) * unit - first;
-    return step == 0 || past < 0 ? 0 : past / step + 1;
-  }
-  int64_t end(int64_t k, int64_t out) const {
-    return place(out - 1) < (k + 1) * unit ? out : begin(k + 2);
-  }
-};
 
 // f(image, slice, begin, end) for stretches of all slices.
 template <class F>
@@ -81,18 +51,18 @@ Tensor empty_slices(const Tensor& like, int64_t depth) {
 Tensor resample_slices(const Tensor& slices, int64_t out, bool align_corners) {
   const Tensor resampled = empty_slices(slices, out);
   const Slices from(slices), to(resampled);
-  const Places places(from.depth, out, align_corners);
+  const Axis axis(from.depth, out, align_corners);
   for_each_slice(to.images, out, to.length, [&](int64_t image, int64_t z, int64_t i, int64_t end) {
-    const int64_t lower = places.place(z) / places.unit;
-    const float share = places.share(z, lower), other = 1 - share;
-    const float* near = from.at(image, lower);
+    const float t = axis.t[z], rest = 1 - t;
+    const float* near = from.at(image, axis.index[z]);
+    const float* far = near + from.length;
     float* into = to.at(image, z);
-    if (other == 0) {  // nothing of the next slice, whatever it holds
-      std::copy(near + i, near + end, into + i);
+    if (t == 0 || t == 1) {  // nothing of the other slice, whatever it holds
+      const float* alone = t == 0 ? near : far;
+      std::copy(alone + i, alone + end, into + i);
       return;
     }
-    const float* far = near + from.length;
-    for (; i < end; ++i) into[i] = share * near[i] + other * far[i];
+    for (; i < end; ++i) into[i] = rest * near[i] + t * far[i];
   });
   return resampled;
 }
@@ -101,12 +71,15 @@ Tensor resample_slices(const Tensor& slices, int64_t out, bool align_corners) {
 Tensor resample_slices_backward(const Tensor& gradient, int64_t depth, bool align_corners) {
   const Tensor result = empty_slices(gradient, depth);
   const Slices from(gradient), to(result);
-  const Places places(depth, from.depth, align_corners);
+  const Axis axis(depth, from.depth, align_corners);
+  const auto first = axis.index.begin(), last = axis.index.end();
   for_each_slice(to.images, depth, to.length, [&](int64_t image, int64_t k, int64_t i, int64_t end) {
     float* into = to.at(image, k);
     std::fill(into + i, into + end, 0.0f);
-    for (int64_t z = places.begin(k); z < places.end(k, from.depth); ++z) {
-      const float share = places.share(z, k);
+    const int64_t begin_z = std::lower_bound(first, last, k - 1) - first;
+    const int64_t end_z = std::upper_bound(first, last, k) - first;
+    for (int64_t z = begin_z; z < end_z; ++z) {
+      const float share = axis.index[z] == k ? 1 - axis.t[z] : axis.t[z];
       const float* slice = from.at(image, z);
       if (share > 0)
         for (int64_t x = i; x < end; ++x) into[x] += share * slice[x];
