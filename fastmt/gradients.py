@@ -84,13 +84,13 @@ def _scaled(ctx: Any, logits: Tensor, grad_value: Tensor) -> Tensor:
         gradient = _computed_again(ctx, logits)
     if not _graph_is_kept():  # as PyTorch lets go of what it saved, though the loss may live on
         ctx.again, ctx.versions = None, []
-    if _is_batched(grad_value):
+    if is_batched(grad_value):
         return _product(gradient, ctx.scale, grad_value)
     ctx.kernels.scale_(gradient, ctx.scale, grad_value)
     return gradient
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Whether it stands for several, as in is_grads_batched=True and vmap: no kernel reads them."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)

@@ -26,6 +26,8 @@ SCHEMAS = {
     "cross_entropy": "(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight,"
     " int[] options, float label_smoothing, bool align_corners, bool wants_gradient)"
     " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong, Tensor wrong_label)",
+    "resample_slices": "(Tensor slices, SymInt out, bool align_corners) -> Tensor",
+    "resample_slices_backward": "(Tensor gradient, SymInt depth, bool align_corners) -> Tensor",
 }
 
 
@@ -37,7 +39,7 @@ def constant_while_tracing(function: Callable[[], _T]) -> Callable[[], _T]:
 
 def register_fakes() -> None:
     """Tell torch.library what the operations of the loaded library return."""
-    for fake in (*_FAKES, resample_slices, resample_slices_backward, ema_update_, scale_):
+    for fake in (*_FAKES, ema_update_, scale_):
         torch.library.register_fake(f"fastmt::{fake.__name__}", fake, lib=_LIBRARY)
 
 
@@ -100,16 +102,16 @@ def cross_entropy(
     return loss, scale, _gradient(logits, wants_gradient), wrong, wrong_label
 
 
-def ema_update_(table: Tensor, starts: Tensor, decays: Tensor, draws: Tensor | None = None) -> None:
-    pass
-
-
 def resample_slices(slices: Tensor, out: int, align_corners: bool) -> Tensor:
-    return slices.new_empty((slices.shape[0], out, *slices.shape[2:]))
+    return _resampled(slices, out)
 
 
 def resample_slices_backward(gradient: Tensor, depth: int, align_corners: bool) -> Tensor:
-    return gradient.new_empty((gradient.shape[0], depth, *gradient.shape[2:]))
+    return _resampled(gradient, depth)
+
+
+def ema_update_(table: Tensor, starts: Tensor, decays: Tensor, draws: Tensor | None = None) -> None:
+    pass
 
 
 def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
@@ -120,8 +122,18 @@ def _scalar(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return like.new_empty((), dtype=dtype)
 
 
+def _resampled(slices: Tensor, depth: int) -> Tensor:
+    return slices.new_empty((slices.shape[0], depth, *slices.shape[2:]), dtype=torch.float32)
+
+
 def _gradient(logits: Tensor, wanted: bool) -> Tensor:
     return torch.empty_like(logits) if wanted else logits.new_empty(0)
 
 
-_FAKES = (softmax_confidence, consistency_loss, cross_entropy)
+_FAKES = (
+    softmax_confidence,
+    consistency_loss,
+    cross_entropy,
+    resample_slices,
+    resample_slices_backward,
+)

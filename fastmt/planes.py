@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmt import gradients
+from fastmt import backends, gradients, triton_backend
 from fastmt import slices as of_torch
 
 
@@ -42,9 +42,11 @@ def logits_of_planes(
 def _resampled(slices: Tensor, out: int, align_corners: bool, backend: str) -> Tensor:
     if slices.shape[1] == out:
         return slices
-    slices = slices.contiguous().float()
-    on_cpu = backend == "cpp" and slices.is_cpu
-    return _Resampled.apply(slices, torch.ops.fastmt if on_cpu else of_torch, out, align_corners)
+    if backend == "cpp" and slices.is_cpu:
+        return _Resampled.apply(slices.contiguous().float(), "cpp", out, align_corners)
+    if triton_backend.obstacle("resample_slices", [slices]):  # beside CUDA C++ kernels
+        return of_torch.resample_slices(slices.float(), out, align_corners)
+    return _Resampled.apply(slices, "triton", out, align_corners)
 
 
 def map_of_planes(pixels: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -62,15 +64,20 @@ class _Resampled(torch.autograd.Function):
     """Slices (N, D, C, H, W) as (N, out, C, H, W)."""
 
     @staticmethod
-    def forward(ctx, slices, kernels, out, align_corners):
-        ctx.kernels, ctx.depth, ctx.align_corners = kernels, slices.shape[1], align_corners
-        return kernels.resample_slices(slices, out, align_corners)
+    def forward(ctx, slices, backend, out, align_corners):
+        ctx.backend, ctx.align_corners = backend, align_corners
+        ctx.depth, ctx.dtype = slices.shape[1], slices.dtype
+        return backends.operations(backend).resample_slices(slices, out, align_corners)
 
     @staticmethod
     def backward(ctx, gradient):
+        traced = torch.compiler.is_compiling()
+        kernels = backends.operations(ctx.backend)
+        if ctx.backend == "triton" and not traced and gradients.is_batched(gradient):
+            kernels = triton_backend.nodes()
         call = (gradient.contiguous(), ctx.depth, ctx.align_corners)
         with torch.no_grad():
-            slices = ctx.kernels.resample_slices_backward(*call)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            slices = kernels.resample_slices_backward(*call).to(ctx.dtype)
+        if torch.is_grad_enabled() and not traced:  # create_graph=True
             slices = gradients.DifferentiableOnce.apply(slices, gradient)
         return slices, None, None, None

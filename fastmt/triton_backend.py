@@ -36,8 +36,11 @@ def obstacle(operation: str, tensors: Sequence[Tensor]) -> str | None:
 
 def operations() -> Any:
     """What holds the operations: the kernels' own module, or in a traced graph nodes of it."""
-    if not torch.compiler.is_compiling():
-        return kernels()
+    return nodes() if torch.compiler.is_compiling() else kernels()
+
+
+def nodes() -> Any:
+    """The operations as nodes, which also take tensors that stand for several, as under vmap."""
     _define_nodes()
     return torch.ops.fastmt_triton
 

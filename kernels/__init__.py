@@ -24,10 +24,19 @@ from fastmt.kernels import (
 from fastmt.kernels.calls import KINDS, ConsistencyCall, CrossEntropyCall, Run
 from fastmt.kernels.ema import ema_update_, scale_, scale_kernel
 from fastmt.kernels.launch import Launch, layout_of, prepared
+from fastmt.kernels.slices import resample_slices, resample_slices_backward
 from fastmt.kernels.sums import GradientScale, scalars
 from fastmt.kernels.views import device_of
 
-__all__ = ["consistency_loss", "cross_entropy", "ema_update_", "scale_", "softmax_confidence"]
+__all__ = [
+    "consistency_loss",
+    "cross_entropy",
+    "ema_update_",
+    "resample_slices",
+    "resample_slices_backward",
+    "scale_",
+    "softmax_confidence",
+]
 
 INTERPRETED = not isinstance(scale_kernel, triton.JITFunction)
 Size = Sequence[int] | None

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 GPU = torch.device("cuda", 0)
-NAMES = ("consistency_loss", "cross_entropy", "softmax_confidence", "scale_", "ema_update_")
+NAMES = (
+    *("consistency_loss", "cross_entropy", "softmax_confidence", "scale_", "ema_update_"),
+    *("resample_slices", "resample_slices_backward"),
+)
 ITEMSIZES = (4, 2, 2, 1)  # of the types in a table of moving averages
 
 

@@ -107,6 +107,17 @@ def test_the_second_derivative_is_refused_by_name():
         torch.autograd.grad(gradient.square().sum(), student)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_several_grad_outputs_at_once_give_a_gradient_each():
+    student, teachers, _ = inputs(*SIZES[1], torch.float32)
+    loss = fastmt.consistency_loss(student, teachers, size=SIZES[1][1], threshold=0.5)
+    factors = torch.tensor([1.0, -0.25])
+    each = [torch.autograd.grad(loss, student, f, retain_graph=True)[0] for f in factors]
+    (gradients,) = torch.autograd.grad(loss, student, factors, is_grads_batched=True)
+    assert each[0].any()
+    torch.testing.assert_close(gradients, torch.stack(each))
+
+
 def test_an_empty_batch_of_volumes_has_a_loss_of_zero():
     student = torch.zeros(0, 4, 3, 4, 5, requires_grad=True)
     loss = fastmt.consistency_loss(student, student, size=(6, 8, 10))

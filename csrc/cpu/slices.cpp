@@ -1,4 +1,4 @@
-// Slices of volumes, interpolated along their depth. As fastmt/slices.py.
+// Slices of volumes, interpolated along their depth. As kernels/slices.py.
 #include <algorithm>
 
 #include "cpu/cells_host.h"

@@ -13,6 +13,9 @@ STUDENT, TEACHER = random_logits((2, 5, 6, 7), 1), random_logits((2, 5, 6, 7), 2
 LABELS = torch.arange(2 * 6 * 7).view(2, 6, 7) % 5
 OPERATIONS = {
     "consistency_loss": lambda z: fastmt.consistency_loss(z, TEACHER, threshold=0.5, size=(9, 11)),
+    "consistency_loss of volumes": lambda z: fastmt.consistency_loss(
+        *(each.unflatten(2, (2, 3)) for each in (z, TEACHER)), threshold=0.5, size=(5, 4, 8)
+    ),
     "cross_entropy": lambda z: fastmt.cross_entropy(z, LABELS),
     "softmax_confidence": lambda z: fastmt.softmax_confidence(z)[0],
 }
