@@ -43,6 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULTS = Path(__file__).parent / "results"
 THOROUGH = "sm_90"  # where every option is compiled; elsewhere the first of each
 BATCH, LOW, HIGH = 8, 128, 1024
+VOLUMES, SLICES = (2, 14, 24, 24, 24), 96  # logits, and what their depth becomes
 
 
 class Launch(NamedTuple):
@@ -122,6 +123,11 @@ def common_cases() -> Iterator[tuple[str, Callable]]:
     for name, dtype in DTYPES.items():
         data = meta(BATCH, 19, HIGH, HIGH, dtype=dtype)
         yield f"scale_ {name}", lambda data=data: kernels.scale_(data, meta(), meta())
+        z = meta(*VOLUMES, dtype=dtype).movedim(2, 1)
+        yield f"resample_slices {name}", lambda z=z: kernels.resample_slices(z, SLICES, False)
+    batch, classes, depth, *plane = VOLUMES
+    given = (meta(batch, SLICES, classes, *plane), depth, False)
+    yield "resample_slices_backward", lambda: kernels.resample_slices_backward(*given)
 
 
 def figures(target: str, compiled: Any) -> dict[str, int]:
@@ -243,6 +249,8 @@ FOOT = """\
 - join_kernel gathers what a few strips left for a low-resolution pixel, 4 bytes each; ema_kernel
   keeps one layout in registers for tensors of every dtype: 16 bytes of float32, 8 of bfloat16,
   which most of its accesses are where it rounds.
+- On gfx942 slices_fwd_kernel takes bfloat16 logits 8 bytes a thread, of which it has 256 there for
+  1024 pixels: the planes of a volume have few more, and wider blocks would mostly be empty.
 """
 
 
@@ -252,8 +260,9 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Made by `python -m benchmarks.aot` with Triton {results['triton']}, on no GPU. The calls",
         f"are of {BATCH} images of {HIGH}x{HIGH}, from {LOW}x{LOW} where they are up-sampled",
-        "inside (cells). Registers are of a thread; stack (what is spilled) and shared memory are",
-        "bytes; load and store are the bytes of the access that moves most of the data.",
+        f"inside (cells); {SLICES} slices are made of volumes of {VOLUMES}. Registers are",
+        "of a thread; stack (what is spilled) and shared memory are bytes; load and store are the",
+        "bytes of the access that moves most of the data.",
     ]
     for target in TARGETS:
         rows = [row for row in results["rows"] if row["target"] == target]

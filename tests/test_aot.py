@@ -21,6 +21,7 @@ ROWS = {aot.key_of(row): row for row in RESULTS["rows"]}
 QUICK = (
     *("dense consistency mse", "dense confidence max_prob", "cells cross_entropy"),
     *("ema_update_", "ema_update_ rounding"),
+    *("resample_slices bfloat16", "resample_slices_backward"),
 )
 same_compiler = pytest.mark.skipif(
     RESULTS["triton"] != triton.__version__,
@@ -56,6 +57,14 @@ def test_logits_and_gradients_at_output_resolution_move_in_vectors():
             half = row["dtype"] == "bfloat16" and not row["call"].startswith("scale")
             assert row["load"] == (8 if half and not confidence_of_many else 16)
             assert row["store"] >= 8
+
+
+def test_slices_move_in_vectors():
+    rows = [row for row in ROWS.values() if row["call"].startswith("resample_slices")]
+    assert len(rows) == 3 * len(aot.TARGETS)
+    for row in rows:
+        apart = (row["target"], row["call"]) == ("gfx942", "resample_slices bfloat16")
+        assert (row["load"], row["store"]) == (8 if apart else 16, 16)
 
 
 @pytest.mark.parametrize("operation", ["consistency", "confidence", "cross_entropy"])
