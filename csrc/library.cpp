@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> softmax_confidence(const std::vector<Tensor>&, int64_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
     const Tensor&, const std::vector<Tensor>&, const Tensor&, const std::optional<Tensor>&,
     const std::optional<Tensor>&, const std::vector<int64_t>&, double, const Size&, bool, bool);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
     const std::vector<int64_t>&, double, bool, bool);
 void ema_update_(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(fastmt, m) {
   m.def(
       "cross_entropy(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight,"
       " int[] options, float label_smoothing, bool align_corners, bool wants_gradient)"
-      " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong, Tensor wrong_label)");
+      " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong)");
   // Writes the teachers whose addresses the table holds, which no schema can say: a graph calls
   // ema_update_traced_ of fastmt/ema.py instead, which names them.
   m.def("ema_update_(Tensor table, Tensor starts, Tensor decays, Tensor? draws=None) -> ()");

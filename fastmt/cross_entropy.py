@@ -55,7 +55,7 @@ def cross_entropy(
         _choose, *tensors, ignore_index, normalize, label_smoothing, align_corners
     )
     if choice.backend == "eager":
-        if _checks_labels(labels.device) and _is_readable(labels):
+        if _checks_labels(labels) and _is_readable(labels):
             arguments.check_labels(labels, logits.shape[1], ignore_index)
         return reference.cross_entropy(
             logits,
@@ -135,8 +135,8 @@ def _check_labels_shape(logits: Tensor, labels: Tensor) -> None:
         arguments.output_shape([("logits", logits)], size, got="labels: got size")
 
 
-def _checks_labels(device: torch.device) -> bool:
-    return device.type == "cpu" or _CHECK.value() == "1"
+def _checks_labels(of_the_call: Tensor) -> bool:
+    return of_the_call.is_cpu or _CHECK.value() == "1"
 
 
 def _is_readable(labels: Tensor) -> bool:
@@ -145,15 +145,15 @@ def _is_readable(labels: Tensor) -> bool:
     return not traced and not hasattr(labels, "fake_mode")
 
 
-def _refuse(wrong: Tensor, wrong_label: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise where the kernel has met labels out of range."""
-    if not _checks_labels(wrong.device):
+def _refuse(wrong: Tensor, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise where the kernel has met labels out of range, of which it says how many."""
+    if not _checks_labels(wrong):
         return
     if torch.compiler.is_compiling():  # the graph itself raises, without a value to name
         message = f"labels: got a label outside 0..{classes - 1} that is not {ignore_index}"
         torch._assert_async(wrong == 0, message)
     elif wrong:
-        raise ValueError(arguments.label_message(int(wrong_label), classes, ignore_index))
+        arguments.check_labels(labels, classes, ignore_index)
 
 
 class _CrossEntropy(gradients.KnownGradient):
@@ -161,10 +161,8 @@ class _CrossEntropy(gradients.KnownGradient):
 
     @staticmethod
     def forward(ctx, logits, kernels, call, wants_gradient):
-        value, scale, gradient, wrong, wrong_label = kernels.cross_entropy(
-            logits, *call, wants_gradient
-        )
-        _refuse(wrong, wrong_label, logits.shape[1], call[3][0])
+        value, scale, gradient, wrong = kernels.cross_entropy(logits, *call, wants_gradient)
+        _refuse(wrong, call[0], logits.shape[1], call[3][0])
         ctx.set_materialize_grads(False)
         if wants_gradient:
             gradients.keep(ctx, kernels, logits, call[:3], gradient, scale)

@@ -25,7 +25,7 @@ SCHEMAS = {
     " -> (Tensor loss, Tensor selected, Tensor mean_score, Tensor scale, Tensor gradient)",
     "cross_entropy": "(Tensor logits, Tensor labels, Tensor? pixel_weight, Tensor? class_weight,"
     " int[] options, float label_smoothing, bool align_corners, bool wants_gradient)"
-    " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong, Tensor wrong_label)",
+    " -> (Tensor loss, Tensor scale, Tensor gradient, Tensor wrong)",
     "resample_slices": "(Tensor slices, SymInt out, bool align_corners) -> Tensor",
     "resample_slices_backward": "(Tensor gradient, SymInt depth, bool align_corners) -> Tensor",
 }
@@ -97,9 +97,8 @@ def cross_entropy(
     align_corners: bool,
     wants_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    loss, scale = _scalar(logits), _scalar(logits)
-    wrong, wrong_label = (_scalar(logits, torch.int64) for _ in range(2))
-    return loss, scale, _gradient(logits, wants_gradient), wrong, wrong_label
+    loss, scale, wrong = (_scalar(logits) for _ in range(3))
+    return loss, scale, _gradient(logits, wants_gradient), wrong
 
 
 def resample_slices(slices: Tensor, out: int, align_corners: bool) -> Tensor:
@@ -118,8 +117,8 @@ def scale_(data: Tensor, scale: Tensor, factor: Tensor) -> None:
     pass
 
 
-def _scalar(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return like.new_empty((), dtype=dtype)
+def _scalar(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.float32)
 
 
 def _resampled(slices: Tensor, depth: int) -> Tensor:

@@ -144,29 +144,28 @@ def cross_entropy(
     label_smoothing: float,
     align_corners: bool,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, scale, gradient, labels out of range, the lowest of them).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scale, gradient, labels out of range): d loss / d logits is scale * gradient.
 
-    d loss / d logits is scale * gradient; a label out of range makes both NaN.
+    A label out of range makes both NaN.
     """
     logits, pixel_weight, class_weight = map(as_it_lies, (logits, pixel_weight, class_weight))
     gradient = torch.empty_like(logits) if wants_gradient else None
     empty = logits.new_empty(0) if gradient is None else gradient
     if labels.numel() == 0:
-        loss, scale = (logits.new_zeros((), dtype=torch.float32) for _ in range(2))
-        wrong, wrong_label = (logits.new_zeros((), dtype=torch.int64) for _ in range(2))
-        return loss, scale, empty, wrong, wrong_label
+        loss, scale, wrong = (logits.new_zeros((), dtype=torch.float32) for _ in range(3))
+        return loss, scale, empty, wrong
     options, plain = tuple(options), class_weight is None and label_smoothing == 0
     layouts = map(layout_of, (logits, labels, pixel_weight))
     how = (align_corners, wants_gradient, plain, class_weight is None, options)
     key = (cross_entropy, *how, *layouts)
     operands = (logits, labels, pixel_weight, plain, options, align_corners, gradient)
-    results = (*scalars(logits, torch.float32, 2), *scalars(logits, torch.int64, 2))
+    results = scalars(logits, torch.float32, 3)
     with device_of(logits):
         run = prepared(key, _cross_entropy, *operands)
         run(logits, gradient, labels, pixel_weight, class_weight, label_smoothing, results)
-    loss, scale, *wrong = results
-    return loss, scale, empty, *wrong
+    loss, scale, wrong = results
+    return loss, scale, empty, wrong
 
 
 def _cross_entropy(

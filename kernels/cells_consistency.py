@@ -29,7 +29,7 @@ from fastmt.kernels.grid import (
     put_strip,
 )
 from fastmt.kernels.launch import GIVEN, Launch
-from fastmt.kernels.sums import consistency_sums, consistency_total_kernel, prepare_total
+from fastmt.kernels.sums import consistency_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.teachers import cells_teacher
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
 
@@ -207,11 +207,11 @@ def prepare(
     total = prepare_total(consistency_total_kernel, 5, walk.programs, call)
 
     def run(student, gradient, teacher, pixel_weight, valid, threshold, temperature, results):
-        sums = consistency_sums(results, walk.programs)
-        scratch = sums[0] if gradient is None else walk.scratch(student, strip)
-        launch(student, teacher, pixel_weight, valid, threshold, *sums, scratch, temperature)
+        partials = partial_sums(results, 5, walk.programs)
+        scratch = partials if gradient is None else walk.scratch(student, strip)
+        launch(student, teacher, pixel_weight, valid, threshold, partials, scratch, temperature)
         if gradient is not None:
             join(scratch, gradient)
-        total(*sums, results=results)
+        total(partials, results)
 
     return run

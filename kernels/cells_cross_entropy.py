@@ -28,7 +28,7 @@ from fastmt.kernels.grid import (
 )
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
-from fastmt.kernels.sums import cross_entropy_sums, cross_entropy_total_kernel, prepare_total
+from fastmt.kernels.sums import cross_entropy_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
 ROWS = 4  # columns of a band: two of the logits, two of the gradient
@@ -44,7 +44,6 @@ def cells_cross_entropy_kernel(
     pixel_weight_strides,
     class_weight,
     partials,
-    wrong_labels,
     scratch,
     out_height,
     out_width,
@@ -73,7 +72,6 @@ def cells_cross_entropy_kernel(
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     valid_sum = tl.zeros((BLOCK,), tl.float32)
     wrong_sum = tl.zeros((BLOCK,), tl.float32)
-    lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
     for piece in range(STRIP // BLOCK):
         columns = begin + piece * BLOCK + tl.arange(0, BLOCK)
         inside = columns < out_width
@@ -93,7 +91,6 @@ def cells_cross_entropy_kernel(
             weight_sum += tl.where(active, weight * own_weight, 0.0)
             valid_sum += keep.to(tl.float32)
             wrong_sum += wrong.to(tl.float32)
-            lowest = tl.minimum(lowest, tl.where(wrong, given, 2**63 - 1))
             if any_of(active):
                 z = between(upper, step, down, classes, CLASSES)
                 value, slope = label_loss(
@@ -125,7 +122,6 @@ def cells_cross_entropy_kernel(
     put_sum(partials, 1, weight_sum)
     put_sum(partials, 2, valid_sum)
     put_sum(partials, 3, wrong_sum)
-    tl.store(wrong_labels + tl.program_id(0), tl.min(lowest, 0))
 
 
 def prepare(
@@ -145,7 +141,6 @@ def prepare(
         call.labels.stride(),
         GIVEN,
         None if call.pixel_weight is None else call.pixel_weight.stride(),
-        GIVEN,
         GIVEN,
         GIVEN,
         GIVEN,
@@ -172,11 +167,11 @@ def prepare(
     total = prepare_total(cross_entropy_total_kernel, 4, walk.programs, call)
 
     def run(logits, gradient, labels, pixel_weight, class_weight, smoothing, results):
-        sums = cross_entropy_sums(results, walk.programs)
-        scratch = sums[0] if gradient is None else walk.scratch(logits, strip)
-        launch(logits, labels, pixel_weight, class_weight, *sums, scratch, smoothing)
+        partials = partial_sums(results, 4, walk.programs)
+        scratch = partials if gradient is None else walk.scratch(logits, strip)
+        launch(logits, labels, pixel_weight, class_weight, partials, scratch, smoothing)
         if gradient is not None:
             join(scratch, gradient)
-        total(*sums, results=results)
+        total(partials, results)
 
     return run

@@ -10,7 +10,7 @@ from fastmt.kernels import pixel
 from fastmt.kernels.calls import ConsistencyCall, Run
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.launch import GIVEN, Launch
-from fastmt.kernels.sums import consistency_sums, consistency_total_kernel, prepare_total
+from fastmt.kernels.sums import consistency_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
@@ -114,9 +114,9 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
     total = prepare_total(consistency_total_kernel, 5, pixels.blocks, call)
 
     def run(student, gradient, teacher, pixel_weight, valid, threshold, temperature, results):
-        sums = consistency_sums(results, pixels.blocks)
+        partials = partial_sums(results, 5, pixels.blocks)
         written = student if gradient is None else gradient
-        launch(student, written, teacher, pixel_weight, valid, threshold, *sums, temperature)
-        total(*sums, results=results)
+        launch(student, written, teacher, pixel_weight, valid, threshold, partials, temperature)
+        total(partials, results)
 
     return run

@@ -10,7 +10,7 @@ from fastmt.kernels.calls import CrossEntropyCall, Run
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
-from fastmt.kernels.sums import cross_entropy_sums, cross_entropy_total_kernel, prepare_total
+from fastmt.kernels.sums import cross_entropy_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.views import describe, lie_apart, map_at, place_of
 from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
 
@@ -23,7 +23,6 @@ def cross_entropy_kernel(
     pixel_weight,
     class_weight,
     partials,
-    wrong_labels,
     sizes,
     strides,
     ignore_index,
@@ -51,8 +50,6 @@ def cross_entropy_kernel(
     put_sum(partials, 1, tl.where(active, weight * own_weight, 0.0))
     put_sum(partials, 2, keep.to(tl.float32))
     put_sum(partials, 3, wrong.to(tl.float32))
-    lowest = tl.min(tl.where(wrong, given, 2**63 - 1), 0)
-    tl.store(wrong_labels + tl.program_id(0), lowest)
 
     loss = tl.zeros_like(weight)
     if any_of(active):
@@ -79,7 +76,7 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
     launch = Launch(
         cross_entropy_kernel,
         pixels.blocks,
-        *[GIVEN] * 7,
+        *[GIVEN] * 6,
         pixels.sizes,
         pixels.strides,
         call.ignore_index,
@@ -99,9 +96,9 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
     total = prepare_total(cross_entropy_total_kernel, 4, pixels.blocks, call)
 
     def run(logits, gradient, labels, pixel_weight, class_weight, smoothing, results):
-        sums = cross_entropy_sums(results, pixels.blocks)
+        partials = partial_sums(results, 4, pixels.blocks)
         written = logits if gradient is None else gradient
-        launch(logits, written, labels, pixel_weight, class_weight, *sums, smoothing)
-        total(*sums, results=results)
+        launch(logits, written, labels, pixel_weight, class_weight, partials, smoothing)
+        total(partials, results)
 
     return run

@@ -55,35 +55,20 @@ def add_up(partials, begin, end, programs, COUNT, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def lowest_of(values, begin, end, BLOCK: tl.constexpr):
-    """The lowest of values [begin, end)."""
-    lowest = tl.full((BLOCK,), 2**63 - 1, tl.int64)
-    for first in range(begin, end, BLOCK):
-        lanes = first + tl.arange(0, BLOCK)
-        value = tl.load(values + lanes, mask=lanes < end, other=2**63 - 1)
-        lowest = tl.minimum(lowest, value)
-    return tl.min(lowest, 0)
-
-
-@triton.jit
 def fold_kernel(
     partials,
-    labels,
     programs,
     folded,
-    folded_labels,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums of BLOCK programs each, in float64, and the lowest of their labels, if any."""
+    """Partial sums of BLOCK programs each, in float64."""
     begin = tl.program_id(0) * BLOCK
     end = tl.minimum(begin + BLOCK, programs)
     totals = add_up(partials, begin, end, programs, COUNT, BLOCK)
     rows = tl.arange(0, ROWS)
     at = folded + rows * tl.num_programs(0) + tl.program_id(0)
     tl.store(at, totals, mask=rows < COUNT)
-    if labels is not None:
-        tl.store(folded_labels + tl.program_id(0), lowest_of(labels, begin, end, BLOCK))
 
 
 @triton.jit
@@ -142,7 +127,6 @@ def consistency_total_kernel(
 @triton.jit
 def cross_entropy_total_kernel(
     partials,
-    wrong_labels,
     programs,
     results,
     pixels,
@@ -153,8 +137,7 @@ def cross_entropy_total_kernel(
 ):
     """From (loss, weight, valid, wrong) of each program, the results of the call.
 
-    These are loss, scale, labels out of range, the lowest of them. Such a label makes loss and
-    gradient NaN.
+    These are loss, scale, labels out of range. Such a label makes loss and gradient NaN.
     """
     totals = add_up(partials, 0, programs, programs, 4, BLOCK)
     valid = pick(totals, 2)
@@ -172,12 +155,11 @@ def cross_entropy_total_kernel(
         outside = outside * 0 + 1
     tl.store(results[0], value.to(tl.float32))
     tl.store(results[1], (outside * poison).to(tl.float32))
-    tl.store(results[2], wrong.to(tl.int64))
-    tl.store(results[3], lowest_of(wrong_labels, 0, programs, BLOCK))
+    tl.store(results[2], wrong.to(tl.float32))
 
 
 class Fold(NamedTuple):
-    """How partial sums, and lowest labels, of many programs become few enough for one of them."""
+    """How partial sums of many programs become few enough for one of them."""
 
     count: int
     programs: int  # that are left
@@ -189,39 +171,32 @@ class Fold(NamedTuple):
             return cls(count, programs, None)
         fewer = triton.cdiv(programs, BLOCK)
         constants = {"COUNT": count, "BLOCK": BLOCK}
-        operands = (GIVEN, GIVEN, programs, GIVEN, GIVEN)
+        operands = (GIVEN, programs, GIVEN)
         return cls(count, fewer, Launch(fold_kernel, fewer, *operands, **constants, num_warps=8))
 
-    def __call__(self, partials: Tensor, *labels: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, partials: Tensor) -> Tensor:
         if self.launch is None:
-            return partials, *labels
+            return partials
         sums = partials.new_empty((self.count, self.programs), dtype=torch.float64)
-        lowest = [each.new_empty(self.programs) for each in labels]
-        self.launch(partials, *(labels or [None]), sums, *(lowest or [None]))
-        return sums, *lowest
+        self.launch(partials, sums)
+        return sums
 
 
-def consistency_sums(results: Sequence[Tensor], programs: int) -> tuple[Tensor]:
-    """Room for the sums of each program of a call, of the dtype of its results."""
-    return (results[0].new_empty((5, programs)),)
-
-
-def cross_entropy_sums(results: Sequence[Tensor], programs: int) -> tuple[Tensor, Tensor]:
-    """Room for the sums of each program of a call, and for its lowest wrong label."""
-    return results[0].new_empty((4, programs)), results[3].new_empty(programs)
+def partial_sums(results: Sequence[Tensor], count: int, programs: int) -> Tensor:
+    """Room for `count` sums of each program of a call with these results."""
+    return results[0].new_empty((count, programs))
 
 
 def prepare_total(kernel: Any, count: int, programs: int, call: Any) -> Callable[..., None]:
-    """What adds up `count` sums of programs: it is given these, lowest labels if any, and results.
+    """What adds up `count` sums of programs: it is given these and the results.
 
     kernel: consistency_total_kernel or cross_entropy_total_kernel.
     """
     fold = Fold.of(count, programs)
-    sums = [GIVEN] * (1 if kernel is consistency_total_kernel else 2)
-    operands = (*sums, fold.programs, GIVEN, call.pixels, call.scale.inside)
+    operands = (GIVEN, fold.programs, GIVEN, call.pixels, call.scale.inside)
     launch = Launch(kernel, 1, *operands, **call.total, BLOCK=BLOCK, num_warps=8)
 
-    def total(*sums: Tensor, results: tuple[Tensor, ...]) -> None:
-        launch(*fold(*sums), results)
+    def total(partials: Tensor, results: tuple[Tensor, ...]) -> None:
+        launch(fold(partials), results)
 
     return total

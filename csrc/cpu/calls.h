@@ -57,7 +57,7 @@ struct ConsistencyCall {
 
 struct CrossEntropySums {
   double loss, weight;
-  int64_t valid, wrong, wrong_label;
+  int64_t valid, wrong;
 };
 
 struct CrossEntropyCall {

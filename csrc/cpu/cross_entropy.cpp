@@ -13,7 +13,6 @@ enum class Normalize : int64_t { all, valid, weight };  // as in fastmt/cross_en
 CrossEntropySums add(const std::vector<CrossEntropySums>& parts) {
   CrossEntropySums total{};
   for (const CrossEntropySums& part : parts) {
-    if (part.wrong && !total.wrong) total.wrong_label = part.wrong_label;
     total.loss += part.loss;
     total.weight += part.weight;
     total.valid += part.valid;
@@ -78,8 +77,8 @@ bool same_size(const Tensor& logits, const Tensor& labels) {
 
 }  // namespace
 
-// (loss, scale, gradient, wrong labels, the first of them): d loss / d logits is scale * gradient.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
+// (loss, scale, gradient, labels out of range): d loss / d logits is scale * gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, const std::vector<int64_t>& options,
     double label_smoothing, bool align_corners, bool wants_gradient) {
@@ -112,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
   return {scalar_tensor(ratio(total.loss, denominator)),
           scalar_tensor(scale.outside(ratio(1, denominator))),
           gradient ? *gradient : torch::stable::new_empty(logits, {0}),
-          scalar_tensor(total.wrong), scalar_tensor(total.wrong_label)};
+          scalar_tensor(double(total.wrong))};
 }
 
 }  // namespace fastmt

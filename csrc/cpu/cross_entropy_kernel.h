@@ -51,10 +51,6 @@ inline bool weigh_labels(const CrossEntropyCall& call, const int64_t* labels, in
     weight[i] = is_valid ? weight[i] : 0.0f;
     active |= weight[i] != 0;
   }
-  if (wrong && !sums.wrong)
-    sums.wrong_label = *std::find_if(labels, labels + count, [&](int64_t given) {
-      return given != ignored && (given < 0 || given >= classes);
-    });
   sums.valid += valid;
   sums.wrong += wrong;
   if (shares && is_plain(call)) {

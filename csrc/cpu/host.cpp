@@ -129,23 +129,15 @@ GradientScale gradient_scale(const Tensor& logits, int64_t pixels, bool by_pixel
   return {float(1 / (in_cell * class_share)), false};
 }
 
-namespace {
-
-template <class T>
-Tensor scalar_of(int32_t dtype, T value) {
+Tensor scalar_tensor(double value) {
   AtenTensorHandle handle;  // past the dispatcher, whose search by name takes longer than all else
-  STD_TORCH_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, dtype, aoti_torch_device_type_cpu(),
-                                           0, &handle) == AOTI_TORCH_SUCCESS,
-                  "no memory for a scalar");
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(),
+                               aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
+      "no memory for a scalar");
   const Tensor scalar(handle);
-  *static_cast<T*>(scalar.data_ptr()) = value;
+  *static_cast<float*>(scalar.data_ptr()) = float(value);
   return scalar;
 }
-
-}  // namespace
-
-Tensor scalar_tensor(double value) { return scalar_of(aoti_torch_dtype_float32(), float(value)); }
-
-Tensor scalar_tensor(int64_t value) { return scalar_of(aoti_torch_dtype_int64(), value); }
 
 }  // namespace fastmt

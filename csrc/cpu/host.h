@@ -84,7 +84,6 @@ inline double ratio(double numerator, double denominator) {
   return denominator == 0 ? 0 : numerator / denominator + 0 * denominator;
 }
 
-Tensor scalar_tensor(double value);   // float32
-Tensor scalar_tensor(int64_t value);  // int64
+Tensor scalar_tensor(double value);  // float32
 
 }  // namespace fastmt

@@ -103,7 +103,6 @@ struct CrossEntropyCells {
   const float* class_weight;  // may be null
   int64_t ignore_index;
   float label_smoothing, gradient_scale;
-  int64_t* wrong_label;  // [block]
 };
 
 // What turns the sums of a call into its results. The gradient has been multiplied by `inside`,
@@ -115,7 +114,7 @@ struct Finish {
   double inside;
   float *loss, *scale;
   float *selected, *mean_score;  // of consistency
-  int64_t *wrong, *wrong_label;  // of cross-entropy
+  float* wrong;                  // labels, of cross-entropy
 };
 
 constexpr int64_t EMA_CHUNK = 16 * 1024;  // elements between two entries of `starts`

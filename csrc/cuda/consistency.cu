@@ -44,7 +44,7 @@ void launch_consistency(const ConsistencyCells& call, const Grid& gradient, cons
     else
       start(cells_consistency_loop_kernel, call, bytes, stream);
   }
-  launch_join<FinishConsistency>({cells, gradient, finish, nullptr}, stream);
+  launch_join<FinishConsistency>({cells, gradient, finish}, stream);
 }
 
 }  // namespace fastmt::cuda

@@ -8,9 +8,9 @@ enum Normalize { all, valid, weight };
 
 }  // namespace
 
-// (loss, scale, gradient, wrong labels, the lowest of them): d loss / d logits is scale * gradient.
-// A label out of range makes loss and scale NaN; its pixel is ignored.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
+// (loss, scale, gradient, labels out of range): d loss / d logits is scale * gradient. Such a label
+// makes loss and scale NaN; its pixel is ignored.
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
     const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& pixel_weight,
     const std::optional<Tensor>& class_weight, const std::vector<int64_t>& options,
     double label_smoothing, bool align_corners, bool wants_gradient) {
@@ -31,18 +31,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
   call.gradient_scale = scale.inside;
   const Gradient gradient(logits, call.cells.first, wants_gradient);
   const Scratch scratch(call.cells, logits, 1, 1, wants_gradient);
-  const Tensor wrong_labels =
-      torch::stable::new_empty(logits, {call.cells.blocks()}, ScalarType::Long);
-  call.wrong_label = data_of<int64_t>(wrong_labels);
 
-  const Tensor loss = scalar_like(logits), factor = scalar_like(logits);
-  const Tensor wrong = scalar_like(logits, ScalarType::Long);
-  const Tensor wrong_label = scalar_like(logits, ScalarType::Long);
+  const Tensor loss = scalar_like(logits), factor = scalar_like(logits),
+               wrong = scalar_like(logits);
   Finish finish = finish_of(loss, factor, normalize, pixels, scale);
-  finish.wrong = data_of<int64_t>(wrong);
-  finish.wrong_label = data_of<int64_t>(wrong_label);
+  finish.wrong = data_of<float>(wrong);
   launch_cross_entropy(call, gradient.grid, finish, device.stream);
-  return {loss, factor, gradient.tensor, wrong, wrong_label};
+  return {loss, factor, gradient.tensor, wrong};
 }
 
 }  // namespace fastmt::cuda

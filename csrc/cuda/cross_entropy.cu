@@ -34,7 +34,7 @@ void launch_cross_entropy(const CrossEntropyCells& call, const Grid& gradient, c
     else
       start(cells_cross_entropy_loop_kernel, call, shared_bytes(cells, cells.classes), stream);
   }
-  launch_join<FinishCrossEntropy>({cells, gradient, finish, call.wrong_label}, stream);
+  launch_join<FinishCrossEntropy>({cells, gradient, finish}, stream);
 }
 
 }  // namespace fastmt::cuda

@@ -63,21 +63,6 @@ struct Labelled {
   }
 };
 
-// Names the lowest label out of range, where the block has counted any: by the thread that has
-// summed them.
-FASTMT_INLINE void put_wrong_label(const CrossEntropyCells& call, const Block& block) {
-  const Place& place = block.place;
-  if (threadIdx.x != LabelSums::wrong % blockDim.x) return;
-  if (block.tally.shared[LabelSums::wrong * blockDim.x] == 0) return;
-  int64_t lowest = INT64_MAX;
-  for (int32_t row = place.first_row; row < place.first_row + place.rows; ++row)
-    for (int32_t column = place.first_column; column < place.last_column; ++column) {
-      const int64_t given = integer_at(call.labels, place.image, row, column);
-      if (is_wrong(call, given) && given < lowest) lowest = given;
-    }
-  call.wrong_label[blockIdx.x] = lowest;
-}
-
 // Without class weights and smoothing the loss needs no logit but the label's.
 FASTMT_BOTH bool is_plain(const CrossEntropyCells& call) {
   return !call.class_weight && call.label_smoothing == 0;
@@ -138,7 +123,6 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
   }
   if (call.cells.partial) put_corners(block, corners);
   block.tally.put(call.cells);
-  put_wrong_label(call, block);
 }
 
 template <class Gradient>
@@ -169,7 +153,6 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
     visit(call, block, i, Column{z, 1}, mean_weight, corners.at(block.tile.row_at(0, i).at.t), C);
   if (call.cells.partial) put_corners<C>(block);
   block.tally.put(call.cells);
-  put_wrong_label(call, block);
 }
 
 // Any number of classes, their columns in shared memory.
@@ -188,7 +171,6 @@ __global__ void __launch_bounds__(256, 2)
     if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at.t);
   }
   block.tally.put(call.cells);
-  put_wrong_label(call, block);
 }
 
 }  // namespace fastmt::cuda

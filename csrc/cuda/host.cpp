@@ -41,8 +41,8 @@ Map map_of(const std::optional<Tensor>& map) {
   return {map->data_ptr(), map->stride(0), map->stride(1), map->stride(2), type_of(*map)};
 }
 
-Tensor scalar_like(const Tensor& tensor, ScalarType type) {
-  return torch::stable::new_empty(tensor, {}, type);
+Tensor scalar_like(const Tensor& tensor) {
+  return torch::stable::new_empty(tensor, {}, ScalarType::Float);
 }
 
 Scratch::Scratch(Cells& cells, const Tensor& like, int grids, int columns, bool wants_gradient) {

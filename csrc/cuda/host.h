@@ -26,7 +26,7 @@ Grid grid_of(const Tensor& logits, int64_t out_height, int64_t out_width, bool a
 // A map (N, height, width), or none.
 Map map_of(const std::optional<Tensor>& map);
 
-Tensor scalar_like(const Tensor& tensor, ScalarType type = ScalarType::Float);
+Tensor scalar_like(const Tensor& tensor);  // float32
 
 // The scratch of a call, at low resolution.
 struct Scratch {

@@ -14,7 +14,6 @@ struct Join {
   Cells cells;
   Grid gradient;  // no data where none is wanted
   Finish finish;
-  const int64_t* wrong_label;  // [block]
 };
 
 constexpr int JOIN_THREADS = 128;
@@ -61,19 +60,8 @@ struct FinishCrossEntropy {
                                                                       : sum[1];
     *finish.loss = float(ratio(sum[0], denominator));
     put_scale(finish, ratio(1, denominator));
-    *finish.wrong = int64_t(sum[3]);
-    *finish.wrong_label = 0;
-    if (sum[3] > 0) put_wrong(join);
-  }
-
-  // The lowest label out of range, and NaN for what would otherwise be a silent error.
-  static FASTMT_INLINE void put_wrong(const Join& join) {
-    int64_t lowest = INT64_MAX;
-    const float* wrong = join.cells.sums + 3 * join.cells.blocks();
-    for (int64_t block = 0; block < join.cells.blocks(); ++block)
-      if (wrong[block] > 0 && join.wrong_label[block] < lowest) lowest = join.wrong_label[block];
-    *join.finish.wrong_label = lowest;
-    *join.finish.loss = *join.finish.scale = NAN;
+    *finish.wrong = float(sum[3]);
+    if (sum[3] > 0) *finish.loss = *finish.scale = NAN;  // it would be a silent error
   }
 };
 

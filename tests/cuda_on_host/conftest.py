@@ -75,7 +75,7 @@ def on_host(tmp_path_factory):
     library = torch.library.Library("fastmt_cuda_on_host", "DEF")
     for name in OPERATIONS:
         schema = str(getattr(torch.ops.fastmt, name).default._schema).removeprefix("fastmt::")
-        library.define(schema.replace("int wrong, int wrong_label", "Tensor wrong, Tensor label"))
+        library.define(schema)
     torch.ops.load_library(str(compiled_once(tmp_path_factory.getbasetemp())))
     yield torch.ops.fastmt_cuda_on_host
     library._destroy()
@@ -102,18 +102,12 @@ def cuda(operations, poisoned, one_thread):
         size = list(student.shape[2:]) if size is None else size
         return operations.consistency_loss(student, *before, size, align_corners, wants_gradient)
 
-    def cross_entropy(*call):
-        *tensors, wrong, label = operations.cross_entropy(*call)
-        returns = torch.ops.fastmt.cross_entropy.default._schema.returns
-        if str(returns[-1].type) == "int":
-            wrong, label = int(wrong), int(label)
-        return *tensors, wrong, label
-
     answers = torch.library.Library("fastmt", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for answer in (consistency_loss, cross_entropy, operations.ema_update_, operations.scale_):
-            answers.impl(answer.__name__, answer, "CPU", allow_override=True)
+        answers.impl("consistency_loss", consistency_loss, "CPU", allow_override=True)
+        for name in ("cross_entropy", "ema_update_", "scale_"):
+            answers.impl(name, getattr(operations, name), "CPU", allow_override=True)
     with fastmt.backend("cpp", strict=True):
         yield
     answers._destroy()

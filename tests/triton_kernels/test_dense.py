@@ -70,20 +70,20 @@ def test_sums_of_many_programs_are_taken_in_two_steps(monkeypatch):
     launch.forget()
     assert_same(expected, everything(student, teacher, labels))
     labels[0, 2], labels[0, 1000] = 9, 7
-    with pytest.raises(ValueError, match="^labels: got label 7"):
+    with pytest.raises(ValueError, match="^labels: got label 9"):
         fastmt.cross_entropy(student, labels)
 
 
 def test_a_wrong_label_is_read_as_no_class_and_poisons_loss_and_gradient():
     labels = torch.tensor([[0, 20_000_000_000, -1, 2, 255]])
     logits = random_logits((1, 3, 5), 0)
-    loss, scale, gradient, wrong, label = kernels.cross_entropy(
+    loss, scale, gradient, wrong = kernels.cross_entropy(
         logits, labels, None, torch.ones(3), [255, 1], 0.0, False, True
     )
     assert loss.isnan()
     assert scale.isnan()
     assert gradient.isfinite().all()
-    assert (wrong, label) == (2, -1)
+    assert wrong == 2
 
 
 @triton.jit
