@@ -15,7 +15,8 @@ from torch import Tensor
 _T = TypeVar("_T")
 _LIBRARY = torch.library.Library("fastmt", "FRAGMENT")
 # Of csrc/library.cpp, for kernels that are written in Python. An int[] as size would make a graph
-# that is traced with dynamic shapes one of a single size.
+# that is traced with dynamic shapes one of a single size. Graphs on a user's disk know an operation
+# by its name alone: one that returns other tensors than in a release is another overload.
 SCHEMAS = {
     "softmax_confidence": "(Tensor[] logits, int kind, float inverse_temperature, SymInt[]? size,"
     " bool align_corners) -> (Tensor score, Tensor label)",

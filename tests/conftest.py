@@ -85,12 +85,17 @@ def folders(tmp_path):
 
 @pytest.fixture
 def one_graph_and_no_other():
-    """Compiled anew in each test; a second compilation of the same code is an error."""
+    """Compiled anew in each test; a second compilation of the same code is an error.
+
+    Not from inductor's cache on the disk either: a graph there names an operation, and keeps what
+    an older version of the operation returned.
+    """
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with (
         fastmt.backend("cpp", strict=True),
         torch._dynamo.config.patch(error_on_recompile=True),
+        torch.compiler.config.patch(force_disable_caches=True),
     ):
         yield
     torch.compiler.reset()
