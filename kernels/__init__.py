@@ -51,30 +51,30 @@ def softmax_confidence(
     logits: Sequence[Tensor], kind: int, inverse_temperature: float, size: Size, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
     """(score, label) of each output pixel, (N, *out)."""
-    logits = tuple(map(as_it_lies, logits))
-    first, size = logits[0], size and tuple(size)
-    score = first.new_empty((first.shape[0], *(size or first.shape[2:])), dtype=torch.float32)
-    label = torch.empty_like(score, dtype=torch.int64)
-    if score.numel() == 0:
-        return score, label
+    logits, size = tuple(map(as_it_lies, logits)), size and tuple(size)
+    first = logits[0]
     key = (softmax_confidence, kind, size, align_corners, *map(layout_of, logits))
     with device_of(first):
-        launch = prepared(key, _confidence, logits, KINDS[kind], score, label, size, align_corners)
-        launch(logits, score, label, inverse_temperature)
+        launch, out = prepared(key, _confidence, logits, KINDS[kind], size, align_corners)
+        score = torch.empty_strided(*out, dtype=torch.float32, device=first.device)
+        label = torch.empty_like(score, dtype=torch.int64)
+        if launch is not None:
+            launch(logits, score, label, inverse_temperature)
     return score, label
 
 
 def _confidence(
-    logits: Sequence[Tensor],
-    kind: str,
-    score: Tensor,
-    label: Tensor,
-    size: Size,
-    align_corners: bool,
-) -> Launch:
+    logits: Sequence[Tensor], kind: str, size: Size, align_corners: bool
+) -> tuple[Launch | None, tuple[Sequence[int], Sequence[int]]]:
+    """The launch, of no pixels None, and what empty_strided wants to know of its results."""
+    first = logits[0]
+    score = torch.empty((len(first), *(size or first.shape[2:])), device="meta")
+    out = score.shape, score.stride()
+    if score.numel() == 0:
+        return None, out
     if size is None:
-        return dense_confidence.prepare(logits, kind, score, label)
-    return cells_confidence.prepare(logits, kind, score, label, align_corners)
+        return dense_confidence.prepare(logits, kind, score), out
+    return cells_confidence.prepare(logits, kind, score, align_corners), out
 
 
 def consistency_loss(

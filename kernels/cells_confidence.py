@@ -64,12 +64,10 @@ def cells_confidence_kernel(
         tl.store(label + at, best.to(tl.int64), mask=inside)
 
 
-def prepare(
-    logits: Sequence[Tensor], kind: str, score: Tensor, label: Tensor, align_corners: bool
-) -> Launch:
+def prepare(logits: Sequence[Tensor], kind: str, score: Tensor, align_corners: bool) -> Launch:
     """The launch that fills score (N, *size) float32 and label (N, *size) int64.
 
-    It is given (logits, score, label, inverse_temperature).
+    Both lie like `score` does. It is given (logits, score, label, inverse_temperature).
     """
     classes = logits[0].shape[1]
     _, block, warps, tiles = strips_for(classes, 6 if kind == "entropy" else 5, gradient=False)

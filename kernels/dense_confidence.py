@@ -52,10 +52,10 @@ def confidence_kernel(
     tl.store(at, best.to(tl.int64), mask=inside)
 
 
-def prepare(logits: Sequence[Tensor], kind: str, score: Tensor, label: Tensor) -> Launch:
+def prepare(logits: Sequence[Tensor], kind: str, score: Tensor) -> Launch:
     """The launch that fills score (N, *spatial) float32 and label (N, *spatial) int64.
 
-    It is given (logits, score, label, inverse_temperature).
+    Both lie like `score` does. It is given (logits, score, label, inverse_temperature).
     """
     classes = logits[0].shape[1]
     itemsize, apart = min(t.itemsize for t in logits), lie_apart(logits)
@@ -64,7 +64,7 @@ def prepare(logits: Sequence[Tensor], kind: str, score: Tensor, label: Tensor) -
         few = blocks_for(classes, itemsize, columns).pixels < LEAST
         columns = 1 if apart or few else columns
     block, warps, tiles, vector = blocks_for(classes, itemsize, columns, apart)
-    pixels = describe(logits, [score, label], block)
+    pixels = describe(logits, [score, score], block)
     return Launch(
         confidence_kernel,
         pixels.blocks,

@@ -46,19 +46,22 @@ class Launch:
         self._order = operator.itemgetter(
             *[next(given if argument is GIVEN else known) for argument in every]
         )
+        self._tensors: list[int] | None = None  # which of the given ones are
+        self._tuples: list[int] = []
         self._direct: Callable[..., bool] | None = None  # for tensors that are all aligned
 
     def __call__(self, *given: Any) -> None:
-        passed, addresses = [], 0
-        for argument in given:
-            if isinstance(argument, Tensor):
-                argument = argument.data_ptr()
-                addresses |= argument
-            elif type(argument) is tuple:
-                argument = tuple([tensor.data_ptr() for tensor in argument])
-                for address in argument:
-                    addresses |= address
-            passed.append(argument)
+        if self._tensors is None:
+            self._tensors = [i for i, each in enumerate(given) if isinstance(each, Tensor)]
+            self._tuples = [i for i, each in enumerate(given) if type(each) is tuple]
+        passed, addresses = list(given), 0
+        for place in self._tensors:
+            passed[place] = address = given[place].data_ptr()
+            addresses |= address
+        for place in self._tuples:
+            passed[place] = several = tuple([tensor.data_ptr() for tensor in given[place]])
+            for address in several:
+                addresses |= address
         aligned, direct = addresses % ALIGNED == 0, self._direct
         if aligned and direct and direct(self._programs, self._order((*passed, *self._known))):
             return
@@ -166,15 +169,30 @@ def _direct(made: Any) -> Callable[..., bool]:
         return lambda programs, arguments: False
     driver, runtime = triton.runtime.driver.active, triton.knobs.runtime
     device, stream_of = driver.get_current_device(), driver.get_current_stream
-    run, metadata = made.run, made.packed_metadata
+    hand_over, how, is_one = _hand_over(made, version)
 
-    def direct(programs: int, arguments: Sequence[Any]) -> bool:
+    def direct(programs: int, arguments: tuple[Any, ...]) -> bool:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return False
-        stream = stream_of(device)
+        passed = (arguments,) if is_one else arguments
         # Asked of `made`, which is kept by that: its end unloads the code, from Triton 3.9 on.
-        run(programs, 1, 1, stream, made.function, metadata, None, None, None, *arguments)
+        hand_over(programs, 1, 1, stream_of(device), made.function, *how, *passed)
         return True
 
     return direct
+
+
+def _hand_over(made: Any, version: tuple[int, int]) -> tuple[Callable[..., None], tuple, bool]:
+    """What hands a launch to the driver, how, and whether it takes the arguments as one.
+
+    Within Triton's launcher that is what it calls once it has made room for a kernel that asks for
+    some; of ours none does.
+    """
+    run, asked = made.run, (made.packed_metadata, None, None, None)
+    if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
+        return run, asked, False
+    grid, room = (run.launch_cooperative_grid, run.launch_pdl), (None, None)
+    if version == (3, 6):
+        return run.launch, (*grid, *room, *asked), False
+    return run.launch, (*grid, *asked, *room, run.arg_annotations, run.kernel_signature), True

@@ -120,12 +120,29 @@ def test_a_prepared_launch_puts_what_it_is_given_in_its_place():
     assert len(kernel.asked) == 2
 
 
+class _Launcher:
+    """Triton's own: what it is called with, and what it calls itself."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid, launch_pdl = "cooperative", "dependent"
+    arg_annotations, kernel_signature = "annotations", "signature"
+
+    def __init__(self, given):
+        self.given = given
+
+    def __call__(self, *arguments):
+        self.given.append(("launcher", *arguments))
+
+    def launch(self, *arguments):
+        self.given.append(arguments)
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """A compiled kernel that launches nothing, and the arguments that its launcher was given."""
     given = []
     made = object.__new__(triton.compiler.CompiledKernel)
-    made.module, made._run = "module", lambda *arguments: given.append(arguments)
+    made.module, made._run = "module", _Launcher(given)
     made.function, made.packed_metadata = "function", "metadata"
     made._module_pid = None  # of no process, so that its end unloads nothing
     device = SimpleNamespace(get_current_device=lambda: 1, get_current_stream=lambda index: 70)
@@ -136,14 +153,25 @@ def compiled(monkeypatch):
 
 def test_a_repeated_launch_hands_over_addresses_on_the_stream_of_its_device(compiled):
     made, given = compiled
+    is_older = launching.DIRECT == ((3, 6),)  # its launchers take each argument
     kernel, data = _Kernel(), (torch.zeros(16), torch.zeros(16))
     kernel.__class__ = type("Kernel", (_Kernel,), {"__getitem__": lambda *_: lambda *a, **o: made})
     prepared = Launch(kernel, 3, GIVEN, GIVEN, BLOCK=64)
     for number in (0.5, 0.25, 0.125):
         prepared(number, data)
     addresses = tuple(tensor.data_ptr() for tensor in data)
-    start = (3, 1, 1, 70, "function", "metadata", None, None, None)
-    assert given == [(*start, number, addresses, 64) for number in (0.25, 0.125)]
+    start, passed = (3, 1, 1, 70, "function"), [(n, addresses, 64) for n in (0.25, 0.125)]
+    assert [launched[:5] for launched in given] == [start] * 2
+    assert [launched[-3:] if is_older else launched[-1] for launched in given] == passed
+
+
+@pytest.mark.parametrize("of", ["global_scratch_size", "profile_scratch_size"])
+def test_a_kernel_that_asks_for_room_is_launched_by_tritons_launcher(of, compiled, monkeypatch):
+    made, given = compiled
+    monkeypatch.setattr(_Launcher, of, 8)
+    assert launching._direct(made)(3, (1, 2))
+    start = ("launcher", 3, 1, 1, 70, "function", "metadata", None, None, None)
+    assert given == [(*start, 1, 2)]
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
