@@ -146,16 +146,20 @@ def _compared(
     **work: object,
 ) -> GpuWork:
     """The variants of `call(f, *tensors)`: f is fastmt's `function` by each backend, or `eager`."""
-    choices = {}
+    choices, auto = {}, fastmt.explain(function, *sets[0])
     for name in backends.KERNELS:
         with fastmt.backend(name):
             choices[name] = fastmt.explain(function, *sets[0])
     variants = {"eager": eager, **harness.compiled(eager, compiled)}
     served = {name: c for name, c in choices.items() if c.backend != "eager"}
-    variants |= {name: partial(_by_backend, name, function) for name in served}
+    # What auto takes is called as users call it: to enter a context takes as long as all checks.
+    variants |= {
+        name: function if name == auto.backend else partial(_by_backend, name, function)
+        for name in served
+    }
     return GpuWork(
         variants={name: _turning(partial(call, f), sets) for name, f in variants.items()},
-        choice=fastmt.explain(function, *sets[0]),
+        choice=auto,
         choices=served,
         left_out={name: c.reason for name, c in choices.items() if name not in served},
         **work,

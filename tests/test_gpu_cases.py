@@ -77,3 +77,11 @@ def test_rounding_decides_about_no_pixel_of_a_large_up_sampled_case(stride):
     for image in images.values():
         score = fastmt.reference.softmax_confidence(image.double(), size=options["size"]).score
         assert (score - options["threshold"]).abs().min() > 3e-6
+
+
+def test_what_auto_takes_is_called_as_users_call_it(monkeypatch):
+    monkeypatch.setattr(gpu_cases, "_by_backend", lambda *_: pytest.fail("within a context"))
+    for case in gpu_cases.cases("tiny"):
+        work = case.build(CPU, False)
+        if work.choice.backend != "eager":
+            assert work.variants[work.choice.backend]()
