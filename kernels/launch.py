@@ -14,7 +14,7 @@ from torch import Tensor
 T = TypeVar("T")
 MOST = 4096  # launches that are remembered, and calls that are prepared
 # Of Triton, whose compiled kernels are launched by the arguments in `_direct`: those of which
-# tests/test_stub_driver.py has shown that the driver is told what the dispatcher tells it.
+# tests/test_stub_gpu.py has shown that the driver is told what the dispatcher tells it.
 DIRECT = ((3, 6), (3, 7), (3, 8), (3, 9))
 GIVEN = object()  # stands for an argument that comes at each launch
 ALIGNED = 16  # bytes: from addresses that are multiples of it Triton reads in wider accesses

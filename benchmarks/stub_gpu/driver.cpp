@@ -1,7 +1,8 @@
-// A stub of the CUDA driver for Triton: it loads and launches nothing, and keeps what it was asked to
-// launch, so that a test can compare it. What a kernel takes has no sizes here: `expect` says them.
+// A stub of the CUDA driver: it loads and launches nothing, counts what it was asked to launch and,
+// where `expect` has said how many bytes each argument of a kernel has, keeps it.
 #include <cuda.h>
 
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -9,6 +10,8 @@
 namespace {
 
 const auto here = reinterpret_cast<CUcontext>(0x1000);
+std::atomic<int> launches;
+bool keeps = false;
 std::vector<int> sizes;
 std::string launched;
 
@@ -22,9 +25,15 @@ void keep(T value) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-void expect(int count, const int* bytes) { sizes.assign(bytes, bytes + count); }
+void note_launch() { ++launches; }
+int launches_so_far() { return launches; }
 
-// The launches since the last call.
+void expect(int count, const int* bytes) {
+  keeps = true;
+  sizes.assign(bytes, bytes + count);
+}
+
+// What was kept of the launches since the last call.
 int take(char* to, int room) {
   const int bytes = int(launched.size());
   if (bytes <= room) std::memcpy(to, launched.data(), bytes);
@@ -34,6 +43,8 @@ int take(char* to, int room) {
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** arguments,
                           void**) {
+  note_launch();
+  if (!keeps) return CUDA_SUCCESS;
   for (unsigned number : {config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX,
                           config->blockDimY, config->blockDimZ, config->sharedMemBytes,
                           config->numAttrs})
@@ -79,7 +90,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void*) {
   return *module = reinterpret_cast<CUmodule>(0x2000), CUDA_SUCCESS;
 }
 
-// What Triton links or looks up, and needs no answer of.
+// What Triton and PyTorch look up, and need no answer of.
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int* version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int* count) { return *count = 1, CUDA_SUCCESS; }
@@ -92,6 +103,9 @@ CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t* value, CUlimit) { return *value = 1 << 20, CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) { return cuCtxGetCurrent(context); }
+CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
+  return *flags = 0, *active = 1, CUDA_SUCCESS;
+}
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int* count, CUfunction, const CUlaunchConfig*) {

@@ -1,9 +1,9 @@
 """Launches every kernel by Triton's dispatcher and by launch.py: both tell the driver the same.
 
-    LD_PRELOAD=libcuda.so.1 TRITON_LIBCUDA_PATH=. python compare.py libcuda.so.1
+    LD_PRELOAD=libcuda.so.1 TRITON_LIBCUDA_PATH=. python launches_compared.py libcuda.so.1
 
-libcuda.so.1 is the stub, of driver.cpp. Prints for each kernel how many launches passed the
-dispatcher by, and how many there were, all of them the same to the driver.
+libcuda.so.1 is the stub, of benchmarks/stub_gpu/driver.cpp. Prints for each kernel how many
+launches passed the dispatcher by, and how many there were, all of them the same to the driver.
 """
 
 from __future__ import annotations
