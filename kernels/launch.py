@@ -46,19 +46,20 @@ class Launch:
         self._order = operator.itemgetter(
             *[next(given if argument is GIVEN else known) for argument in every]
         )
-        self._tensors: list[int] | None = None  # which of the given ones are
-        self._tuples: list[int] = []
+        self._places: tuple[list[int], list[int]] | None = None  # of tensors, of tuples of them
         self._direct: Callable[..., bool] | None = None  # for tensors that are all aligned
 
     def __call__(self, *given: Any) -> None:
-        if self._tensors is None:
-            self._tensors = [i for i, each in enumerate(given) if isinstance(each, Tensor)]
-            self._tuples = [i for i, each in enumerate(given) if type(each) is tuple]
+        if self._places is None:
+            tensors = [i for i, each in enumerate(given) if isinstance(each, Tensor)]
+            tuples = [i for i, each in enumerate(given) if type(each) is tuple]
+            self._places = tensors, tuples
+        tensors, tuples = self._places
         passed, addresses = list(given), 0
-        for place in self._tensors:
+        for place in tensors:
             passed[place] = address = given[place].data_ptr()
             addresses |= address
-        for place in self._tuples:
+        for place in tuples:
             passed[place] = several = tuple([tensor.data_ptr() for tensor in given[place]])
             for address in several:
                 addresses |= address
