@@ -1,9 +1,9 @@
 """What calls on a GPU cost their host, without a GPU: on a stub, whose kernels do nothing.
 
-    python -m benchmarks.host            # with a PyTorch that is built for CUDA, a minute
+    python -m benchmarks.host            # with a PyTorch that is built for CUDA 13, half a minute
 
-Of a small call this is most of the time. What the driver takes for a launch, two to four
-microseconds, comes to it. Writes benchmarks/results/cuda-host.json and .md.
+Of a small call this is most of the time. What the driver takes for each launch comes to it. Writes
+benchmarks/results/cuda-host.json and .md.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def markdown(result: dict) -> str:
         f"{result['processor']}; {versions}; {result['date']}, commit {result['commit']}",
         "",
         "Host time of a call, gradient included, on a stub of a GPU whose kernels do nothing; "
-        f"medians of {result['rounds']} rounds in which the variants take turns. Launches come to "
-        "it, of two to four microseconds each. A star marks what auto takes.",
+        f"medians of {result['rounds']} rounds in which the variants take turns. What the driver "
+        "takes for each launch comes to it. A star marks what auto takes.",
         "",
         "| case | variant | host | launches |",
         "|---|---|---:|---:|",
@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "cuda-host.json")
     options = parser.parse_args(arguments)
     if not hasattr(ctypes.CDLL(None), "launches_so_far"):  # of the stub
-        own = [] if arguments is None else list(arguments)
-        command = ["-m", "benchmarks.stub_gpu", "-m", "benchmarks.host", *(own or sys.argv[1:])]
+        own = sys.argv[1:] if arguments is None else arguments
+        command = ["-m", "benchmarks.stub_gpu", "-m", "benchmarks.host", *own]
         return subprocess.run([sys.executable, *command], check=False).returncode
     result = run(options.rounds)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 MOST = 4096  # launches that are remembered, and calls that are prepared
-# Of Triton, whose compiled kernels are launched by the arguments in `_direct`: those of which
-# tests/test_stub_gpu.py has shown that the driver is told what the dispatcher tells it.
+# Of Triton, whose compiled kernels are launched by the arguments in `_direct`. With each of these
+# tests/test_stub_gpu.py has passed: the driver is told what the dispatcher tells it.
 DIRECT = ((3, 6), (3, 7), (3, 8), (3, 9))
 GIVEN = object()  # stands for an argument that comes at each launch
 ALIGNED = 16  # bytes: from addresses that are multiples of it Triton reads in wider accesses
@@ -188,9 +188,11 @@ def _hand_over(made: Any, version: tuple[int, int]) -> tuple[Callable[..., None]
     """What hands a launch to the driver, how, and whether it takes the arguments as one.
 
     Within Triton's launcher that is what it calls once it has made room for a kernel that asks for
-    some; of ours none does.
+    some; of ours none does. A build that is no release (3.7.0+git) may have another launcher.
     """
     run, asked = made.run, (made.packed_metadata, None, None, None)
+    if "+" in triton.__version__:
+        return run, asked, False
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
         return run, asked, False
     grid, room = (run.launch_cooperative_grid, run.launch_pdl), (None, None)

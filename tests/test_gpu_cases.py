@@ -81,7 +81,9 @@ def test_rounding_decides_about_no_pixel_of_a_large_up_sampled_case(stride):
 
 def test_what_auto_takes_is_called_as_users_call_it(monkeypatch):
     monkeypatch.setattr(gpu_cases, "_by_backend", lambda *_: pytest.fail("within a context"))
-    for case in gpu_cases.cases("tiny"):
-        work = case.build(CPU, False)
-        if work.choice.backend != "eager":
-            assert work.variants[work.choice.backend]()
+    works = [case.build(CPU, False) for case in gpu_cases.cases("tiny")]
+    served = [work for work in works if work.choice.backend != "eager"]
+    if not served:
+        pytest.skip("no kernel serves the CPU")
+    for work in served:
+        assert work.variants[work.choice.backend]()

@@ -165,10 +165,19 @@ def test_a_repeated_launch_hands_over_addresses_on_the_stream_of_its_device(comp
     assert [launched[-3:] if is_older else launched[-1] for launched in given] == passed
 
 
-@pytest.mark.parametrize("of", ["global_scratch_size", "profile_scratch_size"])
-def test_a_kernel_that_asks_for_room_is_launched_by_tritons_launcher(of, compiled, monkeypatch):
+@pytest.mark.parametrize(
+    "owner, name, value",
+    [
+        (_Launcher, "global_scratch_size", 8),
+        (_Launcher, "profile_scratch_size", 8),
+        (triton, "__version__", triton.__version__ + "+git1234567"),
+    ],
+)
+def test_room_or_a_build_that_is_no_release_asks_tritons_launcher(
+    owner, name, value, compiled, monkeypatch
+):
     made, given = compiled
-    monkeypatch.setattr(_Launcher, of, 8)
+    monkeypatch.setattr(owner, name, value)
     assert launching._direct(made)(3, (1, 2))
     start = ("launcher", 3, 1, 1, 70, "function", "metadata", None, None, None)
     assert given == [(*start, 1, 2)]

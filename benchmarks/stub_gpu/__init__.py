@@ -3,9 +3,10 @@
     python -m benchmarks.stub_gpu -m pytest tests/gpu/test_streams_on_a_gpu.py
     FASTMT_STUB_GPUS=2 python -m benchmarks.stub_gpu script.py
 
-Runs Python with libraries preloaded that answer for the CUDA driver and, where PyTorch is built for
-CUDA, its runtime. Results are wrong, as no kernel runs; what a call costs the host, how many
-kernels it launches and whether Python code for GPUs runs through, is not.
+Runs Python with libraries preloaded that answer for the CUDA driver and for the runtime of a
+PyTorch that is built for CUDA 13. Results are wrong, as no kernel runs; what a call costs the host,
+how many kernels it launches and whether Python code for GPUs runs through, is not. Where there are
+real GPUs, NVML still counts those.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
+CUDA = "13"  # whose runtime is answered for
 DRIVER, RUNTIME = "libcuda.so.1", "libstub_runtime.so"
 
 
@@ -32,25 +34,41 @@ def build(folder: Path, *, runtime: bool) -> dict[str, str]:
 
     runtime: the runtime's too, for a PyTorch that is built for CUDA.
     """
+    if set(str(folder)) & set(" :"):
+        raise Missing(f"needs a folder without blanks and colons, got {folder}")
+    if runtime and (torch.version.cuda or "").split(".")[0] != CUDA:
+        raise Missing(f"torch {torch.__version__} is not built for CUDA {CUDA}")
     triton = importlib.util.find_spec("triton")
     if triton is None:
         raise Missing("needs Triton, which comes with headers of CUDA")
     own = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     libraries = [_compile(folder / DRIVER, "driver.cpp", [own])]
     if runtime:
-        libraries.append(_compile(folder / RUNTIME, "runtime.cpp", [*_headers(), own]))
+        libraries.append(_compile(folder / RUNTIME, "runtime.cpp", [_headers(), own]))
+    libraries += filter(None, [os.environ.get("LD_PRELOAD")])
     return {"LD_PRELOAD": ":".join(libraries), "TRITON_LIBCUDA_PATH": str(folder)}
 
 
-def _headers() -> Iterator[Path]:
-    """Of PyTorch's CUDA: of the packages that came with it, and of a toolkit.
+def is_preloaded(variables: dict[str, str]) -> bool:
+    """The loader only warns of what it does not preload."""
+    command = [sys.executable, "-S", "-c", "import ctypes; ctypes.CDLL(None).launches_so_far"]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, env=environment, check=False).returncode == 0
+
+
+def _headers() -> Path:
+    """Of PyTorch's CUDA: of the packages that came with it, or of a toolkit.
 
     The packages' lack what Triton's have, a few files that say nothing of a version.
     """
     spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations if spec else None) or ():
-        yield from Path(place).glob(f"cu{torch.version.cuda.split('.')[0]}/include")
-    yield Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+    packages = (spec.submodule_search_locations if spec else None) or ()
+    places = [Path(place) / f"cu{CUDA}" / "include" for place in packages]
+    places.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include")
+    for place in places:
+        if (place / "cuda_runtime_api.h").exists():
+            return place
+    raise Missing(f"needs cuda_runtime_api.h in {' or '.join(map(str, places))}")
 
 
 def _compile(library: Path, source: str, headers: list[Path]) -> str:
@@ -60,7 +78,5 @@ def _compile(library: Path, source: str, headers: list[Path]) -> str:
     places = [option for path in headers for option in ("-isystem", str(path))]
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
     command = [compiler, *options, *places, str(FOLDER / source), "-o", str(library), "-ldl"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Missing(f"{source} does not compile: {done.stderr[-2000:]}")
+    subprocess.run(command, check=True)
     return str(library)

@@ -8,18 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from benchmarks import stub_gpu
 
 
 def main() -> int:
-    if not torch.version.cuda:
-        print(f"torch {torch.__version__} is not built for CUDA", file=sys.stderr)
-        return 2
     with tempfile.TemporaryDirectory() as folder:
         try:
             variables = stub_gpu.build(Path(folder), runtime=True)
+            if not stub_gpu.is_preloaded(variables):
+                raise stub_gpu.Missing("nothing is preloaded in this system")
         except stub_gpu.Missing as reason:
             print(reason, file=sys.stderr)
             return 2

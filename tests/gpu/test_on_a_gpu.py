@@ -52,7 +52,10 @@ def test_a_compiled_loss_is_the_eager_one_on_a_gpu(mode):
     student, [teacher] = selftest.consistency(GPU, torch.float32, sizes, upsampled=True).arguments
     labels = selftest.labelled(GPU, torch.float32, sizes).arguments[1]
     function = torch.compile(objective, fullgraph=True, mode=mode)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True),
+        torch.compiler.config.patch(force_disable_caches=True),
+    ):
         for limit in (0.3, 0.5, 0.7):
             threshold = torch.full((), limit, device=GPU)
             results = []
