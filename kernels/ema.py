@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmt.kernels.launch import GIVEN, Launch, launch, prepared
+from fastmt.kernels.launch import GIVEN, Launch, prepared
 from fastmt.kernels.rounding import at_random, mixed, nearest, widened
 from fastmt.kernels.views import blocks_in, device_of
 
@@ -220,25 +220,31 @@ def ema_update_(table: Tensor, starts: Tensor, decays: Tensor, draws: Tensor | N
     left out of the code: what they take of registers is no matter of other averages.
     The number of chunks is read on the device; the grid only has to fill it.
     """
-    if len(table) == 0:
-        return
-    with device_of(table):
-        launch(
-            ema_kernel,
-            programs_on(table.device, 16),  # who is done early makes room for the next
-            table,
-            starts,
-            len(table),
-            decays,
-            draws,
-            COLUMNS=COLUMNS,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            SMALL=SMALL,
-            LOOKUP=1024,
-            num_warps=8,
-            num_stages=1,
-        )
+    rows = len(table)
+    if rows:
+        key = (ema_update_, rows, draws is None, table.get_device())
+        with device_of(table):
+            prepared(key, _averaging, rows, table.device)(table, starts, decays, draws)
+
+
+def _averaging(rows: int, device: torch.device) -> Launch:
+    """It is given (table, starts, decays, draws)."""
+    return Launch(
+        ema_kernel,
+        programs_on(device, 16),  # who is done early makes room for the next
+        GIVEN,
+        GIVEN,
+        rows,
+        GIVEN,
+        GIVEN,
+        COLUMNS=COLUMNS,
+        CHUNK=CHUNK,
+        BLOCK=BLOCK,
+        SMALL=SMALL,
+        LOOKUP=1024,
+        num_warps=8,
+        num_stages=1,
+    )
 
 
 @functools.cache
