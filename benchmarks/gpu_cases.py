@@ -152,7 +152,7 @@ def _compared(
             choices[name] = fastmt.explain(function, *sets[0])
     variants = {"eager": eager, **harness.compiled(eager, compiled)}
     served = {name: c for name, c in choices.items() if c.backend != "eager"}
-    # What auto takes is called as users call it: to enter a context takes as long as all checks.
+    # What auto takes is called as users call it: to enter a context takes time too.
     variants |= {
         name: function if name == auto.backend else partial(_by_backend, name, function)
         for name in served

@@ -76,7 +76,7 @@ def run(rounds: int) -> dict[str, object]:
     cases = [case for case in gpu_cases.cases() if any(name in case.name for name in CASES)]
     return {
         **machine.record(device),
-        "processor": machine.record(torch.device("cpu"))["device"],
+        "processor": machine.cpu_name(),
         "rounds": rounds,
         "cases": [measure(case, device, rounds) for case in cases],
     }

@@ -110,7 +110,7 @@ def consistency_loss(
     key = (consistency_loss, size, align_corners, wants_gradient, limit, options, *layouts)
     maps = (pixel_weight, valid)
     operands = (student, teacher, *maps, limit, options, size, align_corners, gradient)
-    results = scalars(student, torch.float32, 4)
+    results = scalars(student, 4)
     with device_of(student):  # what is prepared asks for the current device's capability
         run = prepared(key, _consistency, *operands)
         run(student, gradient, teacher, *maps, threshold, inverse_temperature, results)
@@ -160,7 +160,7 @@ def cross_entropy(
     how = (align_corners, wants_gradient, plain, class_weight is None, options)
     key = (cross_entropy, *how, *layouts)
     operands = (logits, labels, pixel_weight, plain, options, align_corners, gradient)
-    results = scalars(logits, torch.float32, 3)
+    results = scalars(logits, 3)
     with device_of(logits):
         run = prepared(key, _cross_entropy, *operands)
         run(logits, gradient, labels, pixel_weight, class_weight, label_smoothing, results)

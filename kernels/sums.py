@@ -36,8 +36,8 @@ class GradientScale:
             self.inside = 1 / (max(pixels / cells, 1.0) * class_share)
 
 
-def scalars(like: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
-    first = like.new_empty((), dtype=dtype)
+def scalars(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    first = like.new_empty((), dtype=torch.float32)
     return first, *[torch.empty_like(first) for _ in range(count - 1)]
 
 

@@ -114,4 +114,5 @@ def main() -> None:
     print(json.dumps({name: [direct[name], compared[name]] for name in compared}))
 
 
-main()
+if __name__ == "__main__":
+    main()

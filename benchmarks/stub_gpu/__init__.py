@@ -5,8 +5,8 @@
 
 Runs Python with libraries preloaded that answer for the CUDA driver and for the runtime of a
 PyTorch that is built for CUDA 13. Results are wrong, as no kernel runs; what a call costs the host,
-how many kernels it launches and whether Python code for GPUs runs through, is not. Where there are
-real GPUs, NVML still counts those.
+how many kernels it launches and whether Python code for GPUs runs through, is not. cuBLAS and cuDNN
+do not start on it. Where there are real GPUs, NVML still counts those.
 """
 
 from __future__ import annotations
