@@ -12,10 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.code_figures import figures
 from fastmt import kernels
 from fastmt.kernels.calls import KINDS, LOSSES
 from fastmt.kernels.ema import COLUMNS as TABLE_COLUMNS
@@ -130,64 +126,6 @@ def common_cases() -> Iterator[tuple[str, Callable]]:
     yield "resample_slices_backward", lambda: kernels.resample_slices_backward(*given)
 
 
-def figures(target: str, compiled: Any) -> dict[str, int]:
-    """Registers, bytes of stack (spills) and shared memory, and bytes of the usual access."""
-    asm = compiled.asm
-    found = _nvidia(asm) if TARGETS[target].backend == "cuda" else _amd(asm["amdgcn"])
-    metadata = compiled.metadata
-    return {**found, "shared": metadata.shared, "warps": metadata.num_warps}
-
-
-def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report)}
-    widths = {"b8": 1, "b16": 2, "b32": 4, "b64": 8}
-    pattern = r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.(b8|b16|b32|b64)\b"
-    accesses = [
-        (kind, int(count or 1) * widths[width])
-        for kind, count, width in re.findall(pattern, asm["ptx"])
-    ]
-    return {
-        "registers": usage["REG"],
-        "stack": usage["STACK"] + usage["LOCAL"],
-        **_usual(accesses),
-    }
-
-
-def _amd(text: str) -> dict[str, int]:
-    def value(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
-
-    widths = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4}
-    pattern = (
-        r"(?:global|buffer)_(load|store)_(ubyte|byte|ushort|short|dword)(?:_d16(?:_hi)?)?(?:x(\d))?"
-    )
-    accesses = [
-        ("ld" if kind == "load" else "st", widths[width] * int(count or 1))
-        for kind, width, count in re.findall(pattern, text)
-    ]
-    return {
-        "registers": value("vgpr_count"),
-        "stack": value("private_segment_fixed_size"),
-        **_usual(accesses),
-    }
-
-
-def _usual(accesses: Sequence[tuple[str, int]]) -> dict[str, int]:
-    """The width in bytes that moves most of the data, of loads and of stores."""
-    moved: dict[str, Counter] = {"ld": Counter(), "st": Counter()}
-    for kind, width in accesses:
-        moved[kind][width] += width
-    return {
-        name: max(counts, key=lambda width: (counts[width], width), default=0)
-        for name, counts in (("load", moved["ld"]), ("store", moved["st"]))
-    }
-
-
 def measured(
     target: str,
     classes: Sequence[int],
@@ -218,7 +156,7 @@ def measured(
                             "classes": c,
                             "dtype": name,
                             "kernel": kernel,
-                            **figures(target, compiled),
+                            **figures(compiled),
                         }
                     )
     return rows
@@ -234,7 +172,7 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
     return sorted(rows.values(), key=lambda row: tuple(map(str, key_of(row))))
 
 
-COLUMNS = ("registers", "stack", "shared", "warps", "load", "store")
+COLUMNS = ("instructions", "registers", "stack", "shared", "warps", "load", "store")
 FOOT = """\
 ## Accesses of less than 16 bytes
 
@@ -260,7 +198,8 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Made by `python -m benchmarks.aot` with Triton {results['triton']}, on no GPU. The calls",
         f"are of {BATCH} images of {HIGH}x{HIGH}, from {LOW}x{LOW} where they are up-sampled",
-        f"inside (cells); {SLICES} slices are made of volumes of {VOLUMES}. Registers are",
+        f"inside (cells); {SLICES} slices are made of volumes of {VOLUMES}. Instructions are",
+        "counted in the code, up to what serves a warp that has diverged; registers are",
         "of a thread; stack (what is spilled) and shared memory are bytes; load and store are the",
         "bytes of the access that moves most of the data.",
     ]

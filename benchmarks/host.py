@@ -15,21 +15,25 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import fastmt
 from benchmarks import gpu_cases, harness, machine
 
 RESULTS = Path(__file__).parent / "results"
 CASES = ("1x19x64x64", "in 161 tensors", "in 1000 tensors")
 ROUNDS = 25
+FALLBACK = "reference"  # fastmt's own eager backend
 
 
 def measure(case: harness.Case, device: torch.device, rounds: int) -> dict[str, object]:
     """Microseconds of the host and launches, of every variant of a case."""
     work = case.build(device, False)
     runs = {name: work.runner(name) for name in work.variants}
+    runs[FALLBACK] = partial(_in_eager, runs[work.choice.backend])
     launches = {name: _launches(run) for name, run in runs.items()}
     samples = harness.interleave(runs, device, rounds=rounds, sample_seconds=0.02)
     return {
@@ -40,6 +44,11 @@ def measure(case: harness.Case, device: torch.device, rounds: int) -> dict[str, 
             for name, seconds in samples.items()
         },
     }
+
+
+def _in_eager(run: Callable[[], object]) -> object:
+    with fastmt.backend("eager"):
+        return run()
 
 
 def _launches(run: Callable[[], object]) -> int:
@@ -58,7 +67,8 @@ def markdown(result: dict) -> str:
         "",
         "Host time of a call, gradient included, on a stub of a GPU whose kernels do nothing; "
         f"medians of {result['rounds']} rounds in which the variants take turns. What the driver "
-        "takes for each launch comes to it. A star marks what auto takes.",
+        "takes for each launch comes to it. A star marks what auto takes; the reference is what it "
+        "would take instead.",
         "",
         "| case | variant | host | launches |",
         "|---|---|---:|---:|",

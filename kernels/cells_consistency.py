@@ -31,7 +31,7 @@ from fastmt.kernels.grid import (
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import consistency_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.teachers import cells_teacher
-from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
+from fastmt.kernels.weights import any_of, consistency_weight, masked, put_sum, zeros
 
 
 @triton.jit
@@ -125,11 +125,13 @@ def cells_consistency_kernel(
             active = weight != 0.0
             if any_of(active):
                 z = between(upper, step, down, classes, CLASSES)
-                value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
                 share = weight * CLASS_SHARE
+                value, slope = pixel.consistency_pixel(
+                    z, q, label, share * gradient_scale, classes, LOSS, CLASSES
+                )
                 loss_sum += tl.where(active, share * value, 0.0)
                 if GRADIENT:
-                    slope = weighted(slope, share * gradient_scale, active)
+                    slope = masked(slope, active, tl.float32)
                     upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
                     lower_sum = add_scaled(lower_sum, down, slope)
         if valid is None:

@@ -29,7 +29,7 @@ from fastmt.kernels.grid import (
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import cross_entropy_total_kernel, partial_sums, prepare_total
-from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
+from fastmt.kernels.weights import any_of, masked, put_sum, zeros
 
 ROWS = 4  # columns of a band: two of the logits, two of the gradient
 
@@ -94,11 +94,20 @@ def cells_cross_entropy_kernel(
             if any_of(active):
                 z = between(upper, step, down, classes, CLASSES)
                 value, slope = label_loss(
-                    z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+                    z,
+                    label,
+                    weight * gradient_scale,
+                    classes,
+                    w,
+                    own_weight,
+                    mean_weight,
+                    smoothing,
+                    PLAIN,
+                    CLASSES,
                 )
                 loss_sum += tl.where(active, weight * value, 0.0)
                 if GRADIENT:
-                    slope = weighted(slope, weight * gradient_scale, active)
+                    slope = masked(slope, active, tl.float32)
                     upper_sum = add_scaled(upper_sum, 1.0 - down, slope)
                     lower_sum = add_scaled(lower_sum, down, slope)
         if GRADIENT:

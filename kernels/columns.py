@@ -14,6 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fastmt.kernels.halves import widened
 from fastmt.kernels.views import pixels_at
 
 MAX_FLOATS = 176  # that a thread holds of all its columns; 255 registers is the most it has
@@ -54,7 +55,20 @@ def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False)
         pixels = min(pixels, 32 * warps)
     vector = 1 if apart else min(16 // itemsize, 4 if columns > 1 else 8, pixels)
     rows_at_once = max(32 * warps * vector // pixels, 1)
-    return Blocks(pixels, warps, tiles_of(classes, rows_at_once), vector)
+    tiles = even_tiles_of if apart else tiles_of
+    return Blocks(pixels, warps, tiles(classes, rows_at_once), vector)
+
+
+def even_tiles_of(classes: int, rows_at_once: int) -> tuple[int, ...]:
+    """As many tiles of one height as hold the classes, for pixels that lie apart.
+
+    There neighbouring threads read neighbouring classes of a pixel, which is best for memory, and
+    exchange with each other, which is not for the rest: 4 classes are as many as go together.
+    """
+    height = max(rows_at_once, min(4 if classes > 8 else 2, 1 << (classes - 1).bit_length()))
+    while classes > 24 * height:  # what the compiler has to unroll
+        height *= 2
+    return (height,) * -(-classes // height)
 
 
 def tiles_of(classes: int, rows_at_once: int) -> tuple[int, ...]:
@@ -99,7 +113,7 @@ def load_column(data, strides, place, lanes, classes, inside, CLASSES: tl.conste
         if i == len(classes) - 1:
             mask = mask & (classes[i] < CLASSES)
         at = pointers[None, :] + classes[i] * strides[0]
-        column = column + (tl.load(at, mask=mask, other=float("-inf")).to(tl.float32),)
+        column = column + (widened(tl.load(at, mask=mask, other=float("-inf"))),)
     return column
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmt.kernels.columns import blocks_for, classes_of, lanes_of
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.teachers import dense_teacher
-from fastmt.kernels.views import describe, lie_apart, pixels_at, place_of
+from fastmt.kernels.views import describe, inside_of, lie_apart, pixels_at, place_of
 
 LEAST = 32  # pixels in half precision, 64 bytes in a row; fewer are slower (benchmarks/gpu_choice)
 
@@ -30,11 +30,12 @@ def confidence_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
     classes = classes_of(TILES, WIDE)
     place = place_of(tl.program_id(0), sizes, BLOCK)
-    inside = place[3] + lanes < sizes[3]
+    inside = inside_of(place, lanes, sizes, WHOLE)
     value, best, _ = dense_teacher(
         teachers,
         strides,
@@ -80,6 +81,7 @@ def prepare(logits: Sequence[Tensor], kind: str, score: Tensor) -> Launch:
         BLOCK=block,
         VECTOR=vector,
         WIDE=pixels.wide,
+        WHOLE=pixels.whole,
         num_warps=warps,
         num_stages=1,
     )

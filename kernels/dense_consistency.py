@@ -12,8 +12,8 @@ from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import consistency_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.teachers import dense_teacher
-from fastmt.kernels.views import describe, lie_apart, map_at, place_of
-from fastmt.kernels.weights import any_of, consistency_weight, put_sum, weighted, zeros
+from fastmt.kernels.views import describe, inside_of, lie_apart, map_at, place_of
+from fastmt.kernels.weights import any_of, consistency_weight, masked, put_sum, zeros
 
 
 @triton.jit
@@ -42,11 +42,12 @@ def consistency_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
     classes = classes_of(TILES, WIDE)
     place = place_of(tl.program_id(0), sizes, BLOCK)
-    inside = place[3] + lanes < sizes[3]
+    inside = inside_of(place, lanes, sizes, WHOLE)
     score, label, q = dense_teacher(
         teachers,
         strides,
@@ -73,15 +74,17 @@ def consistency_kernel(
     loss = tl.zeros_like(weight)
     if any_of(active):
         z = load_column(student, strides[0], place, lanes, classes, inside, CLASSES)
-        value, slope = pixel.consistency_pixel(z, q, label, classes, LOSS, CLASSES)
         share = weight * CLASS_SHARE
+        value, slope = pixel.consistency_pixel(
+            z, q, label, share * gradient_scale, classes, LOSS, CLASSES
+        )
         loss = tl.where(active, share * value, 0.0)
         if GRADIENT:
-            tiles = weighted(slope, share * gradient_scale, active)
-            store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
+            slope = masked(slope, active, gradient.dtype.element_ty)
+            store_column(gradient, strides[1], place, lanes, classes, slope, inside, CLASSES)
     elif GRADIENT:
-        tiles = zeros(classes, lanes)
-        store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
+        nothing = zeros(classes, lanes)
+        store_column(gradient, strides[1], place, lanes, classes, nothing, inside, CLASSES)
     put_sum(partials, 0, loss)
 
 
@@ -107,6 +110,7 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
         BLOCK=block,
         VECTOR=vector,
         WIDE=pixels.wide,
+        WHOLE=pixels.whole,
         num_warps=warps,
         num_stages=1,
     )

@@ -11,8 +11,8 @@ from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import cross_entropy_total_kernel, partial_sums, prepare_total
-from fastmt.kernels.views import describe, lie_apart, map_at, place_of
-from fastmt.kernels.weights import any_of, put_sum, weighted, zeros
+from fastmt.kernels.views import describe, inside_of, lie_apart, map_at, place_of
+from fastmt.kernels.weights import any_of, masked, put_sum, zeros
 
 
 @triton.jit
@@ -35,12 +35,13 @@ def cross_entropy_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
     classes = classes_of(TILES, WIDE)
     w, mean_weight, spread = class_weights(class_weight, classes, smoothing, CLASSES)
     place = place_of(tl.program_id(0), sizes, BLOCK)
-    inside = place[3] + lanes < sizes[3]
+    inside = inside_of(place, lanes, sizes, WHOLE)
     given = map_at(labels, strides[2], place, lanes, inside).to(tl.int64)
     factor = map_at(pixel_weight, strides[3], place, lanes, inside)
     label, keep, wrong, weight, own_weight = label_weight(
@@ -55,15 +56,24 @@ def cross_entropy_kernel(
     if any_of(active):
         z = load_column(logits, strides[0], place, lanes, classes, inside, CLASSES)
         value, slope = label_loss(
-            z, label, classes, w, own_weight, mean_weight, smoothing, PLAIN, CLASSES
+            z,
+            label,
+            weight * gradient_scale,
+            classes,
+            w,
+            own_weight,
+            mean_weight,
+            smoothing,
+            PLAIN,
+            CLASSES,
         )
         loss = tl.where(active, weight * value, 0.0)
         if GRADIENT:
-            tiles = weighted(slope, weight * gradient_scale, active)
-            store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
+            slope = masked(slope, active, gradient.dtype.element_ty)
+            store_column(gradient, strides[1], place, lanes, classes, slope, inside, CLASSES)
     elif GRADIENT:
-        tiles = zeros(classes, lanes)
-        store_column(gradient, strides[1], place, lanes, classes, tiles, inside, CLASSES)
+        nothing = zeros(classes, lanes)
+        store_column(gradient, strides[1], place, lanes, classes, nothing, inside, CLASSES)
     put_sum(partials, 0, loss)
 
 
@@ -89,6 +99,7 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
         BLOCK=block,
         VECTOR=vector,
         WIDE=pixels.wide,
+        WHOLE=pixels.whole,
         num_warps=warps,
         num_stages=1,
     )

@@ -61,6 +61,7 @@ def label_weight(
 def label_loss(
     z,
     label,
+    coefficient,
     classes,
     class_weight,
     own_weight,
@@ -70,8 +71,16 @@ def label_loss(
     CLASSES: tl.constexpr,
 ):
     if PLAIN:
-        return pixel.ce_pixel(z, label, classes)
+        return pixel.ce_pixel(z, label, coefficient, classes)
     else:
         return pixel.weighted_ce_pixel(
-            z, label, classes, class_weight, own_weight, mean_weight, smoothing, CLASSES
+            z,
+            label,
+            coefficient,
+            classes,
+            class_weight,
+            own_weight,
+            mean_weight,
+            smoothing,
+            CLASSES,
         )

@@ -11,10 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmt.kernels.over_classes import added, first_of, largest, largest_but, value_at
+
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 LOG_TINY = tl.constexpr(-88.0)  # exp of this is next to nothing
 LOG2_E = tl.constexpr(1.4426950408889634)
-NO_CLASS = tl.constexpr(2**30)
 
 
 @triton.jit
@@ -46,47 +47,20 @@ def exp(x, scale=1.0):
 
 
 @triton.jit
-def largest(column):
-    top = tl.max(column[0], 0)
-    for i in tl.static_range(1, len(column)):
-        top = tl.maximum(top, tl.max(column[i], 0))
-    return top
-
-
-@triton.jit
-def first_of(column, classes, top):
-    """The first class whose value is `top`; never one that is NaN."""
-    label = tl.min(tl.where(column[0] >= top[None, :], classes[0], NO_CLASS), 0)
-    for i in tl.static_range(1, len(column)):
-        found = tl.where(column[i] >= top[None, :], classes[i], NO_CLASS)
-        label = tl.minimum(label, tl.min(found, 0))
-    return label
-
-
-@triton.jit
 def label_of(label, total):
     """Where the sum of the exponentials is NaN all probabilities are, and the first is the top."""
     return tl.where(total == total, label, 0)
 
 
 @triton.jit
-def largest_but(column, classes, label):
-    second = tl.max(tl.where(classes[0] == label[None, :], float("-inf"), column[0]), 0)
-    for i in tl.static_range(1, len(column)):
-        others = tl.where(classes[i] == label[None, :], float("-inf"), column[i])
-        second = tl.maximum(second, tl.max(others, 0))
-    return second
-
-
-@triton.jit
 def exponentials(column, top, scale=1.0):
     """exp(scale * (column - top)) and its sum over the classes."""
-    total = tl.zeros_like(top)
+    total = None
     powers = ()
     for i in tl.static_range(len(column)):
         powers = powers + (exp(column[i] - top[None, :], scale),)
-        total += tl.sum(powers[i], 0)
-    return powers, total
+        total = added(total, powers[i], column)
+    return powers, tl.sum(total, 0)
 
 
 @triton.jit
@@ -109,11 +83,11 @@ def teacher_pixel(y, classes, inverse_temperature, KIND: tl.constexpr, CLASSES: 
     inverse = 1.0 / total
     score = of_top * inverse
     if KIND == "entropy" and CLASSES > 1:
-        moment = tl.zeros_like(top)
+        moment = None
         for i in tl.static_range(len(y)):
             x = (y[i] - top[None, :]) * inverse_temperature
-            moment += tl.sum(powers[i] * tl.maximum(x, LOG_TINY), 0)
-        score = entropy_score(tl.log(total) - moment * inverse, CLASSES)
+            moment = added(moment, powers[i] * tl.maximum(x, LOG_TINY), y)
+        score = entropy_score(tl.log(total) - tl.sum(moment, 0) * inverse, CLASSES)
     return score, label_of(label, total), scaled(powers, inverse)
 
 
@@ -139,9 +113,9 @@ def ensemble_pixel(q, classes, MEMBERS: tl.constexpr, KIND: tl.constexpr, CLASSE
     """Score and label of what the members of an ensemble have summed up in q, and its mean."""
     top = largest(q)
     label = first_of(q, classes, top)
-    total = tl.zeros_like(top)
+    total = None
     for i in tl.static_range(len(q)):
-        total += tl.sum(q[i], 0)
+        total = added(total, q[i], q)
     score = top
     if KIND == "margin" and CLASSES > 1:
         score -= largest_but(q, classes, label)
@@ -149,81 +123,94 @@ def ensemble_pixel(q, classes, MEMBERS: tl.constexpr, KIND: tl.constexpr, CLASSE
     score = tl.div_rn(score, tl.full(score.shape, MEMBERS, tl.float32))
     q = scaled(q, tl.full(top.shape, 1.0 / MEMBERS, tl.float32))
     if KIND == "entropy" and CLASSES > 1:
-        entropy = tl.zeros_like(top)
-        for i in tl.static_range(len(q)):
-            entropy -= tl.sum(q[i] * log_positive(q[i]), 0)
-        score = entropy_score(entropy, CLASSES)
-    return score, label_of(label, total), q
+        score = entropy_score(-negative_entropy(q), CLASSES)
+    return score, label_of(label, tl.sum(total, 0)), q
 
 
 @triton.jit
-def consistency_pixel(z, q, label, classes, LOSS: tl.constexpr, CLASSES: tl.constexpr):
-    """Loss between p = softmax(z) and q at each pixel, and its gradient."""
+def negative_entropy(q):
+    total = None
+    for i in tl.static_range(len(q)):
+        total = added(total, q[i] * log_positive(q[i]), q)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def consistency_pixel(z, q, label, coefficient, classes, LOSS: tl.constexpr, CLASSES: tl.constexpr):
+    """Loss between p = softmax(z) and q at each pixel, and coefficient times its gradient."""
     if LOSS == "mse":
-        return mse_pixel(z, q)
+        return mse_pixel(z, q, coefficient)
     elif LOSS == "ce":
-        return ce_pixel(z, label, classes)
+        return ce_pixel(z, label, coefficient, classes)
     elif LOSS == "bce":
-        return bce_pixel(z, q, classes, CLASSES)
+        return bce_pixel(z, q, coefficient, classes, CLASSES)
     elif LOSS == "js":
-        return js_pixel(z, q)
+        return js_pixel(z, q, coefficient)
     else:
-        return soft_ce_pixel(z, q, LOSS)
+        return soft_ce_pixel(z, q, coefficient, LOSS)
 
 
 @triton.jit
-def mse_pixel(z, q):
+def mse_pixel(z, q, coefficient):
     """sum (p - q)^2; its gradient 2 p ((p - q) - sum p (p - q))."""
     powers, total = exponentials(z, largest(z))
     p = scaled(powers, 1.0 / total)
-    value, mean = tl.zeros_like(total), tl.zeros_like(total)
+    value, mean = None, None
     for i in tl.static_range(len(z)):
         difference = p[i] - q[i]
-        value += tl.sum(difference * difference, 0)
-        mean += tl.sum(p[i] * difference, 0)
+        value = added(value, difference * difference, z)
+        mean = added(mean, p[i] * difference, z)
+    value, mean = tl.sum(value, 0), tl.sum(mean, 0)
+    factor = 2.0 * coefficient
     gradient = ()
     for i in tl.static_range(len(z)):
-        gradient = gradient + (2.0 * p[i] * (p[i] - q[i] - mean[None, :]),)
+        share = p[i] * factor[None, :]
+        gradient = gradient + (share * (p[i] - q[i]) - share * mean[None, :],)
     return value, gradient
 
 
 @triton.jit
-def soft_ce_pixel(z, q, LOSS: tl.constexpr):
+def soft_ce_pixel(z, q, coefficient, LOSS: tl.constexpr):
     """-sum q log p, plus sum q log q for "kl"; the gradient of both is p - q."""
-    expected = tl.zeros_like(tl.max(z[0], 0))
-    if LOSS == "kl":
-        for i in tl.static_range(len(z)):
-            expected -= tl.sum(q[i] * log_positive(q[i]), 0)
+    of_teacher = negative_entropy(q) if LOSS == "kl" else 0.0
     top = largest(z)
+    expected = None
     for i in tl.static_range(len(z)):
-        expected += tl.sum(times(q[i], z[i] - top[None, :]), 0)
+        expected = added(expected, times(q[i], z[i] - top[None, :]), z)
+    expected = tl.sum(expected, 0)
     powers, total = exponentials(z, top)
     p = scaled(powers, 1.0 / total)
     gradient = ()
     for i in tl.static_range(len(z)):
-        gradient = gradient + (p[i] - q[i],)
-    return tl.log(total) - expected, gradient
+        gradient = gradient + ((p[i] - q[i]) * coefficient[None, :],)
+    return tl.log(total) - expected + of_teacher, gradient
 
 
 @triton.jit
-def ce_pixel(z, label, classes):
+def ce_pixel(z, label, coefficient, classes):
     """-log p[label]; its gradient p - onehot."""
     top = largest(z)
-    chosen = tl.zeros_like(top)
-    for i in tl.static_range(len(z)):
-        chosen += tl.sum(tl.where(classes[i] == label[None, :], z[i] - top[None, :], 0.0), 0)
+    chosen = value_at(z, classes, label) - top
     powers, total = exponentials(z, top)
-    p = scaled(powers, 1.0 / total)
+    p = scaled(powers, coefficient / total)
     gradient = ()
     for i in tl.static_range(len(z)):
         own = classes[i] == label[None, :]
-        gradient = gradient + (tl.where(own, p[i] - 1.0, p[i]),)
+        gradient = gradient + (tl.where(own, p[i] - coefficient[None, :], p[i]),)
     return tl.log(total) - chosen, gradient
 
 
 @triton.jit
 def weighted_ce_pixel(
-    z, label, classes, class_weight, own_weight, mean_weight, smoothing, CLASSES: tl.constexpr
+    z,
+    label,
+    coefficient,
+    classes,
+    class_weight,
+    own_weight,
+    mean_weight,
+    smoothing,
+    CLASSES: tl.constexpr,
 ):
     """-sum w[c] t[c] log p[c] for the target t = (1 - smoothing) onehot + smoothing / C.
 
@@ -231,11 +218,11 @@ def weighted_ce_pixel(
     the label, mean_weight the mean of w; w and its mean are 0 where smoothing is.
     """
     top = largest(z)
-    chosen, spread = tl.zeros_like(top), tl.zeros_like(top)
+    chosen = value_at(z, classes, label) - top
+    spread = None
     for i in tl.static_range(len(z)):
-        x = z[i] - top[None, :]
-        chosen += tl.sum(tl.where(classes[i] == label[None, :], x, 0.0), 0)
-        spread += tl.sum(times(class_weight[i], x), 0)
+        spread = added(spread, times(class_weight[i], z[i] - top[None, :]), z)
+    spread = tl.sum(spread, 0)
     powers, total = exponentials(z, top)
     share = own_weight * (1.0 - smoothing)
     mass = share + mean_weight * smoothing
@@ -243,13 +230,14 @@ def weighted_ce_pixel(
     gradient = ()
     for i in tl.static_range(len(z)):
         own = tl.where(classes[i] == label[None, :], share[None, :], 0.0)
-        gradient = gradient + (p[i] - (own + class_weight[i] * (smoothing / CLASSES)),)
+        target = own + class_weight[i] * (smoothing / CLASSES)
+        gradient = gradient + ((p[i] - target) * coefficient[None, :],)
     loss = mass * tl.log(total) - times(share, chosen) - times(smoothing / CLASSES, spread)
     return loss, gradient
 
 
 @triton.jit
-def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
+def bce_pixel(z, q, coefficient, classes, CLASSES: tl.constexpr):
     """-sum q log p + (1-q) log(1-p).
 
     1 - p of the largest class is the mass of the others, so these are kept relative to the second
@@ -262,27 +250,28 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
     second = tl.where(second == float("-inf"), top, second)
     # An infinite logit makes everything NaN, as it does in softmax; so does a NaN, through `rest`.
     gap = second - top + (top - top)
-    rest = tl.zeros_like(top)
-    expected = tl.zeros_like(top)
-    q_top = tl.zeros_like(top)
+    rest, expected, q_top = None, None, None
     others = ()
     for i in tl.static_range(len(z)):
         is_top = classes[i] == label[None, :]
         other = tl.where(is_top, 0.0, exp(z[i] - second[None, :]))
-        expected += tl.sum(times(q[i], z[i] - top[None, :]), 0)
-        q_top += tl.sum(tl.where(is_top, q[i], 0.0), 0)
-        rest += tl.sum(other, 0)
+        expected = added(expected, times(q[i], z[i] - top[None, :]), z)
+        q_top = added(q_top, tl.where(is_top, q[i], 0.0), z)
+        rest = added(rest, other, z)
         others = others + (other,)
+    rest, expected, q_top = tl.sum(rest, 0), tl.sum(expected, 0), tl.sum(q_top, 0)
     total = 1.0 + rest * exp(gap)
     p_top = 1.0 / total
     p = scaled(others, exp(gap) * p_top)
     value = tl.log(total) - expected
     value -= times(1.0 - q_top, gap + tl.log(rest) - tl.log(total))
-    odds = tl.zeros_like(top)  # sum over the other classes of -q + (1-q) p / (1-p)
+    against, odds = None, None
     for i in tl.static_range(len(z)):
         counts = (classes[i] != label[None, :]) & (classes[i] < CLASSES)
-        value -= tl.sum(tl.where(counts, (1.0 - q[i]) * log_one_minus(p[i]), 0.0), 0)
-        odds += tl.sum(tl.where(counts, (1.0 - q[i]) * p[i] / (1.0 - p[i]) - q[i], 0.0), 0)
+        against = added(against, tl.where(counts, (1.0 - q[i]) * log_one_minus(p[i]), 0.0), z)
+        odds = added(odds, tl.where(counts, (1.0 - q[i]) * p[i] / (1.0 - p[i]) - q[i], 0.0), z)
+    value -= tl.sum(against, 0)
+    odds = tl.sum(odds, 0)  # over the other classes of -q + (1-q) p / (1-p)
     # Where nothing is left the others lose alike, as logits that fall together do.
     alone = rest == 0.0
     lost = (1.0 - q_top) * p_top
@@ -295,30 +284,32 @@ def bce_pixel(z, q, classes, CLASSES: tl.constexpr):
         other = own - p[i] * odds[None, :] + q_top[None, :] * p[i]
         other -= others[i] * share[None, :] + even[None, :]
         is_top = classes[i] == label[None, :]
-        gradient = gradient + (tl.where(is_top, gradient_top[None, :], other),)
+        other = tl.where(is_top, gradient_top[None, :], other)
+        gradient = gradient + (other * coefficient[None, :],)
     if CLASSES == 1:
         # 0, or NaN as a softmax would be.
         nothing = tl.where(classes[0] == 0, (z[0] - z[0]) + (q[0] - q[0]), 0.0)
         value = tl.sum(nothing, 0)
-        gradient = (nothing,)
+        gradient = (nothing * coefficient[None, :],)
     return value, gradient
 
 
 @triton.jit
-def js_pixel(z, q):
+def js_pixel(z, q, coefficient):
     """KL(p||m)/2 + KL(q||m)/2 with m = (p+q)/2; its gradient p (g - sum p g), g = log(p/m) / 2."""
     powers, total = exponentials(z, largest(z))
     p = scaled(powers, 1.0 / total)
-    value = tl.zeros_like(total)
-    mean = tl.zeros_like(total)
+    value, mean = None, None
     halves = ()
     for i in tl.static_range(len(z)):
         twice = 2.0 / at_least_tiny(p[i] + q[i])
         g = 0.5 * log_positive(p[i] * twice)
-        mean += tl.sum(p[i] * g, 0)
-        value += tl.sum(p[i] * g + 0.5 * q[i] * log_positive(q[i] * twice), 0)
+        mean = added(mean, p[i] * g, z)
+        value = added(value, p[i] * g + 0.5 * q[i] * log_positive(q[i] * twice), z)
         halves = halves + (g,)
+    value, mean = tl.sum(value, 0), tl.sum(mean, 0)
     gradient = ()
     for i in tl.static_range(len(z)):
-        gradient = gradient + (p[i] * (halves[i] - mean[None, :]),)
+        share = p[i] * coefficient[None, :]
+        gradient = gradient + (share * halves[i] - share * mean[None, :],)
     return value, gradient

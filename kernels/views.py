@@ -30,6 +30,7 @@ class Pixels(NamedTuple):
     strides: tuple[tuple[int, ...], ...]  # of a tensor: its class stride, one for each size
     blocks: int
     reach: int  # the largest offset within a block
+    whole: bool  # every block is full
 
     @property
     def wide(self) -> bool:
@@ -65,7 +66,8 @@ def _pixels(
     strides = tuple((c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True))
     blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
     reach = [(shape[1] - 1) * abs(c) + block * abs(inner) for c, *_, inner in strides]
-    return Pixels((1,) * lead + tuple(sizes), strides, blocks, max(reach))
+    whole = sizes[-1] % block == 0
+    return Pixels((1,) * lead + tuple(sizes), strides, blocks, max(reach), whole)
 
 
 def lie_apart(columns: Sequence[Tensor]) -> bool:
@@ -118,6 +120,15 @@ def place_of(block, sizes, BLOCK: tl.constexpr):
         (row % sizes[2]).to(tl.int64),
         first,
     )
+
+
+@triton.jit
+def inside_of(place, lanes, sizes, WHOLE: tl.constexpr):
+    """Which lanes of a block are pixels; where all blocks are full, nothing is masked."""
+    if WHOLE:
+        return tl.full(lanes.shape, True, tl.int1)
+    else:
+        return place[3] + lanes < sizes[3]
 
 
 @triton.jit

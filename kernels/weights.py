@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmt.kernels.halves import narrowed
+
 
 @triton.jit
 def consistency_weight(
@@ -45,11 +47,11 @@ def any_of(mask):
 
 
 @triton.jit
-def weighted(gradient, coefficient, active):
-    """coefficient * gradient where active, exactly 0 elsewhere."""
+def masked(gradient, active, DTYPE: tl.constexpr):
+    """The gradient in DTYPE where active, exactly 0 elsewhere, even of NaN."""
     tiles = ()
     for i in tl.static_range(len(gradient)):
-        tiles = tiles + (tl.where(active[None, :], coefficient[None, :] * gradient[i], 0.0),)
+        tiles = tiles + (narrowed(gradient[i], active, DTYPE),)
     return tiles
 
 

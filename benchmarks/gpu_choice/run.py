@@ -122,13 +122,17 @@ def many_classes(timer: Timer) -> None:
 
 
 def channels_last(timer: Timer) -> None:
+    """How many classes of a pixel neighbouring threads read together."""
     for dtype in (torch.bfloat16, torch.float32):
         work = Dense(19, SIDE, dtype, timer.device)
         work.student, work.teacher = (
             z.to(memory_format=torch.channels_last) for z in (work.student, work.teacher)
         )
-        for name, (run, _, nbytes) in work.operations.items():
-            timer(f"channels-last {name} {dtype}", run, nbytes)
+        for name, (run, module, nbytes) in work.operations.items():
+            timer(f"channels-last {name} {dtype} as chosen", run, nbytes)
+            for height in (1, 2, 4, 8):
+                with blocks_of(module, Blocks(32, 1, (height,) * -(-19 // height), 1)):
+                    timer(f"channels-last {name} {dtype} {height=}", run, nbytes)
 
 
 def cells(timer: Timer) -> None:

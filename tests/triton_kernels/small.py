@@ -29,12 +29,16 @@ def offsets_of(monkeypatch, *modules) -> list[bool]:
     return wide
 
 
-def left_by(kernel: Any, count: int, *arguments: object, **constants: object) -> list[int]:
-    """The whole numbers that one program of a kernel leaves in its first argument."""
+def device() -> str:
+    """Where a kernel that a test itself launches runs."""
     if os.environ.get("FASTMT_COMPILE_FOR"):
         pytest.skip("what is compiled for a GPU that is not here leaves nothing")
-    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    found = torch.zeros(count, dtype=torch.int64, device=device)
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def left_by(kernel: Any, count: int, *arguments: object, **constants: object) -> list[int]:
+    """The whole numbers that one program of a kernel leaves in its first argument."""
+    found = torch.zeros(count, dtype=torch.int64, device=device())
     kernel[(1,)](found, *arguments, **constants)
     return found.tolist()
 

@@ -13,6 +13,7 @@ from test_cross_entropy import random_labels
 import fastmt
 from fastmt import kernels
 from fastmt.kernels import (
+    columns,
     dense_confidence,
     dense_consistency,
     dense_cross_entropy,
@@ -44,20 +45,37 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("layout", LAYOUTS[:-1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_64_bit_offsets_and_layouts_give_the_same_pixels(layout, dtype, monkeypatch):
+def test_64_bit_offsets_give_the_same_pixels_in_every_layout(layout, dtype, monkeypatch):
     shape = (2, 19, 5, 31)
-    student, teacher = (random_logits(shape, seed, dtype=dtype) for seed in (1, 2))
-    labels = random_labels(shape, 0, torch.uint8)
+    student, teacher = (
+        laid_out(random_logits(shape, seed, dtype=dtype), layout) for seed in (1, 2)
+    )
+    labels = laid_out(random_labels(shape, 0, torch.uint8), layout, class_dim=False)
     expected = everything(student, teacher, labels)
     monkeypatch.setattr(views, "NARROW", 0)
     in_64_bits = small.offsets_of(
         monkeypatch, dense_confidence, dense_consistency, dense_cross_entropy
     )
-    student, teacher = laid_out(student, layout), laid_out(teacher, layout)
-    labels = laid_out(labels, layout, class_dim=False)
     assert_same(expected, everything(student, teacher, labels))
     assert in_64_bits
     assert all(in_64_bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("classes", "side"), [(3, 16), (19, 16), (81, 8), (150, 8)])
+def test_full_blocks_give_what_the_reference_does(classes, side, dtype):
+    shape = (2, classes, side, side)
+    student, teacher = (random_logits(shape, seed, dtype=dtype) for seed in (1, 2))
+    labels = random_labels(shape, 0, torch.uint8)
+    assert views.describe(
+        [student], [], columns.blocks_for(classes, dtype.itemsize, 2).pixels
+    ).whole
+    scalars, pixels = everything(student, teacher, labels)
+    with fastmt.backend("eager"):
+        expected, expected_pixels = everything(student, teacher, labels)
+    torch.testing.assert_close(scalars, expected, rtol=1e-5, atol=1e-6)
+    for own, right in zip(pixels, expected_pixels, strict=True):
+        torch.testing.assert_close(own, right, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_sums_of_many_programs_are_taken_in_two_steps(monkeypatch):
