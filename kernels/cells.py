@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fastmt.kernels.columns import MAX_FLOATS, MAX_WARPS, tiles_of
+from fastmt.kernels.columns import MAX_FLOATS, MAX_WARPS, threads_of, tiles_of
 from fastmt.kernels.grid import Grid, Layout, first_beyond, grid_of, neighbours
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.views import NARROW, REMEMBERED
@@ -37,11 +37,10 @@ class Strips(NamedTuple):
 
     pixels: int  # across a strip
     piece: int  # pixels of it at once
-    warps: int  # threads / 32
+    warps: int
     tiles: tuple[int, ...]  # heights of the tiles of its columns
 
 
-@functools.cache
 def strips_for(classes: int, columns: float, gradient: bool = True) -> Strips:
     """The strip for an operation that holds `columns` at once, at least 16 pixels wide.
 
@@ -58,7 +57,7 @@ def strips_for(classes: int, columns: float, gradient: bool = True) -> Strips:
     piece = pixels // 2 if gradient and classes > PRODUCT_CLASSES else pixels
     while piece > 1 and classes * piece > (room if piece == pixels else room // 2):
         piece //= 2
-    return Strips(pixels, piece, warps, tiles_of(classes, max(32 * warps // piece, 1)))
+    return Strips(pixels, piece, warps, tiles_of(classes, max(threads_of(warps) // piece, 1)))
 
 
 class Walk(NamedTuple):

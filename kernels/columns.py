@@ -8,11 +8,11 @@ no barrier.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from fastmt.kernels.halves import widened
 from fastmt.kernels.views import pixels_at
@@ -22,7 +22,7 @@ MAX_WARPS = 8
 
 
 class Blocks(NamedTuple):
-    """Pixels in a block, threads / 32 that work on it, and heights of the tiles of its columns."""
+    """Pixels in a block, warps that work on it, and heights of the tiles of its columns."""
 
     pixels: int
     warps: int
@@ -30,7 +30,6 @@ class Blocks(NamedTuple):
     vector: int  # neighbouring pixels in a thread
 
 
-@functools.cache
 def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False) -> Blocks:
     """The block for logits of `itemsize` bytes and an operation that holds `columns` at once.
 
@@ -54,9 +53,17 @@ def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False)
     if apart:
         pixels = min(pixels, 32 * warps)
     vector = 1 if apart else min(16 // itemsize, 4 if columns > 1 else 8, pixels)
-    rows_at_once = max(32 * warps * vector // pixels, 1)
+    rows_at_once = max(threads_of(warps) * vector // pixels, 1)
     tiles = even_tiles_of if apart else tiles_of
     return Blocks(pixels, warps, tiles(classes, rows_at_once), vector)
+
+
+def threads_of(warps: int) -> int:
+    """Of so many warps on the GPU at hand: AMD's have 64 threads each where they are not small."""
+    try:
+        return driver.active.get_current_target().warp_size * warps
+    except RuntimeError:  # there is none, but the interpreter
+        return 32 * warps
 
 
 def even_tiles_of(classes: int, rows_at_once: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402  where Triton is
 from benchmarks import aot  # noqa: E402
 from fastmt import kernels  # noqa: E402
 from fastmt.kernels.cells import PRODUCT_CLASSES, strips_for  # noqa: E402
+from fastmt.kernels.columns import blocks_for  # noqa: E402
 
 RESULTS = json.loads((aot.RESULTS / "aot.json").read_text())
 ROWS = {aot.key_of(row): row for row in RESULTS["rows"]}
@@ -85,6 +86,17 @@ def test_classes_side_by_side_in_memory_are_not_taken_for_aligned(operation, sha
     ptx = launches[0].compiled.asm["ptx"]
     assert "ld.global" in ptx
     assert not re.search(r"ld\.global[\w.:]*?\.v[248]\.", ptx)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("apart", [False, True])
+def test_no_tile_of_a_column_is_lower_than_the_threads_that_share_a_pixel(target, apart):
+    width = aot.TARGETS[target].warp_size
+    with aot.compiling(target):
+        for classes in (1, 2, 5, 19, 21, 81, 150, 1000, 4096):
+            pixels, warps, tiles, vector = blocks_for(classes, 2, 2, apart)
+            assert sum(tiles) >= classes
+            assert min(tiles) >= width * warps * vector // pixels
 
 
 def test_no_kernel_spills():
