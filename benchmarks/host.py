@@ -33,7 +33,8 @@ def measure(case: harness.Case, device: torch.device, rounds: int) -> dict[str, 
     """Microseconds of the host and launches, of every variant of a case."""
     work = case.build(device, False)
     runs = {name: work.runner(name) for name in work.variants}
-    runs[FALLBACK] = partial(_in_eager, runs[work.choice.backend])
+    if case.group == "small":
+        runs[FALLBACK] = partial(_in_eager, runs[work.choice.backend])
     launches = {name: _launches(run) for name, run in runs.items()}
     samples = harness.interleave(runs, device, rounds=rounds, sample_seconds=0.02)
     return {
