@@ -25,7 +25,7 @@ from benchmarks import gpu_cases, harness, machine
 
 RESULTS = Path(__file__).parent / "results"
 CASES = ("1x19x64x64", "in 161 tensors", "in 1000 tensors")
-ROUNDS = 25
+ROUNDS = 41
 FALLBACK = "reference"  # fastmt's own eager backend
 
 
