@@ -92,18 +92,10 @@ def cells_cross_entropy_kernel(
             valid_sum += keep.to(tl.float32)
             wrong_sum += wrong.to(tl.float32)
             if any_of(active):
+                weights = w, own_weight, mean_weight
                 z = between(upper, step, down, classes, CLASSES)
                 value, slope = label_loss(
-                    z,
-                    label,
-                    weight * gradient_scale,
-                    classes,
-                    w,
-                    own_weight,
-                    mean_weight,
-                    smoothing,
-                    PLAIN,
-                    CLASSES,
+                    z, label, weight * gradient_scale, classes, weights, smoothing, PLAIN, CLASSES
                 )
                 loss_sum += tl.where(active, weight * value, 0.0)
                 if GRADIENT:

@@ -54,18 +54,10 @@ def cross_entropy_kernel(
 
     loss = tl.zeros_like(weight)
     if any_of(active):
+        weights = w, own_weight, mean_weight
         z = load_column(logits, strides[0], place, lanes, classes, inside, CLASSES)
         value, slope = label_loss(
-            z,
-            label,
-            weight * gradient_scale,
-            classes,
-            w,
-            own_weight,
-            mean_weight,
-            smoothing,
-            PLAIN,
-            CLASSES,
+            z, label, weight * gradient_scale, classes, weights, smoothing, PLAIN, CLASSES
         )
         loss = tl.where(active, weight * value, 0.0)
         if GRADIENT:

@@ -59,28 +59,10 @@ def label_weight(
 
 @triton.jit
 def label_loss(
-    z,
-    label,
-    coefficient,
-    classes,
-    class_weight,
-    own_weight,
-    mean_weight,
-    smoothing,
-    PLAIN: tl.constexpr,
-    CLASSES: tl.constexpr,
+    z, label, coefficient, classes, weights, smoothing, PLAIN: tl.constexpr, CLASSES: tl.constexpr
 ):
+    """Loss of a label and coefficient times its gradient; weights as in pixel.weighted_ce_pixel."""
     if PLAIN:
         return pixel.ce_pixel(z, label, coefficient, classes)
     else:
-        return pixel.weighted_ce_pixel(
-            z,
-            label,
-            coefficient,
-            classes,
-            class_weight,
-            own_weight,
-            mean_weight,
-            smoothing,
-            CLASSES,
-        )
+        return pixel.weighted_ce_pixel(z, label, coefficient, classes, weights, smoothing, CLASSES)

@@ -201,22 +201,13 @@ def ce_pixel(z, label, coefficient, classes):
 
 
 @triton.jit
-def weighted_ce_pixel(
-    z,
-    label,
-    coefficient,
-    classes,
-    class_weight,
-    own_weight,
-    mean_weight,
-    smoothing,
-    CLASSES: tl.constexpr,
-):
+def weighted_ce_pixel(z, label, coefficient, classes, weights, smoothing, CLASSES: tl.constexpr):
     """-sum w[c] t[c] log p[c] for the target t = (1 - smoothing) onehot + smoothing / C.
 
-    class_weight holds w, one tile (rows, 1) a tile of z, 0 in the padding; own_weight is that of
-    the label, mean_weight the mean of w; w and its mean are 0 where smoothing is.
+    weights: w, one tile (rows, 1) a tile of z, 0 in the padding; that of the label; the mean of w.
+    All but the second are 0 where smoothing is.
     """
+    class_weight, own_weight, mean_weight = weights
     top = largest(z)
     chosen = value_at(z, classes, label) - top
     spread = None
