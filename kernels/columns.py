@@ -59,7 +59,7 @@ def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False)
 
 
 def threads_of(warps: int) -> int:
-    """Of so many warps on the GPU at hand: AMD's have 64 threads each where they are not small."""
+    """In so many warps of the GPU at hand: 32 in each, on AMD's for data centres 64."""
     try:
         return driver.active.get_current_target().warp_size * warps
     except RuntimeError:  # there is none, but the interpreter
@@ -69,8 +69,9 @@ def threads_of(warps: int) -> int:
 def even_tiles_of(classes: int, rows_at_once: int) -> tuple[int, ...]:
     """As many tiles of one height as hold the classes, for pixels that lie apart.
 
-    There neighbouring threads read neighbouring classes of a pixel, which is best for memory, and
-    exchange with each other, which is not for the rest: 4 classes are as many as go together.
+    There neighbouring threads read neighbouring classes of a pixel: the more of them, the fewer
+    lines of memory a warp asks for, and the more threads have to exchange. 4 is between the two;
+    benchmarks/gpu_choice times others.
     """
     height = max(rows_at_once, min(4 if classes > 8 else 2, 1 << (classes - 1).bit_length()))
     while classes > 24 * height:  # what the compiler has to unroll

@@ -1,7 +1,7 @@
 """Half precision to float32 and back: NVIDIA GPUs do two in a register without taking them apart.
 
-The compiler takes an instruction more for every second one that it reads, and two for each that it
-stores, which it selects after rounding.
+Left to itself the compiler takes the pairs that it reads apart, and selects what it stores one by
+one after rounding.
 """
 
 from __future__ import annotations

@@ -13,9 +13,13 @@ NO_CLASS = tl.constexpr(2**30)
 
 
 @triton.jit
-def layers(tile, ROWS: tl.constexpr):
-    """A tile (rows, BLOCK) as (layers, ROWS, BLOCK): each thread holds its rows of every layer."""
-    return tl.reshape(tile, (tile.shape[0] // ROWS, ROWS, tile.shape[1]))
+def layers(tile, column):
+    """A tile (rows, BLOCK) as (layers, rows of the last tile, BLOCK).
+
+    Each thread holds its rows of every layer.
+    """
+    rows: tl.constexpr = column[len(column) - 1].shape[0]
+    return tl.reshape(tile, (tile.shape[0] // rows, rows, tile.shape[1]))
 
 
 @triton.jit
@@ -24,7 +28,7 @@ def added(parts, tile, column):
 
     None before the first; after the last tl.sum(parts, 0) is the sum.
     """
-    own = tl.sum(layers(tile, column[len(column) - 1].shape[0]), 0)
+    own = tl.sum(layers(tile, column), 0)
     if parts is None:
         return own
     else:
@@ -33,22 +37,20 @@ def added(parts, tile, column):
 
 @triton.jit
 def largest(column):
-    rows: tl.constexpr = column[len(column) - 1].shape[0]
-    top = tl.max(layers(column[0], rows), 0)
+    top = tl.max(layers(column[0], column), 0)
     for i in tl.static_range(1, len(column)):
-        top = tl.maximum(top, tl.max(layers(column[i], rows), 0))
+        top = tl.maximum(top, tl.max(layers(column[i], column), 0))
     return tl.max(top, 0)
 
 
 @triton.jit
 def first_of(column, classes, top):
     """The first class whose value is `top`; never one that is NaN."""
-    rows: tl.constexpr = column[len(column) - 1].shape[0]
     found = tl.where(column[0] >= top[None, :], classes[0], NO_CLASS)
-    label = tl.min(layers(found, rows), 0)
+    label = tl.min(layers(found, column), 0)
     for i in tl.static_range(1, len(column)):
         found = tl.where(column[i] >= top[None, :], classes[i], NO_CLASS)
-        label = tl.minimum(label, tl.min(layers(found, rows), 0))
+        label = tl.minimum(label, tl.min(layers(found, column), 0))
     return tl.min(label, 0)
 
 

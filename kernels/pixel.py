@@ -241,16 +241,15 @@ def bce_pixel(z, q, coefficient, classes, CLASSES: tl.constexpr):
     second = tl.where(second == float("-inf"), top, second)
     # An infinite logit makes everything NaN, as it does in softmax; so does a NaN, through `rest`.
     gap = second - top + (top - top)
-    rest, expected, q_top = None, None, None
+    rest, expected = None, None
     others = ()
     for i in tl.static_range(len(z)):
         is_top = classes[i] == label[None, :]
         other = tl.where(is_top, 0.0, exp(z[i] - second[None, :]))
         expected = added(expected, times(q[i], z[i] - top[None, :]), z)
-        q_top = added(q_top, tl.where(is_top, q[i], 0.0), z)
         rest = added(rest, other, z)
         others = others + (other,)
-    rest, expected, q_top = tl.sum(rest, 0), tl.sum(expected, 0), tl.sum(q_top, 0)
+    rest, expected, q_top = tl.sum(rest, 0), tl.sum(expected, 0), value_at(q, classes, label)
     total = 1.0 + rest * exp(gap)
     p_top = 1.0 / total
     p = scaled(others, exp(gap) * p_top)
