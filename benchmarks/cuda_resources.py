@@ -27,21 +27,22 @@ HEADER = (
     "shared bytes",
     "warps of an SM",
 )
-TILE, PITCH, MAX_ROWS, QUANTITIES = 128, 132, 32, 5  # as in csrc/cuda
+TILE, PITCH, MAX_ROWS, QUANTITIES, PLACE = 128, 132, 32, 5, 7  # as in csrc/cuda
 REGISTERS = 64 * 1024  # of a multiprocessor; a quarter of it for each of its schedulers
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a multiprocessor
 RESERVED = 1024  # shared bytes that the driver takes for each block
 
 
 def shared_bytes(classes: int, grids: int, reach: int, staged: bool) -> int:
-    """What a block of a kernel with a constant number of classes asks for, as in gradient.h.
+    """What a block of a kernel with a constant number of classes asks for, as in plan.cu.
 
     Grids of the same size; `staged` as in stage.h.
     """
-    rows, sums_and_weights = 2 * classes * PITCH, (QUANTITIES + 2) * TILE
+    rows = (1 if staged else 2) * classes * PITCH
+    sums_weights_and_place = (QUANTITIES + 1) * TILE + PLACE
     tables = grids * (3 * MAX_ROWS + 2 * TILE) + reach + 1
     column = 2 * pack(classes) + 12 if staged else 0
-    return 4 * (pack(pack(rows + sums_and_weights) + tables) + grids * reach * column)
+    return 4 * (pack(pack(rows + sums_weights_and_place) + tables) + grids * reach * column)
 
 
 def pack(values: int) -> int:

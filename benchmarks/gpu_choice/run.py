@@ -9,6 +9,7 @@ move. What is compiled most comes last: it takes longer than all else, and may b
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -136,19 +137,24 @@ def channels_last(timer: Timer) -> None:
 
 
 def cells(timer: Timer) -> None:
-    """Every loss up-sampled, CUDA C++ against Triton."""
-    labels = torch.randint(19, (BATCH, SIDE, SIDE), device=timer.device).to(torch.uint8)
+    """Every loss up-sampled, CUDA C++ against Triton.
+
+    In CUDA the blocks of 8 images walk several bands each, those of 2 images one: a quarter of the
+    time would be the same work.
+    """
     threshold = torch.tensor([0.6], device=timer.device)
-    for low in (128, 256):
-        z, y = (logits((BATCH, 19, low, low), torch.float32, timer.device) for _ in range(2))
+    for low, images in itertools.product((128, 256), (BATCH, 2)):
+        labels = torch.randint(19, (images, SIDE, SIDE), device=timer.device).to(torch.uint8)
+        z, y = (logits((images, 19, low, low), torch.float32, timer.device) for _ in range(2))
+        told = f"from {low}" if images == BATCH else f"from {low}, {images} images"
         for backend, operations in (("CUDA", torch.ops.fastmt), ("Triton", kernels)):
             consistency = partial(operations.consistency_loss, z, [y], threshold, None, None)
             for number, loss in enumerate(LOSSES):
                 call = ([number, 0, 0, 0, 0, 0], 1.0, [SIDE, SIDE], False, True)
-                timer(f"{backend} {loss} from {low}", partial(consistency, *call), 3 * z.nbytes)
+                timer(f"{backend} {loss} {told}", partial(consistency, *call), 3 * z.nbytes)
             call = (z, labels, None, None, [255, 1], 0.0, False, True)
             run, nbytes = partial(operations.cross_entropy, *call), 2 * z.nbytes + labels.nbytes
-            timer(f"{backend} cross_entropy from {low}", run, nbytes)
+            timer(f"{backend} cross_entropy {told}", run, nbytes)
 
 
 def averages(timer: Timer) -> None:

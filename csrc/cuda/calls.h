@@ -71,18 +71,28 @@ struct Map {
   Type type;
 };
 
-// How a call is shared out. A block owns `tile` output columns and at most MAX_ROWS output rows,
-// all between the same two low-resolution rows: a band, or a segment of one. It leaves what its
-// pixels give to these two rows, and to the `reach` columns that they touch, in
-// partial[block][reach][2][classes].
+// Where the parts of a block's shared memory begin, in floats: rows of values whose columns are
+// joined, `pitch` apart; tallies; a weight for each column; place and tables of the tile (cells.h).
+// They end at a multiple of 16 bytes, behind which stages may lie. Worked out once a call: offsets
+// in registers are too many, and made anew they are a third of what a walk starts with.
+struct Shared {
+  int64_t pitch, tallies, weights, place, t, index, row, start, end;
+};
+
+// How a call is shared out. A band is the output rows between two low-resolution ones. A block owns
+// `tile` output columns and at most MAX_ROWS output rows: `span` bands, or a segment of one. It
+// leaves what its pixels give to the low-resolution rows at both sides of each band, its levels,
+// and to the `reach` columns that they touch, in partial[block][level][reach][classes].
 struct Cells {
   int64_t images;
-  int32_t classes, grids, tile, tiles, bands, segments, reach;
+  int32_t classes, grids, tile, tiles, bands, span, spans, segments, reach;
+  Shared shared;
   Grid first;      // what gets the gradient
   float* partial;  // null where no gradient is wanted
   float* sums;     // [quantity][block]
 
-  FASTMT_BOTH int64_t blocks() const { return images * bands * segments * tiles; }
+  FASTMT_BOTH int32_t levels() const { return span + 1; }
+  FASTMT_BOTH int64_t blocks() const { return images * spans * segments * tiles; }
 };
 
 struct ConsistencyCells {
@@ -147,6 +157,12 @@ FASTMT_BOTH constexpr bool is_fixed(int classes) { return classes == 19 || class
 // Fills in how a call is shared out among blocks. Of any other class count a thread keeps `columns`
 // times the classes in shared memory.
 void plan(Cells& cells, int columns);
+
+// The shared memory of a block that joins so many rows.
+Shared shared_of(const Cells& cells, int64_t rows);
+inline int64_t shared_bytes(const Cells& cells, int64_t rows) {
+  return shared_of(cells, rows).end * int64_t(sizeof(float));
+}
 
 // Low-resolution columns that a tile touches, at most.
 int32_t reach_of(const Axis& columns, int32_t tile);

@@ -28,13 +28,12 @@ FASTMT_INLINE int32_t lower_neighbour(const Axis& axis, int64_t output) {
   return locate(axis, output).index;
 }
 
-// Where a block and its thread are.
+// Where a block is. In shared memory, where it takes no registers while pixels need them.
 struct Place {
   int32_t image;
-  int32_t band;                       // low-resolution row above the output rows
-  int32_t first_row, rows;            // output rows
-  int32_t first_column, last_column;  // of the tile
-  int32_t column;                     // of the thread; threads beyond the last one repeat it
+  int32_t band, bands;            // the first band and how many
+  int32_t first_row, rows;        // output rows
+  int32_t first_column, columns;  // output columns
 
   FASTMT_INLINE explicit Place(const Cells& cells) {
     uint32_t rest = blockIdx.x;
@@ -42,17 +41,25 @@ struct Place {
     rest /= uint32_t(cells.tiles);
     const int32_t segment = int32_t(rest % uint32_t(cells.segments));
     rest /= uint32_t(cells.segments);
-    band = int32_t(rest % uint32_t(cells.bands));
-    image = int32_t(rest / uint32_t(cells.bands));
+    band = int32_t(rest % uint32_t(cells.spans)) * cells.span;
+    image = int32_t(rest / uint32_t(cells.spans));
+    bands = band + cells.span < cells.bands ? cells.span : cells.bands - band;
     first_row = cells.first.rows.first(band) + segment * MAX_ROWS;
-    const int32_t left = cells.first.rows.first(int64_t(band) + 1) - first_row;
-    rows = left < MAX_ROWS ? left : MAX_ROWS;
-    const int32_t width = cells.first.columns.out;
+    rows = rows_before(cells.first.rows, bands);
     first_column = tile * cells.tile;
-    last_column = first_column + cells.tile < width ? first_column + cells.tile : width;
-    column = inside() ? first_column + int32_t(threadIdx.x) : last_column - 1;
+    const int32_t right = cells.first.columns.out - first_column;
+    columns = right < cells.tile ? right : cells.tile;
   }
-  FASTMT_INLINE bool inside() const { return first_column + this_thread() < last_column; }
+  // Rows of the first `levels` bands.
+  FASTMT_INLINE int32_t rows_before(const Axis& axis, int32_t levels) const {
+    const int32_t left = axis.first(int64_t(band) + levels) - first_row;
+    return left < MAX_ROWS ? left : MAX_ROWS;
+  }
+  FASTMT_INLINE bool inside() const { return this_thread() < columns; }
+  // Of the thread; threads beyond the last column repeat it.
+  FASTMT_INLINE int32_t column() const {
+    return first_column + (inside() ? this_thread() : columns - 1);
+  }
 };
 
 // An output row between low-resolution ones, and how exponentials get there from the row before:
@@ -69,11 +76,13 @@ struct Row {
     if (i == 0) return;
     const At before = locate(grid.rows, int64_t(first) + i - 1);
     if (at.index != before.index) return;
+    const int32_t entered = grid.rows.first(at.index) - first;  // the band's first row
+    const int32_t done = entered > 0 ? i - entered : i;
     const bool walks = fabsf(at.t - (before.t + grid.step())) <= rounding;
-    move = i % longest == 0       ? Move::start
-           : at.t == before.t ? Move::keep
-           : walks            ? Move::walk
-                              : Move::start;
+    move = done % longest == 0 ? Move::start
+           : at.t == before.t  ? Move::keep
+           : walks             ? Move::walk
+                               : Move::start;
   }
 };
 
@@ -87,14 +96,14 @@ struct Tile {
   int tile;
 
   FASTMT_INLINE Tile(const Cells& cells, float* shared)
-      : t(shared),
-        index(reinterpret_cast<int32_t*>(t + cells.grids * cells.tile)),
-        row(reinterpret_cast<Row*>(index + cells.grids * cells.tile)),
-        start(reinterpret_cast<int32_t*>(row + cells.grids * MAX_ROWS)),
+      : t(shared + cells.shared.t),
+        index(reinterpret_cast<int32_t*>(shared + cells.shared.index)),
+        row(reinterpret_cast<Row*>(shared + cells.shared.row)),
+        start(reinterpret_cast<int32_t*>(shared + cells.shared.start)),
         tile(cells.tile) {}
 
   FASTMT_INLINE void put(int number, const Grid& grid, const Place& place) const {
-    const At at = locate(grid.columns, place.column);
+    const At at = locate(grid.columns, place.column());
     t[number * tile + threadIdx.x] = at.t;
     index[number * tile + threadIdx.x] = at.index;
     each_of_warp(number, place.rows,
@@ -105,11 +114,8 @@ struct Tile {
     const Axis& columns = cells.first.columns;
     each_of_warp(cells.grids, cells.reach + 1, [&](int j) {
       const int64_t index = lower_neighbour(columns, place.first_column);
-      const int32_t first = columns.first(index + j), last = place.last_column;
-      start[j] = (first < place.first_column ? place.first_column
-                  : first > last             ? last
-                                             : first) -
-                 place.first_column;
+      const int32_t first = columns.first(index + j) - place.first_column;
+      start[j] = first < 0 ? 0 : first > place.columns ? place.columns : first;
     });
   }
 
@@ -126,10 +132,6 @@ struct Tile {
   FASTMT_INLINE At column_at(int grid) const {
     const int own = grid * tile + this_thread();
     return {index[own], t[own]};
-  }
-
-  static FASTMT_BOTH int64_t floats_of(const Cells& cells) {
-    return int64_t(cells.grids) * (3 * MAX_ROWS + 2 * cells.tile) + cells.reach + 1;
   }
 };
 
@@ -193,7 +195,6 @@ struct Integer {
   int64_t wide = 0;
   uint8_t byte = 0;
 
-  Integer() = default;
   FASTMT_INLINE Integer(const Map& map, int64_t image, int32_t row, int32_t column) {
     const int64_t offset = offset_in(map, image, row, column);
     if (map.type == Type::uint8)

@@ -16,17 +16,21 @@ Kernel powers_of(const ConsistencyCells& call) {
   return nullptr;
 }
 
-void start(Kernel kernel, const ConsistencyCells& call, int64_t bytes, Stream stream) {
+// With memory for so many rows and for what is staged.
+void start(Kernel kernel, ConsistencyCells call, int rows, int64_t staged, Stream stream) {
+  call.cells.shared = shared_of(call.cells, rows);
+  const int64_t bytes = call.cells.shared.end * int64_t(sizeof(float)) + staged;
   launch(kernel, call.cells.blocks(), call.cells.tile, bytes, stream, call);
 }
 
 template <int C>
-void start_fixed(const ConsistencyCells& call, int64_t bytes, Stream stream) {
-  if (const Kernel powers = powers_of<C>(call)) {
-    const int64_t staged = bytes + Stage<C>::bytes(call.cells.reach + call.teacher_reach);
-    if (staged <= shared_memory_of_block()) return start(powers, call, staged, stream);
-  }
-  start(cells_consistency_logits_kernel<C>, call, bytes, stream);
+void start_fixed(const ConsistencyCells& call, Stream stream) {
+  const int64_t staged = Stage<C>::bytes(call.cells.reach + call.teacher_reach);
+  const Kernel powers = powers_of<C>(call);
+  if (powers && shared_bytes(call.cells, C) + staged <= shared_memory_of_block())
+    start(powers, call, C, staged, stream);
+  else
+    start(cells_consistency_logits_kernel<C>, call, 2 * C, 0, stream);
 }
 
 }  // namespace
@@ -34,15 +38,14 @@ void start_fixed(const ConsistencyCells& call, int64_t bytes, Stream stream) {
 void launch_consistency(const ConsistencyCells& call, const Grid& gradient, const Finish& finish,
                         Stream stream) {
   const Cells& cells = call.cells;
-  const int64_t bytes = shared_bytes(cells, 2 * cells.classes);
   const int fixed = Loss(call.loss) == Loss::bce ? 0 : cells.classes;
   if (cells.blocks() > 0) {
     if (fixed == 19)
-      start_fixed<19>(call, bytes, stream);
+      start_fixed<19>(call, stream);
     else if (fixed == 21)
-      start_fixed<21>(call, bytes, stream);
+      start_fixed<21>(call, stream);
     else
-      start(cells_consistency_loop_kernel, call, bytes, stream);
+      start(cells_consistency_loop_kernel, call, 2 * cells.classes, 0, stream);
   }
   launch_join<FinishConsistency>({cells, gradient, finish}, stream);
 }

@@ -20,10 +20,11 @@ struct GivenWeight {
   float weight = 1;
 
   FASTMT_INLINE GivenWeight(const ConsistencyCells& call, const Place& place, int i) {
+    if (!call.valid.data && !call.pixel_weight.data) return;  // past all of their addresses
     const int32_t row = place.first_row + i;
-    if (call.valid.data) valid = value_at<uint8_t>(call.valid, place.image, row, place.column);
+    if (call.valid.data) valid = value_at<uint8_t>(call.valid, place.image, row, place.column());
     if (call.pixel_weight.data)
-      weight = value_at<float>(call.pixel_weight, place.image, row, place.column);
+      weight = value_at<float>(call.pixel_weight, place.image, row, place.column());
   }
 };
 
@@ -34,7 +35,7 @@ FASTMT_INLINE float weigh(const ConsistencyCells& call, Block& block, const Teac
   if (!given.valid || !block.place.inside()) return 0;
   const Weight kind = Weight(call.weight);
   if (call.threshold_by_label) limit = call.threshold[teacher.label];
-  const bool passing = teacher.score > limit || (!call.strict && teacher.score == limit);
+  const bool passing = call.strict ? teacher.score > limit : teacher.score >= limit;
   float weight = kind > Weight::confidence || passing ? 1.0f : 0.0f;
   if (kind == Weight::confidence && passing) weight = teacher.score;
   if (weight != 0.0f) weight *= given.weight;
@@ -60,8 +61,8 @@ FASTMT_INLINE void put_tiles(const ConsistencyCells& call, const Block& block) {
   __syncthreads();
 }
 
-FASTMT_INLINE Block block_of(const ConsistencyCells& call, int rows, float* shared) {
-  const Block block(call.cells, Shared(call.cells, rows), shared);
+FASTMT_INLINE Block block_of(const ConsistencyCells& call, float* shared) {
+  const Block block(call.cells, shared);
   put_tiles(call, block);
   return block;
 }
@@ -84,12 +85,9 @@ FASTMT_INLINE Teacher believe(const ConsistencyCells& call, Loss loss, Powers<C>
 template <Loss LOSS, int C>
 FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
   const Grid &student_grid = call.cells.first, &teacher_grid = call.teacher[0];
-  Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  Block block(call.cells, shared);
   const Place& place = block.place;
   const Tile& tile = block.tile;
-  const int32_t teacher_row = lower_neighbour(teacher_grid.rows, place.first_row);
-  const auto of_student = Stage<C>::ask(student_grid, place, place.band, call.cells.reach);
-  const auto of_teacher = Stage<C>::ask(teacher_grid, place, teacher_row, call.teacher_reach);
   put_tiles(call, block);
   const auto student_column = [&] { return tile.column_at(0); };
   const auto teacher_column = [&] { return tile.column_at(1); };
@@ -97,38 +95,43 @@ FASTMT_INLINE void walk_powers(const ConsistencyCells& call, float* shared) {
                                LOSS == Loss::ce ? block.weights : nullptr);
   const Stage<C> teacher_stage(block.stage + call.cells.reach * Stage<C>::COLUMN,
                                call.teacher_reach, tile.first(1), nullptr);
-  student_stage.bring(student_grid, place.image, place.band, of_student);
-  teacher_stage.bring(teacher_grid, place.image, teacher_row, of_teacher);
-  __syncthreads();
-  Powers<C> student, teacher;
   Corners<C> corners{};
-  for (int i = 0; i < place.rows; ++i) {
-    const GivenWeight given(call, place, i);
-    const Row row = tile.row_at(0, i), teacher_at = tile.row_at(1, i);
-    if (i > 0 && teacher_at.move == Move::enter) {
-      __syncthreads();
-      teacher_stage.bring(teacher_grid, place.image, teacher_at.at.index);
-      __syncthreads();
+  each_level(block, corners, [&](int32_t band, int begin, int end) {
+    const int32_t teacher_row = tile.row_at(1, begin).at.index;
+    const auto of_student = student_stage.ask(student_grid, place.image, band);
+    const auto of_teacher = teacher_stage.ask(teacher_grid, place.image, teacher_row);
+    student_stage.bring(student_grid, place.image, band, of_student);
+    teacher_stage.bring(teacher_grid, place.image, teacher_row, of_teacher);
+    __syncthreads();
+    Powers<C> student, teacher;
+    for (int i = begin; i < end; ++i) {
+      const GivenWeight given(call, place, i);
+      const Row row = tile.row_at(0, i), teacher_at = tile.row_at(1, i);
+      if (teacher_at.move == Move::enter && row.move != Move::enter) {
+        __syncthreads();
+        teacher_stage.bring(teacher_grid, place.image, teacher_at.at.index);
+        __syncthreads();
+      }
+      teacher.go_to(teacher_stage, teacher_column, teacher_at, teacher_grid.step(),
+                    call.inverse_temperature);
+      const float limit = call.threshold[0];
+      const Teacher belief = believe(call, LOSS, teacher);
+      const float weight = weigh(call, block, belief, given, limit);
+      if (!any(weight != 0.0f)) {
+        student.skip();
+        continue;
+      }
+      student.go_to(student_stage, student_column, row, student_grid.step(), 1.0f);
+      if (weight == 0.0f) continue;
+      const float scaled = scaled_weight(call, weight);
+      const Student state = student_of<LOSS == Loss::ce>(student, student_stage, student_column,
+                                                         row.at, belief.label);
+      const float value =
+          loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
+                               scaled * call.gradient_scale, corners.at(row.at.t), C);
+      block.tally.add(Sums::loss, scaled * value);
     }
-    teacher.go_to(teacher_stage, teacher_column, teacher_at, teacher_grid.step(),
-                  call.inverse_temperature);
-    const float limit = call.threshold[0];
-    const Teacher belief = believe(call, LOSS, teacher);
-    const float weight = weigh(call, block, belief, given, limit);
-    if (!any(weight != 0.0f)) {
-      student.skip();
-      continue;
-    }
-    student.go_to(student_stage, student_column, row, student_grid.step(), 1.0f);
-    if (weight == 0.0f) continue;
-    const float scaled = scaled_weight(call, weight);
-    const Student state = student_of<LOSS == Loss::ce>(student, student_stage, student_column,
-                                                       row.at, belief.label);
-    const float value = loss_of_powers<LOSS>(student.at(), teacher.at(), state, belief,
-                                             scaled * call.gradient_scale, corners.at(row.at.t), C);
-    block.tally.add(Sums::loss, scaled * value);
-  }
-  if (call.cells.partial) put_corners(block, corners);
+  });
   put_sums(block);
 }
 
@@ -224,14 +227,15 @@ template <int C>
 __global__ void __launch_bounds__(FIXED_TILE, 2)
     cells_consistency_logits_kernel(const __grid_constant__ ConsistencyCells call) {
   extern __shared__ float shared[];
-  Block block = block_of(call, 2 * C, shared);
-  const SharedCorners<C> corners(block);
+  Block block = block_of(call, shared);
+  SharedCorners<C> corners(block);
   float z[C], y[C];
-  for (int i = 0; i < block.place.rows; ++i) {
-    const auto gradient = corners.at(block.tile.row_at(0, i).at.t);
-    visit<false>(call, block, i, Column{z, 1}, Column{y, 1}, gradient, C);
-  }
-  if (call.cells.partial) put_corners<C>(block);
+  each_level(block, corners, [&](int32_t, int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const auto gradient = corners.at(block.tile.row_at(0, i).at.t);
+      visit<false>(call, block, i, Column{z, 1}, Column{y, 1}, gradient, C);
+    }
+  });
   put_sums(block);
 }
 
@@ -241,13 +245,13 @@ __global__ void __launch_bounds__(256, 2)
     cells_consistency_loop_kernel(const __grid_constant__ ConsistencyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;
-  Block block = block_of(call, 2 * classes, shared);
+  Block block = block_of(call, shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
   const Column y{z.at + int64_t(classes) * block.pitch, block.pitch};
   if (call.cells.partial) clear_rows(block);
   for (int i = 0; i < block.place.rows; ++i) {
     block.weights[threadIdx.x] = visit<true>(call, block, i, z, y, z, classes);
-    if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at.t);
+    if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at);
   }
   put_sums(block);
 }

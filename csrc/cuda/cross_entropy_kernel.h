@@ -32,11 +32,10 @@ struct GivenLabel {
   Integer label;
   float weight = 1;
 
-  GivenLabel() = default;
   FASTMT_INLINE GivenLabel(const CrossEntropyCells& call, const Place& place, int i)
-      : label(call.labels, place.image, place.first_row + i, place.column) {
+      : label(call.labels, place.image, place.first_row + i, place.column()) {
     if (call.pixel_weight.data)
-      weight = value_at<float>(call.pixel_weight, place.image, place.first_row + i, place.column);
+      weight = value_at<float>(call.pixel_weight, place.image, place.first_row + i, place.column());
   }
 };
 
@@ -93,35 +92,34 @@ __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_powers_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   const Grid& grid = call.cells.first;
-  Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  Block block(call.cells, shared);
   const Place& place = block.place;
-  GivenLabel given;
-  if (place.rows > 0) given = GivenLabel(call, place, 0);  // a band may have none
-  const auto asked = Stage<C>::ask(grid, place, place.band, call.cells.reach);
   block.put_tile();
   __syncthreads();
   const auto column_at = [&] { return block.tile.column_at(0); };
   const Stage<C> stage(block.stage, call.cells.reach, block.tile.first(0), block.weights);
-  stage.bring(grid, place.image, place.band, asked);
-  __syncthreads();
-  Powers<C> student;
   Corners<C> corners{};
-  for (int i = 0; i < place.rows; ++i) {
-    const Labelled pixel(call, block, given, nullptr);
-    if (i + 1 < place.rows) given = GivenLabel(call, place, i + 1);
-    if (!any(pixel.weight != 0.0f)) {
-      student.skip();
-      continue;
+  each_level(block, corners, [&](int32_t band, int begin, int end) {
+    GivenLabel given(call, place, begin);
+    stage.bring(grid, place.image, band, stage.ask(grid, place.image, band));
+    __syncthreads();
+    Powers<C> student;
+    for (int i = begin; i < end; ++i) {
+      const Labelled pixel(call, block, given, nullptr);
+      if (i + 1 < end) given = GivenLabel(call, place, i + 1);
+      if (!any(pixel.weight != 0.0f)) {
+        student.skip();
+        continue;
+      }
+      const Row row = block.tile.row_at(0, i);
+      student.go_to(stage, column_at, row, grid.step(), 1.0f);
+      if (pixel.weight == 0.0f) continue;
+      const Student state = student_of<true>(student, stage, column_at, row.at, pixel.label);
+      const float value = ce_pixel(student.at(), state, pixel.label,
+                                   pixel.weight * call.gradient_scale, corners.at(row.at.t), C);
+      block.tally.add(LabelSums::loss, pixel.weight * value);
     }
-    const Row row = block.tile.row_at(0, i);
-    student.go_to(stage, column_at, row, grid.step(), 1.0f);
-    if (pixel.weight == 0.0f) continue;
-    const Student state = student_of<true>(student, stage, column_at, row.at, pixel.label);
-    const float value = ce_pixel(student.at(), state, pixel.label,
-                                 pixel.weight * call.gradient_scale, corners.at(row.at.t), C);
-    block.tally.add(LabelSums::loss, pixel.weight * value);
-  }
-  if (call.cells.partial) put_corners(block, corners);
+  });
   block.tally.put(call.cells);
 }
 
@@ -143,15 +141,16 @@ template <int C>
 __global__ void __launch_bounds__(FIXED_TILE, 3)
     cells_cross_entropy_logits_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
-  Block block(call.cells, Shared(call.cells, 2 * C), shared);
+  Block block(call.cells, shared);
   block.put_tile();
   __syncthreads();
   const float mean_weight = mean_class_weight(call);
-  const SharedCorners<C> corners(block);
+  SharedCorners<C> corners(block);
   float z[C];
-  for (int i = 0; i < block.place.rows; ++i)
-    visit(call, block, i, Column{z, 1}, mean_weight, corners.at(block.tile.row_at(0, i).at.t), C);
-  if (call.cells.partial) put_corners<C>(block);
+  each_level(block, corners, [&](int32_t, int begin, int end) {
+    for (int i = begin; i < end; ++i)
+      visit(call, block, i, Column{z, 1}, mean_weight, corners.at(block.tile.row_at(0, i).at.t), C);
+  });
   block.tally.put(call.cells);
 }
 
@@ -160,7 +159,7 @@ __global__ void __launch_bounds__(256, 2)
     cells_cross_entropy_loop_kernel(const __grid_constant__ CrossEntropyCells call) {
   extern __shared__ float shared[];
   const int classes = call.cells.classes;
-  Block block(call.cells, Shared(call.cells, classes), shared);
+  Block block(call.cells, shared);
   const Column z{block.rows + threadIdx.x, block.pitch};
   block.put_tile();
   __syncthreads();
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(256, 2)
   if (call.cells.partial) clear_rows(block);
   for (int i = 0; i < block.place.rows; ++i) {
     block.weights[threadIdx.x] = visit(call, block, i, z, mean_weight, z, classes);
-    if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at.t);
+    if (call.cells.partial) put_row(block, block.tile.row_at(0, i).at);
   }
   block.tally.put(call.cells);
 }

@@ -133,6 +133,8 @@ inline int64_t shared_memory_of_block() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 inline int processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// So many that every multiprocessor has its share of them, several at once and several times over.
+inline int64_t busy_blocks() { return 20 * processors(); }
 #endif
 
 }  // namespace fastmt::cuda

@@ -52,27 +52,21 @@ struct Run {
   FASTMT_INLINE float left() const { return both - right; }
 };
 
-// add(i, t, gradient) of row i of two, for columns `begin` to `end` in order; rows start at
-// multiples of 16 bytes. No loop is unrolled: cells are short, and what runs once a block is slow to
-// fetch.
+// add(t, gradient) for columns `begin` to `end` of a row, in order; rows start at multiples of 16
+// bytes. No loop is unrolled: cells are short, and what runs once a band is slow to fetch.
 template <class F>
-FASTMT_INLINE void each_column(const float* t, const float* const (&rows)[2], int begin, int end,
-                               F add) {
+FASTMT_INLINE void each_column(const float* t, const float* row, int begin, int end, F add) {
   int x = begin;
-  const auto one = [&] {
-    for (int i = 0; i < 2; ++i) add(i, t[x], rows[i][x]);
-  };
 #pragma unroll 1
-  for (; x < end && x % 4 != 0; ++x) one();
+  for (; x < end && x % 4 != 0; ++x) add(t[x], row[x]);
 #pragma unroll 1
   for (; x + 4 <= end; x += 4) {
-    const Four shares = four_at(t + x), gradients[2] = {four_at(rows[0] + x), four_at(rows[1] + x)};
+    const Four shares = four_at(t + x), gradients = four_at(row + x);
     FASTMT_UNROLL
-    for (int n = 0; n < 4; ++n)
-      for (int i = 0; i < 2; ++i) add(i, shares.at[n], gradients[i].at[n]);
+    for (int n = 0; n < 4; ++n) add(shares.at[n], gradients.at[n]);
   }
 #pragma unroll 1
-  for (; x < end; ++x) one();
+  for (; x < end; ++x) add(t[x], row[x]);
 }
 
 // The transposed interpolation along the columns of a tile: put(j, k, sum) for each low-resolution
@@ -134,41 +128,27 @@ struct Tally {
   }
 };
 
-// Shared memory of a block, in floats: rows of values whose columns are joined, tallies, two
-// weights for each column, the tile. A multiple of 16 bytes, behind which stages may lie.
-struct Shared {
-  int64_t pitch, tallies, weights, tile, end;
-
-  FASTMT_BOTH Shared(const Cells& cells, int rows)
-      : pitch(is_fixed(cells.classes) ? FIXED_PITCH : cells.tile | 1),
-        tallies(rows * pitch),
-        weights(tallies + QUANTITIES * cells.tile),
-        tile((weights + 2 * cells.tile + 3) / 4 * 4),
-        end((tile + Tile::floats_of(cells) + 3) / 4 * 4) {}
-};
-
-inline int64_t shared_bytes(const Cells& cells, int rows) {
-  return Shared(cells, rows).end * int64_t(sizeof(float));
-}
-
 // What a block works with.
 struct Block {
   const Cells& cells;
-  Place place;
-  float *rows, *weights, *stage;  // [row][pitch], [2][tile]
+  Place& place;
+  float *rows, *weights, *stage;  // [row][pitch], [tile]
   int pitch;
   Tile tile;
   Tally tally;
 
-  FASTMT_INLINE Block(const Cells& cells, const Shared& layout, float* shared)
+  FASTMT_INLINE Block(const Cells& cells, float* shared)
       : cells(cells),
-        place(cells),
+        place(*reinterpret_cast<Place*>(shared + cells.shared.place)),
         rows(shared),
-        weights(shared + layout.weights),
-        stage(shared + layout.end),
-        pitch(int(layout.pitch)),
-        tile(cells, shared + layout.tile),
-        tally(shared + layout.tallies) {}
+        weights(shared + cells.shared.weights),
+        stage(shared + cells.shared.end),
+        pitch(int(cells.shared.pitch)),
+        tile(cells, shared),
+        tally(shared + cells.shared.tallies) {
+    if (threadIdx.x == 0) place = Place(cells);
+    __syncthreads();
+  }
 
   // The threads of the block meet before they read it.
   FASTMT_INLINE void put_tile() const {
@@ -176,12 +156,13 @@ struct Block {
     tile.put_starts(cells, place);
   }
 
-  FASTMT_INLINE float* partial() const {
-    return cells.partial + int64_t(blockIdx.x) * cells.reach * 2 * cells.classes;
+  FASTMT_INLINE float* partial(int level) const {
+    return cells.partial +
+           (int64_t(blockIdx.x) * cells.levels() + level) * cells.reach * cells.classes;
   }
 };
 
-// The sums of a column in shared memory, [upper, lower][C], for pixels that need the registers.
+// The sums of a column in shared memory, twice [C], for pixels that need the registers.
 template <int C>
 struct SharedCorners {
   float *upper, *lower;
@@ -195,63 +176,98 @@ struct SharedCorners {
   };
   FASTMT_INLINE explicit SharedCorners(const Block& block)
       : upper(block.rows + threadIdx.x), lower(upper + C * FIXED_PITCH) {
-    for (int c = 0; c < C; ++c) upper[c * FIXED_PITCH] = lower[c * FIXED_PITCH] = 0;
+    clear(upper);
+    clear(lower);
   }
   FASTMT_INLINE Row at(float t) const { return {*this, t}; }
+
+  // The upper row is no longer needed, the lower one becomes it.
+  FASTMT_INLINE void go_down() {
+    clear(upper);
+    float* const cleared = upper;
+    upper = lower;
+    lower = cleared;
+  }
+
+ private:
+  static FASTMT_INLINE void clear(float* row) {
+    for (int c = 0; c < C; ++c) row[c * FIXED_PITCH] = 0;
+  }
 };
 
-// Leaves the corners of every column of the tile, [upper, lower][C] in shared memory, in the
-// block's partial gradient. A thread joins both rows of one class in a part of the cells; what the last of
-// them gives to the column at its right goes through shared memory.
+// Leaves the sums of every column of the tile, `rows`[C] in shared memory, in a level of the
+// block's partial gradient. A thread joins one class in a part of the cells; what the last of them
+// gives to the column at its right goes through shared memory.
 template <int C>
-FASTMT_INLINE void put_corners(const Block& block) {
+FASTMT_INLINE void put_level(const Block& block, int level, const float* rows) {
   const uint32_t parts = blockDim.x / C, reach = block.cells.reach, own = threadIdx.x;
   const uint32_t c = own % C, part = own / C, each = (reach + parts - 1) / parts;
   const uint32_t begin = part * each, end = begin + each < reach ? begin + each : reach;
-  const float* const rows[2] = {block.rows + c * FIXED_PITCH, block.rows + (C + c) * FIXED_PITCH};
-  float* partial = block.partial() + c;
-  float first[2] = {}, before[2] = {};
+  float* partial = block.partial(level) + c;
+  float first = 0, before = 0;
   __syncthreads();
   const bool works = part < parts && begin < end;
   if (works) {
 #pragma unroll 1
     for (uint32_t j = begin; j < end; ++j) {
-      Run runs[2];
-      each_column(block.tile.t, rows, block.tile.start[j], block.tile.start[j + 1],
-                  [&](int i, float t, float gradient) { runs[i].add(t, gradient); });
-      for (int i = 0; i < 2; ++i) {
-        const float sum = before[i] + runs[i].left();
-        if (j == begin)
-          first[i] = sum;
-        else
-          partial[(j * 2 + i) * C] = sum;
-        before[i] = runs[i].right;
-      }
+      Run run;
+      each_column(block.tile.t, rows + c * FIXED_PITCH, block.tile.start[j], block.tile.start[j + 1],
+                  [&](float t, float gradient) { run.add(t, gradient); });
+      const float sum = before + run.left();
+      if (j == begin)
+        first = sum;
+      else
+        partial[j * C] = sum;
+      before = run.right;
     }
   }
-  float* edge = block.weights + 2 * own;
-  for (int i = 0; i < 2; ++i) edge[i] = before[i];
+  float* edge = block.weights + own;
+  *edge = before;
   __syncthreads();
-  if (!works) return;
-  for (int i = 0; i < 2; ++i)
-    partial[(begin * 2 + i) * C] = first[i] + (part > 0 ? edge[i - 2 * C] : 0.0f);
+  if (works) partial[begin * C] = first + (part > 0 ? edge[-C] : 0.0f);
 }
 
 template <int C>
-FASTMT_INLINE void put_corners(const Block& block, const Corners<C>& corners) {
+FASTMT_INLINE void put_level(const Block& block, int level, Corners<C>& corners) {
   FASTMT_UNROLL
   for (int c = 0; c < C; ++c) {
     block.rows[c * FIXED_PITCH + threadIdx.x] = corners.upper[c];
-    block.rows[(C + c) * FIXED_PITCH + threadIdx.x] = corners.lower[c];
+    corners.upper[c] = corners.lower[c];
+    corners.lower[c] = 0;
   }
-  put_corners<C>(block);
+  put_level<C>(block, level, block.rows);
+}
+
+template <int C>
+FASTMT_INLINE void put_level(const Block& block, int level, SharedCorners<C>& corners) {
+  put_level<C>(block, level, corners.upper - threadIdx.x);
+  corners.go_down();
+}
+
+// walk(band, begin, end) over the rows of each band of the block, which leaves in `corners` what they
+// give to the levels at its sides. What threads share in a band is theirs alone: they meet before.
+template <class Corners, class F>
+FASTMT_INLINE void each_level(const Block& block, Corners& corners, F walk) {
+  const Place& place = block.place;
+  int begin = 0;
+#pragma unroll 1
+  for (int level = 0; level <= place.bands; ++level) {
+    if (level < place.bands) {
+      const int end = place.rows_before(block.cells.first.rows, level + 1);
+      if (level > 0) __syncthreads();
+      if (begin < end) walk(place.band + level, begin, end);  // there may be more bands than rows
+      begin = end;
+    }
+    if (block.cells.partial) put_level(block, level, corners);
+  }
 }
 
 // Adds the gradient of an output row, in the first rows of shared memory, to the partial gradient.
-FASTMT_INLINE void put_row(const Block& block, float t) {
+FASTMT_INLINE void put_row(const Block& block, At row) {
   __syncthreads();
   const int classes = block.cells.classes;
-  float* partial = block.partial();
+  float* partial = block.partial(row.index - block.place.band);
+  const int64_t below = block.partial(1) - block.partial(0);
   join_columns(
       block.cells, block.tile, classes,
       [&](int c, int begin, int end) {
@@ -262,9 +278,9 @@ FASTMT_INLINE void put_row(const Block& block, float t) {
         return run;
       },
       [&](int j, int c, float sum) {
-        float* at = partial + j * 2 * classes + c;
-        at[0] += (1 - t) * sum;
-        at[classes] += t * sum;
+        float* at = partial + j * classes + c;
+        at[0] += (1 - row.t) * sum;
+        at[below] += row.t * sum;
       });
   __syncthreads();
 }
@@ -272,12 +288,11 @@ FASTMT_INLINE void put_row(const Block& block, float t) {
 // Clears the block's partial gradient, each value by the thread that adds to it.
 FASTMT_INLINE void clear_rows(const Block& block) {
   const int classes = block.cells.classes;
-  float* partial = block.partial();
   join_columns(
       block.cells, block.tile, classes, [](int, int, int) { return Run(); },
       [&](int j, int c, float) {
-        partial[j * 2 * classes + c] = 0;
-        partial[j * 2 * classes + classes + c] = 0;
+        for (int level = 0; level < block.cells.levels(); ++level)
+          block.partial(level)[j * classes + c] = 0;
       });
 }
 

@@ -56,7 +56,7 @@ Scratch::Scratch(Cells& cells, const Tensor& like, int grids, int columns, bool 
   sums = torch::stable::new_empty(like, {QUANTITIES, blocks}, ScalarType::Float);
   cells.sums = data_of<float>(*sums);
   if (!wants_gradient) return;
-  const std::vector<int64_t> shape{blocks, cells.reach, 2, cells.classes};
+  const std::vector<int64_t> shape{blocks, cells.levels(), cells.reach, cells.classes};
   partial = torch::stable::new_empty(like, shape, ScalarType::Float);
   cells.partial = data_of<float>(*partial);
 }

@@ -95,17 +95,18 @@ FASTMT_INLINE void each_share(const Cells& cells, int64_t image, int32_t row, in
   const int32_t begin = columns.first(int64_t(column) - 1),
                 end = columns.first(int64_t(column) + 1);
   if (begin >= end) return;
-  for (int half = 1; half >= 0; --half) {
-    const int32_t band = row - half;
-    if (band < 0 || band >= cells.bands) continue;
+  const int32_t band = row < cells.bands ? row : cells.bands - 1;
+  const int32_t last = int32_t(uint32_t(band) / uint32_t(cells.span));
+  const bool two = last > 0 && row == last * cells.span;  // blocks, which meet in this row
+  for (int32_t span = two ? last - 1 : last; span <= last; ++span)
     for (int32_t segment = 0; segment < cells.segments; ++segment)
       for (int32_t tile = begin / cells.tile; tile <= (end - 1) / cells.tile; ++tile) {
         const int64_t block =
-            ((image * cells.bands + band) * cells.segments + segment) * cells.tiles + tile;
+            ((image * cells.spans + span) * cells.segments + segment) * cells.tiles + tile;
+        const int32_t level = row - span * cells.span;
         const int32_t j = column - locate(columns, int64_t(tile) * cells.tile).index;
-        f(cells.partial + ((block * cells.reach + j) * 2 + half) * cells.classes);
+        f(cells.partial + ((block * cells.levels() + level) * cells.reach + j) * cells.classes);
       }
-  }
 }
 
 FASTMT_INLINE void join_pixel(const Join& join, uint32_t task) {

@@ -15,7 +15,8 @@ struct Powers {
   bool walks;
   static constexpr float REACH = 60.0f;  // exp(60) times a large weight is still finite
 
-  FASTMT_INLINE Powers() : walks(false) {}
+  // Cleared, or registers would hold what the band before left here.
+  FASTMT_INLINE Powers() : column{}, ratio{}, walks(false) {}
   FASTMT_INLINE Column at() { return {column, 1}; }
 
   // To a row from the one above it; `column_at` says where the thread's column lies, and is asked

@@ -27,12 +27,11 @@ struct Stage {
     uint32_t above[EACH], below[EACH];
   };
 
-  // What bring() wants of a thread, asked for long before, while the tables of the tile are made.
-  static FASTMT_INLINE Asked ask(const Grid& grid, const Place& place, int32_t row, int columns) {
-    const int first = lower_neighbour(grid.columns, place.first_column);
+  // What bring() wants of a thread, asked for long before: it is on its way meanwhile.
+  FASTMT_INLINE Asked ask(const Grid& grid, int32_t image, int32_t row) const {
     const Task own(threadIdx.x);
-    Asked asked;
-    if (own.column < columns) asked = ask(grid, place.image, row, first, own);
+    Asked asked{};
+    if (own.column < columns) asked = ask(grid, image, row, first, own);
     return asked;
   }
 
@@ -140,7 +139,7 @@ struct Stage {
   static FASTMT_INLINE Asked ask_as(const Grid& grid, int32_t image, int32_t row, int first,
                                     const Task& task) {
     const From<T> from(grid, image, row, first, task);
-    Asked asked;
+    Asked asked{};  // cleared for the same reason as powers
     each_class(task.quarter, [&](int k, int) {
       const T* above = from.above + k * from.step;
       asked.above[k] = bits_of(above[0]);

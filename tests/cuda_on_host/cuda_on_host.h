@@ -60,7 +60,7 @@ struct Fiber {
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline int running, launches;
-inline int64_t most_shared_bytes;
+inline int64_t most_shared_bytes, busy_blocks = 0;
 inline void (*body)(const void*);
 inline const void* body_argument;
 
@@ -189,6 +189,7 @@ inline float opaque(float x) { return x; }
 inline int this_thread() { return int(threadIdx.x); }
 inline int64_t shared_memory_of_block() { return sizeof shared; }
 inline int processors() { return 2; }
+inline int64_t busy_blocks() { return cuda_on_host::busy_blocks; }
 
 template <class Argument>
 void launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t bytes, Stream,

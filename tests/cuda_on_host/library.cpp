@@ -12,6 +12,9 @@ OnDevice::~OnDevice() {}
 // Of any launch since the last call.
 int64_t most_shared_bytes() { return std::exchange(cuda_on_host::most_shared_bytes, 0); }
 
+// Blocks share no more bands than leave so many of them; 0 for as many as they can.
+void keep_busy(int64_t blocks) { cuda_on_host::busy_blocks = blocks; }
+
 }  // namespace fastmt::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastmt_cuda_on_host, CPU, m) {
@@ -21,8 +24,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastmt_cuda_on_host, CPU, m) {
   m.impl("scale_", TORCH_BOX(&fastmt::cuda::scale_));
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmt_cuda_on_host, m) { m.def("most_shared_bytes() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fastmt_cuda_on_host, m) {
+  m.def("most_shared_bytes() -> int");
+  m.def("keep_busy(int blocks) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastmt_cuda_on_host, CompositeExplicitAutograd, m) {
   m.impl("most_shared_bytes", TORCH_BOX(&fastmt::cuda::most_shared_bytes));
+  m.impl("keep_busy", TORCH_BOX(&fastmt::cuda::keep_busy));
 }

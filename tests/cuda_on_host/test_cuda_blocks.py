@@ -14,7 +14,17 @@ from benchmarks import cuda_resources
 from fastmt import reference
 
 
-@pytest.mark.parametrize("classes", [19, 4])
+@pytest.fixture(params=[0, 20, 1 << 40], ids="{} busy".format)
+def busy_blocks(request, operations):
+    """Blocks of as many bands as fit, of a few, of one: by the blocks that keep a GPU busy."""
+    if isinstance(operations, OnGpu):
+        pytest.skip("a GPU has its own number of multiprocessors")
+    operations.keep_busy(request.param)
+    yield
+    operations.keep_busy(0)
+
+
+@pytest.mark.parametrize("classes", [*FIXED, 4])
 @pytest.mark.parametrize(
     ("low", "size"),
     [
@@ -22,13 +32,20 @@ from fastmt import reference
         ((30, 40), (5, 300)),
         ((2, 3000), (3, 40)),
         ((3, 5), (65, 40)),  # the last band has one row more than a block walks, the first has not
+        ((22, 5), (64, 40)),
     ],
 )
-def test_images_of_many_blocks(classes, low, size):
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.usefixtures("busy_blocks")
+def test_images_of_many_blocks(classes, low, size, align_corners):
     student, teacher = (random_logits((2, classes, *low), seed, 4.0) for seed in (1, 2))
-    assert_consistency(student, [teacher], size, 0.4)
-    labels = reference.upsample(teacher, size, False).argmax(1)
-    assert_cross_entropy_is_the_reference(student, labels, align_corners=False)
+    for loss in ("mse", "ce", "kl"):
+        assert_consistency(student, [teacher], size, 0.4, align_corners, loss=loss)
+    labels = reference.upsample(teacher, size, align_corners).argmax(1)
+    for smoothing in (0.0, 0.1):
+        assert_cross_entropy_is_the_reference(
+            student, labels, align_corners=align_corners, label_smoothing=smoothing
+        )
 
 
 @pytest.mark.parametrize("classes", [*FIXED, 4])
