@@ -32,6 +32,7 @@ def busy_blocks(request, operations):
         ((30, 40), (5, 300)),
         ((2, 3000), (3, 40)),
         ((3, 5), (65, 40)),  # the last band has one row more than a block walks, the first has not
+        ((3, 5), (34, 40)),  # two bands of 17 rows each, for the borders are theirs too
         ((22, 5), (64, 40)),
     ],
 )
