@@ -33,12 +33,12 @@ SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a m
 RESERVED = 1024  # shared bytes that the driver takes for each block
 
 
-def shared_bytes(classes: int, grids: int, reach: int, staged: bool) -> int:
+def shared_bytes(classes: int, grids: int, reach: int, staged: bool, gradient: bool) -> int:
     """What a block of a kernel with a constant number of classes asks for, as in plan.cu.
 
-    Grids of the same size; `staged` as in stage.h.
+    Grids of the same size; `staged` as in stage.h; `gradient`: columns of it are joined.
     """
-    rows = (1 if staged else 2) * classes * PITCH
+    rows = gradient * (1 if staged else 2) * classes * PITCH
     sums_weights_and_place = (QUANTITIES + 1) * TILE + PLACE
     tables = grids * (3 * MAX_ROWS + 2 * TILE) + reach + 1
     column = 2 * pack(classes) + 12 if staged else 0
@@ -63,7 +63,8 @@ def row_of(kernel: dict[str, Any]) -> dict[str, Any]:
     name, variant, architecture = (kernel[k] for k in ("kernel", "variant", "architecture"))
     fixed = variant.isdigit()
     grids = 2 if "consistency" in name else 1
-    shared = shared_bytes(int(variant), grids, TILE // 8 + 2, "powers" in name) if fixed else None
+    how = "powers" in name, "confidence" not in name
+    shared = shared_bytes(int(variant), grids, TILE // 8 + 2, *how) if fixed else None
     fitting = warps(kernel["registers"], TILE, shared, architecture) if shared else None
     values = (name, variant, architecture, kernel["registers"], kernel["spilled"], shared, fitting)
     return dict(zip(HEADER, values, strict=True))

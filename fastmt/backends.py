@@ -170,7 +170,7 @@ def _resolve(
     on_cuda = len(tensors) > 0 and tensors[0].is_cuda
     cpp = obstacle or cpp_backend.obstacle(tensors)
     if on_cuda:
-        cpp = cpp or cpp_backend.cuda_obstacle(operation, len(tensors), upsampled)
+        cpp = cpp or cpp_backend.cuda_obstacle(operation, tensors, upsampled)
         cpp = cpp or cpp_backend.cuda_launch_obstacle(tensors[0].get_device())
     if name == "triton" or (name == "auto" and on_cuda and cpp):
         reason = obstacle or triton_backend.obstacle(operation, tensors)

@@ -53,7 +53,7 @@ def test_every_gpu_has_kernels_of_a_constant_number_of_classes(classes):
         f"cells_{operation}_{kind}_kernel"
         for operation in ("consistency", "cross_entropy")
         for kind in ("powers", "logits")
-    } | {"cells_consistency_ce_powers_kernel"}
+    } | {"cells_consistency_ce_powers_kernel", "cells_confidence_kernel"}
     for architecture in {kernel["architecture"] for kernel in RECORD["kernels"]}:
         found = {
             kernel["kernel"]
@@ -84,7 +84,7 @@ def test_the_library_loads_and_answers_the_operations_on_cuda_tensors(tmp_path):
     source, stub = tmp_path / "stub.c", tmp_path / "stub.so"
     source.write_text("int aoti_torch_get_current_cuda_stream(int d, void** s) { return 1; }\n")
     subprocess.run([COMPILER, "-shared", "-fPIC", "-xc", source, "-o", stub], check=True)
-    names = ("consistency_loss", "cross_entropy", "ema_update_", "scale_")
+    names = ("softmax_confidence", "consistency_loss", "cross_entropy", "ema_update_", "scale_")
     program = REGISTRATIONS.format(
         root=str(ROOT), stub=str(stub), library=str(LIBRARY), names=names
     )
@@ -117,16 +117,23 @@ def test_a_cuda_library_that_is_absent_or_broken_is_a_reason_not_a_crash(monkeyp
 def test_what_the_cuda_kernels_leave_to_others_is_a_stated_reason(monkeypatch):
     monkeypatch.setattr(cpp_backend, "cuda_missing", lambda: None)
     obstacle = cpp_backend.cuda_obstacle
-    assert obstacle("consistency_loss", 2, True) is None
-    assert obstacle("cross_entropy", 1, True) is None
-    assert obstacle("ema_update_", 1, False) is None
-    assert obstacle("consistency_loss", 2, False) == (
-        "the CUDA C++ kernels serve logits that they up-sample"
-    )
-    assert obstacle("consistency_loss", 18, True).startswith("17 teachers are more than the 16")
-    assert obstacle("softmax_confidence", 1, True).endswith("serves softmax_confidence")
+    logits, others = torch.empty(1, 19, 2, 2), torch.empty(1, 20, 2, 2)
+    assert obstacle("consistency_loss", [others] * 17, True) is None
+    assert obstacle("cross_entropy", [others], True) is None
+    assert obstacle("softmax_confidence", [logits], True) is None
+    assert obstacle("ema_update_", [logits], False) is None
+    for operation in ("consistency_loss", "cross_entropy", "softmax_confidence"):
+        assert obstacle(operation, [logits], False) == (
+            "the CUDA C++ kernels serve logits that they up-sample"
+        )
+    reason = obstacle("consistency_loss", [logits] * 18, True)
+    assert reason == "17 teachers are more than the 16 of the CUDA C++ kernels"
+    for tensors in ([others], [logits] * 2):
+        assert obstacle("softmax_confidence", tensors, True) == (
+            "the CUDA C++ kernels score one teacher of 19 or 21 classes"
+        )
     monkeypatch.setattr(cpp_backend, "cuda_missing", lambda: "not built")
-    assert obstacle("ema_update_", 1, False) == "not built"
+    assert obstacle("ema_update_", [logits], False) == "not built"
 
 
 def test_a_gpu_that_the_cuda_kernels_do_not_run_on_is_a_stated_reason(monkeypatch):

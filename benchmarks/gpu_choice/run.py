@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import gpu_times, harness, machine, models, shapes
 from fastmt import cpp_backend, ema_table, kernels
+from fastmt.confidence import KINDS
 from fastmt.consistency import LOSSES
 from fastmt.kernels import dense_confidence, dense_consistency, dense_cross_entropy, launch
 from fastmt.kernels.columns import Blocks, tiles_of
@@ -137,7 +138,7 @@ def channels_last(timer: Timer) -> None:
 
 
 def cells(timer: Timer) -> None:
-    """Every loss up-sampled, CUDA C++ against Triton.
+    """Every loss and score up-sampled, CUDA C++ against Triton.
 
     In CUDA the blocks of 8 images walk several bands each, those of 2 images one: a quarter of the
     time would be the same work.
@@ -155,6 +156,11 @@ def cells(timer: Timer) -> None:
             call = (z, labels, None, None, [255, 1], 0.0, False, True)
             run, nbytes = partial(operations.cross_entropy, *call), 2 * z.nbytes + labels.nbytes
             timer(f"{backend} cross_entropy {told}", run, nbytes)
+            for number, kind in enumerate(KINDS):
+                call = ([z], number, 1.0, [SIDE, SIDE], False)
+                run = partial(operations.softmax_confidence, *call)
+                nbytes = models.softmax_confidence([z], (SIDE, SIDE))
+                timer(f"{backend} confidence {kind} {told}", run, nbytes)
 
 
 def averages(timer: Timer) -> None:

@@ -95,6 +95,14 @@ struct Cells {
   FASTMT_BOTH int64_t blocks() const { return images * spans * segments * tiles; }
 };
 
+struct ConfidenceCells {
+  Cells cells;
+  int32_t kind;
+  float inverse_temperature;
+  float* score;  // (N, height, width), both
+  int64_t* label;
+};
+
 struct ConsistencyCells {
   Cells cells;
   Grid teacher[MAX_TEACHERS];
@@ -146,6 +154,7 @@ struct ScaleCall {
   const float *scale, *factor;
 };
 
+void launch_confidence(const ConfidenceCells&, Stream);
 void launch_consistency(const ConsistencyCells&, const Grid& gradient, const Finish&, Stream);
 void launch_cross_entropy(const CrossEntropyCells&, const Grid& gradient, const Finish&, Stream);
 void launch_ema(const EmaCall&, Stream);

@@ -244,10 +244,14 @@ FASTMT_INLINE void put_level(const Block& block, int level, SharedCorners<C>& co
   corners.go_down();
 }
 
+// What an operation without a gradient leaves.
+struct NoCorners {};
+FASTMT_INLINE void put_level(const Block&, int, const NoCorners&) {}
+
 // walk(band, begin, end) over the rows of each band of the block, which leaves in `corners` what they
 // give to the levels at its sides. What threads share in a band is theirs alone: they meet before.
 template <class Corners, class F>
-FASTMT_INLINE void each_level(const Block& block, Corners& corners, F walk) {
+FASTMT_INLINE void each_level(const Block& block, Corners&& corners, F walk) {
   const Place& place = block.place;
   int begin = 0;
 #pragma unroll 1

@@ -45,14 +45,18 @@ Tensor scalar_like(const Tensor& tensor) {
   return torch::stable::new_empty(tensor, {}, ScalarType::Float);
 }
 
-Scratch::Scratch(Cells& cells, const Tensor& like, int grids, int columns, bool wants_gradient) {
+void share_out(Cells& cells, const Tensor& like, int grids, int columns) {
   cells.images = like.size(0);
   cells.classes = int32_t(like.size(1));
   cells.grids = grids;
   plan(cells, columns);
-  const int64_t blocks = cells.blocks();
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(),
+  STD_TORCH_CHECK(cells.blocks() <= std::numeric_limits<int32_t>::max(),
                   "more than 2^31 blocks of a launch");
+}
+
+Scratch::Scratch(Cells& cells, const Tensor& like, int grids, int columns, bool wants_gradient) {
+  share_out(cells, like, grids, columns);
+  const int64_t blocks = cells.blocks();
   sums = torch::stable::new_empty(like, {QUANTITIES, blocks}, ScalarType::Float);
   cells.sums = data_of<float>(*sums);
   if (!wants_gradient) return;

@@ -28,11 +28,14 @@ Map map_of(const std::optional<Tensor>& map);
 
 Tensor scalar_like(const Tensor& tensor);  // float32
 
+// Shares the cells of a call out among blocks; `columns` of C values a thread stay on the chip.
+void share_out(Cells& cells, const Tensor& like, int grids, int columns);
+
 // The scratch of a call, at low resolution.
 struct Scratch {
   std::optional<Tensor> partial, sums;
 
-  // Shares `cells` out among blocks and allocates; `columns` of C values a thread stay on the chip.
+  // Shares `cells` out too.
   Scratch(Cells& cells, const Tensor& like, int grids, int columns, bool wants_gradient);
 };
 

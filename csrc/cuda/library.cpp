@@ -2,6 +2,7 @@
 #include "cuda/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastmt, CUDA, m) {
+  m.impl("softmax_confidence", TORCH_BOX(&fastmt::cuda::softmax_confidence));
   m.impl("consistency_loss", TORCH_BOX(&fastmt::cuda::consistency_loss));
   m.impl("cross_entropy", TORCH_BOX(&fastmt::cuda::cross_entropy));
   m.impl("ema_update_", TORCH_BOX(&fastmt::cuda::ema_update_));

@@ -5,6 +5,8 @@
 
 namespace fastmt::cuda {
 
+std::tuple<Tensor, Tensor> softmax_confidence(const std::vector<Tensor>&, int64_t, double,
+                                              const Size&, bool);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> consistency_loss(
     const Tensor&, const std::vector<Tensor>&, const Tensor&, const std::optional<Tensor>&,
     const std::optional<Tensor>&, const std::vector<int64_t>&, double, const Size&, bool, bool);

@@ -27,7 +27,7 @@ from fastmt import cpp_backend
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 COMPILER = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-OPERATIONS = ("consistency_loss", "cross_entropy", "ema_update_", "scale_")
+OPERATIONS = ("softmax_confidence", "consistency_loss", "cross_entropy", "ema_update_", "scale_")
 
 
 def compiled_once(temporary: Path) -> Path:
@@ -91,6 +91,16 @@ def operations(request):
     if reason := cpp_backend.cuda_missing():
         pytest.skip(reason)
     return OnGpu(torch.ops.fastmt)
+
+
+@pytest.fixture(params=[0, 20, 1 << 40], ids="{} busy".format)
+def busy_blocks(request, operations):
+    """Blocks of as many bands as fit, of a few, of one: by the blocks that keep a GPU busy."""
+    if isinstance(operations, OnGpu):
+        pytest.skip("a GPU has its own number of multiprocessors")
+    operations.keep_busy(request.param)
+    yield
+    operations.keep_busy(0)
 
 
 @pytest.fixture(autouse=True)

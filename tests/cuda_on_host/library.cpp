@@ -18,6 +18,7 @@ void keep_busy(int64_t blocks) { cuda_on_host::busy_blocks = blocks; }
 }  // namespace fastmt::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastmt_cuda_on_host, CPU, m) {
+  m.impl("softmax_confidence", TORCH_BOX(&fastmt::cuda::softmax_confidence));
   m.impl("consistency_loss", TORCH_BOX(&fastmt::cuda::consistency_loss));
   m.impl("cross_entropy", TORCH_BOX(&fastmt::cuda::cross_entropy));
   m.impl("ema_update_", TORCH_BOX(&fastmt::cuda::ema_update_));

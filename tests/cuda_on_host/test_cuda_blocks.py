@@ -14,16 +14,6 @@ from benchmarks import cuda_resources
 from fastmt import reference
 
 
-@pytest.fixture(params=[0, 20, 1 << 40], ids="{} busy".format)
-def busy_blocks(request, operations):
-    """Blocks of as many bands as fit, of a few, of one: by the blocks that keep a GPU busy."""
-    if isinstance(operations, OnGpu):
-        pytest.skip("a GPU has its own number of multiprocessors")
-    operations.keep_busy(request.param)
-    yield
-    operations.keep_busy(0)
-
-
 @pytest.mark.parametrize("classes", [*FIXED, 4])
 @pytest.mark.parametrize(
     ("low", "size"),
@@ -85,6 +75,14 @@ def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
     if isinstance(operations, OnGpu):
         pytest.skip("the host's launches measure it")
     operations.most_shared_bytes()
-    assert_consistency(student, [teacher], (4, 256))
     reach = cuda_resources.TILE // 8 + 2
-    assert operations.most_shared_bytes() == cuda_resources.shared_bytes(classes, 2, reach, True)
+
+    def assert_shared(grids, staged, gradient):
+        expected = cuda_resources.shared_bytes(classes, grids, reach, staged, gradient)
+        assert operations.most_shared_bytes() == expected
+
+    for loss, staged in (("mse", True), ("kl", False)):
+        assert_consistency(student, [teacher], (4, 256), loss=loss)
+        assert_shared(2, staged, gradient=True)
+    operations.softmax_confidence([student], 0, 1.0, [4, 256], False)
+    assert_shared(1, staged=False, gradient=False)
