@@ -97,6 +97,7 @@ def choose(
     *,
     obstacle: str | None = None,
     upsampled: bool = False,
+    cuda_loops: bool = False,
 ) -> Choice:
     """The implementation for a call on these tensors.
 
@@ -105,9 +106,10 @@ def choose(
         tensors: the logits (or parameters) that the kernels would read.
         obstacle: what in the other arguments no kernel supports yet, if anything.
         upsampled: the kernels would up-sample the logits.
+        cuda_loops: as cpp_backend.cuda_loops says of the call; "auto" takes Triton's kernels first.
     """
     name, strict = _state.request or _Request(default_backend(), False)
-    choice = _resolve(operation, name, tensors, obstacle, upsampled)
+    choice = _resolve(operation, name, tensors, obstacle, upsampled, cuda_loops)
     if _state.explaining:
         raise _Answer(choice)
     if choice.backend == "eager" and name != "eager":
@@ -161,7 +163,12 @@ class Remembered:
 
 
 def _resolve(
-    operation: str, name: str, tensors: Sequence[Tensor], obstacle: str | None, upsampled: bool
+    operation: str,
+    name: str,
+    tensors: Sequence[Tensor],
+    obstacle: str | None,
+    upsampled: bool,
+    cuda_loops: bool,
 ) -> Choice:
     if name == "eager":
         return Choice("eager", "eager was asked for")
@@ -172,10 +179,12 @@ def _resolve(
     if on_cuda:
         cpp = cpp or cpp_backend.cuda_obstacle(operation, tensors, upsampled)
         cpp = cpp or cpp_backend.cuda_launch_obstacle(tensors[0].get_device())
-    if name == "triton" or (name == "auto" and on_cuda and cpp):
+    if name == "triton" or (name == "auto" and on_cuda and (cpp or cuda_loops)):
         reason = obstacle or triton_backend.obstacle(operation, tensors)
-        served = Choice("triton", "Triton kernels serve this call")
-        return Choice("eager", reason) if reason else served
+        if not reason:
+            return Choice("triton", "Triton kernels serve this call")
+        if name == "triton" or cpp:
+            return Choice("eager", reason)
     if cpp:
         return Choice("eager", cpp)
     if on_cuda:

@@ -15,7 +15,7 @@ from fastmt import library
 from fastmt.arguments import first_line
 
 MAX_TEACHERS = 16  # of the CUDA kernels
-FIXED_CLASSES = (19, 21)  # for which there are CUDA kernels of their own
+FIXED_CLASSES = (19, 21)  # that CUDA kernels keep in registers
 _PACKAGE = Path(__file__).parent
 
 
@@ -48,6 +48,14 @@ def _load() -> str | None:
     return None
 
 
+def cuda_loops(classes: int, loss: str = "") -> bool:
+    """Whether the CUDA C++ kernels would keep a pixel's classes in shared memory.
+
+    By count of machine instructions that takes 2 to 4 times those of Triton's kernels.
+    """
+    return classes not in FIXED_CLASSES or loss == "bce"
+
+
 def cuda_obstacle(operation: str, tensors: Sequence[Tensor], upsampled: bool) -> str | None:
     """Why the CUDA C++ kernels do not serve a call on these CUDA tensors, if they do not."""
     if reason := cuda_missing():
@@ -57,7 +65,7 @@ def cuda_obstacle(operation: str, tensors: Sequence[Tensor], upsampled: bool) ->
     if not upsampled:
         return "the CUDA C++ kernels serve logits that they up-sample"
     if operation == "softmax_confidence":
-        if len(tensors) == 1 and tensors[0].shape[1] in FIXED_CLASSES:
+        if len(tensors) == 1 and not cuda_loops(tensors[0].shape[1]):
             return None
         return "the CUDA C++ kernels score one teacher of 19 or 21 classes"
     if len(tensors) > MAX_TEACHERS + 1:

@@ -162,19 +162,54 @@ class Elsewhere:
         return 0
 
 
-def test_triton_takes_over_where_the_cuda_kernels_do_not_run(monkeypatch):
+@pytest.fixture
+def triton_obstacle(monkeypatch):
+    """A GPU that both kinds of kernels serve, Triton's as long as the list is empty."""
+    reasons = []
     monkeypatch.setattr(backends, "_tensor_obstacle", lambda tensors: None)
     monkeypatch.setattr(cpp_backend, "missing", lambda: None)
     monkeypatch.setattr(cpp_backend, "cuda_missing", lambda: None)
-    monkeypatch.setattr(backends.triton_backend, "obstacle", lambda *_: None)
-    for reason, expected in ((None, "cpp"), ("no kernel image", "triton")):
-        monkeypatch.setattr(
-            cpp_backend, "cuda_launch_obstacle", lambda index, reason=reason: reason
-        )
-        choice = backends._resolve("consistency_loss", "auto", [Elsewhere()] * 2, None, True)
-        assert choice.backend == expected
-    asked = backends._resolve("consistency_loss", "cpp", [Elsewhere()] * 2, None, True)
-    assert asked == ("eager", "no kernel image")
+    monkeypatch.setattr(cpp_backend, "cuda_launch_obstacle", lambda index: None)
+    monkeypatch.setattr(backends.triton_backend, "obstacle", lambda *_: "".join(reasons))
+    return reasons
+
+
+def resolved(name, cuda_loops=False):
+    return backends._resolve("consistency_loss", name, [Elsewhere()] * 2, None, True, cuda_loops)
+
+
+def test_triton_takes_over_where_the_cuda_kernels_do_not_run(monkeypatch, triton_obstacle):
+    assert resolved("auto").backend == "cpp"
+    monkeypatch.setattr(cpp_backend, "cuda_launch_obstacle", lambda index: "no kernel image")
+    assert resolved("auto").backend == "triton"
+    assert resolved("cpp") == ("eager", "no kernel image")
+    triton_obstacle.append("no Triton")
+    assert resolved("auto") == ("eager", "no Triton")
+
+
+def test_triton_comes_first_where_the_cuda_kernels_loop_over_classes(triton_obstacle):
+    assert [resolved(name, True).backend for name in ("auto", "cpp")] == ["triton", "cpp"]
+    triton_obstacle.append("no Triton")
+    assert [resolved(name, True).backend for name in ("auto", "triton")] == ["cpp", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "loss", "expected"),
+    [(19, "mse", False), (21, "kl", False), (21, "bce", True), (20, "mse", True)],
+)
+def test_a_loss_says_whether_the_cuda_kernels_would_loop(monkeypatch, classes, loss, expected):
+    said, choose = [], backends.choose
+
+    def listening(*arguments, cuda_loops=False, **options):
+        said.append(cuda_loops)
+        return choose(*arguments, cuda_loops=cuda_loops, **options)
+
+    monkeypatch.setattr(backends, "choose", listening)
+    backends._answers.clear()
+    logits, labels = torch.zeros(1, classes, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
+    fastmt.consistency_loss(logits, logits, loss=loss, size=(4, 4))
+    fastmt.cross_entropy(logits, labels)
+    assert said == [expected, classes == 20]
 
 
 def test_no_table_is_written_without_kernels(monkeypatch, tmp_path, capsys):
