@@ -2,7 +2,7 @@
 // reference.softmax_confidence and csrc/cpu/confidence_kernel.h.
 #pragma once
 
-#include "cuda/gradient.h"
+#include "cuda/block.h"
 
 namespace fastmt::cuda {
 

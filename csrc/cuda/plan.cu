@@ -1,8 +1,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cuda/cells.h"
-#include "cuda/gradient.h"
+#include "cuda/block.h"
 
 namespace fastmt::cuda {
 
