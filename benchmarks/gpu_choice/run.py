@@ -9,7 +9,6 @@ move. What is compiled most comes last: it takes longer than all else, and may b
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -143,9 +142,10 @@ def cells(timer: Timer) -> None:
     In CUDA the blocks of 8 images walk several bands each, those of 2 images one: a quarter of the
     time would be the same work. Of 11 and 150 classes CUDA keeps a pixel in shared memory.
     """
-    for classes, images, low in (*itertools.product((19,), (BATCH, 2), (128, 256)), (11, 8, 128)):
-        _cells(timer, classes, images, low, LOSSES)
-    _cells(timer, 150, 2, 128, LOSSES[:1])
+    for low in (128, 256):
+        _cells(timer, 19, BATCH, low, LOSSES)
+    for classes, images in ((19, 2), (11, BATCH), (150, 2)):
+        _cells(timer, classes, images, 128, LOSSES[:1])
 
 
 def _cells(timer: Timer, classes: int, images: int, low: int, losses: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ def operations(request):
 def busy_blocks(request, operations):
     """Blocks of as many bands as fit, of a few, of one: by the blocks that keep a GPU busy."""
     if isinstance(operations, OnGpu):
-        pytest.skip("a GPU has its own number of multiprocessors")
+        pytest.skip("a GPU has its own number of multiprocessors: see the tests of a large batch")
     operations.keep_busy(request.param)
     yield
     operations.keep_busy(0)

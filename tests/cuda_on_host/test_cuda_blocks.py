@@ -40,6 +40,21 @@ def test_images_of_many_blocks(classes, low, size, align_corners):
 
 
 @pytest.mark.parametrize("classes", [*FIXED, 4])
+def test_a_large_batch_of_which_a_gpu_gives_blocks_several_bands(operations, classes):
+    if not isinstance(operations, OnGpu):
+        pytest.skip("a processor's blocks walk several bands of any batch")
+    low, size = (512, classes, 22, 5), (64, 40)
+    student, teacher = (random_logits(low, seed, 4.0) for seed in (1, 2))
+    for loss in ("mse", "ce", "kl"):
+        assert_consistency(student, [teacher], size, 0.4, loss=loss)
+    labels = reference.upsample(teacher, size, False).argmax(1)
+    for smoothing in (0.0, 0.1):
+        assert_cross_entropy_is_the_reference(
+            student, labels, align_corners=False, label_smoothing=smoothing
+        )
+
+
+@pytest.mark.parametrize("classes", [*FIXED, 4])
 def test_tiles_that_touch_more_logits_than_a_block_has_memory_for_are_made_narrower(classes):
     student, teacher = (random_logits((1, classes, 2, 60_000), seed, 4.0) for seed in (1, 2))
     for loss in ("mse", "kl"):

@@ -85,6 +85,15 @@ def test_any_ratio_of_sizes_in_blocks_of_any_bands(low, size, classes, align_cor
 
 
 @pytest.mark.parametrize("classes", FIXED)
+def test_a_large_batch_of_which_a_gpu_gives_blocks_several_bands(operations, classes):
+    if not isinstance(operations, OnGpu):
+        pytest.skip("a processor's blocks walk several bands of any batch")
+    logits = random_logits((512, classes, 22, 5), 1, 4.0)
+    for kind in KINDS:
+        assert_confidence(logits, (64, 40), kind=kind)
+
+
+@pytest.mark.parametrize("classes", FIXED)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [0.1, 30.0, 100.0, 1e4])
 def test_logits_of_any_range(classes, kind, scale):
