@@ -28,6 +28,7 @@ HEADER = (
     "warps of an SM",
 )
 TILE, PITCH, MAX_ROWS, QUANTITIES, PLACE = 128, 132, 32, 5, 7  # as in csrc/cuda
+REACH = TILE // 8 + 2  # low-resolution columns of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor; a quarter of it for each of its schedulers
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a multiprocessor
 RESERVED = 1024  # shared bytes that the driver takes for each block
@@ -40,7 +41,7 @@ def shared_bytes(classes: int, grids: int, reach: int, staged: bool, gradient: b
     """
     rows = gradient * (1 if staged else 2) * classes * PITCH
     sums_weights_and_place = (QUANTITIES + 1) * TILE + PLACE
-    tables = grids * (3 * MAX_ROWS + 2 * TILE) + reach + 1
+    tables = grids * (3 * MAX_ROWS + 2 * TILE) + gradient * reach + 1
     column = 2 * pack(classes) + 12 if staged else 0
     return 4 * (pack(pack(rows + sums_weights_and_place) + tables) + grids * reach * column)
 
@@ -64,7 +65,7 @@ def row_of(kernel: dict[str, Any]) -> dict[str, Any]:
     fixed = variant.isdigit()
     grids = 2 if "consistency" in name else 1
     how = "powers" in name, "confidence" not in name
-    shared = shared_bytes(int(variant), grids, TILE // 8 + 2, *how) if fixed else None
+    shared = shared_bytes(int(variant), grids, REACH, *how) if fixed else None
     fitting = warps(kernel["registers"], TILE, shared, architecture) if shared else None
     values = (name, variant, architecture, kernel["registers"], kernel["spilled"], shared, fitting)
     return dict(zip(HEADER, values, strict=True))

@@ -97,7 +97,7 @@ def choose(
     *,
     obstacle: str | None = None,
     upsampled: bool = False,
-    cuda_loops: bool = False,
+    loss: str = "",
 ) -> Choice:
     """The implementation for a call on these tensors.
 
@@ -106,10 +106,10 @@ def choose(
         tensors: the logits (or parameters) that the kernels would read.
         obstacle: what in the other arguments no kernel supports yet, if anything.
         upsampled: the kernels would up-sample the logits.
-        cuda_loops: as cpp_backend.cuda_loops says of the call; "auto" takes Triton's kernels first.
+        loss: of consistency_loss.
     """
     name, strict = _state.request or _Request(default_backend(), False)
-    choice = _resolve(operation, name, tensors, obstacle, upsampled, cuda_loops)
+    choice = _resolve(operation, name, tensors, obstacle, upsampled, loss)
     if _state.explaining:
         raise _Answer(choice)
     if choice.backend == "eager" and name != "eager":
@@ -168,7 +168,7 @@ def _resolve(
     tensors: Sequence[Tensor],
     obstacle: str | None,
     upsampled: bool,
-    cuda_loops: bool,
+    loss: str,
 ) -> Choice:
     if name == "eager":
         return Choice("eager", "eager was asked for")
@@ -179,7 +179,8 @@ def _resolve(
     if on_cuda:
         cpp = cpp or cpp_backend.cuda_obstacle(operation, tensors, upsampled)
         cpp = cpp or cpp_backend.cuda_launch_obstacle(tensors[0].get_device())
-    if name == "triton" or (name == "auto" and on_cuda and (cpp or cuda_loops)):
+    loops = on_cuda and upsampled and cpp_backend.cuda_loops(tensors[0].shape[1], loss)
+    if name == "triton" or (name == "auto" and on_cuda and (cpp or loops)):
         reason = obstacle or triton_backend.obstacle(operation, tensors)
         if not reason:
             return Choice("triton", "Triton kernels serve this call")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, backends, cpp_backend, gradients, planes, reference
+from fastmt import arguments, backends, gradients, planes, reference
 from fastmt.confidence import KINDS, shape_obstacle
 from fastmt.reference import ConsistencyStats
 
@@ -136,7 +136,7 @@ def _choose(operands: tuple, options: tuple) -> _Choice:
         [student, *members],
         obstacle=shape_obstacle(student),
         upsampled=inside is not None,
-        cuda_loops=cpp_backend.cuda_loops(student.shape[1], options[0]),
+        loss=options[0],
     )
     loss, class_reduction, confidence, weight, normalize, _, strict, _ = options
     numbers = [

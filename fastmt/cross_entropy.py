@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastmt import arguments, backends, cpp_backend, gradients, planes, reference
+from fastmt import arguments, backends, gradients, planes, reference
 from fastmt.confidence import shape_obstacle
 from fastmt.environment import Variable
 
@@ -109,7 +109,6 @@ def _choose(
         [logits],
         obstacle=shape_obstacle(logits),
         upsampled=planes.plane_size([logits], labels.shape[1:]) is not None,
-        cuda_loops=cpp_backend.cuda_loops(classes),
     )
 
 

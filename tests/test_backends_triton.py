@@ -71,7 +71,7 @@ def test_float64_subclasses_devices_and_ranks_are_stated_reasons():
         "no kernel for device 'meta'": (meta, meta),
     }
     for reason, tensors in reasons.items():
-        assert backends._resolve("consistency_loss", "triton", tensors, None, False, False) == (
+        assert backends._resolve("consistency_loss", "triton", tensors, None, False, "") == (
             "eager",
             reason,
         )

@@ -158,6 +158,9 @@ class Elsewhere:
     is_cpu, is_cuda, dtype, ndim = False, True, torch.float32, 4
     device = torch.device("cuda", 0)
 
+    def __init__(self, classes):
+        self.shape = (1, classes, 2, 2)
+
     def get_device(self):
         return 0
 
@@ -174,8 +177,9 @@ def triton_obstacle(monkeypatch):
     return reasons
 
 
-def resolved(name, cuda_loops=False):
-    return backends._resolve("consistency_loss", name, [Elsewhere()] * 2, None, True, cuda_loops)
+def resolved(name, classes=19, loss="mse"):
+    tensors = [Elsewhere(classes)] * 2
+    return backends._resolve("consistency_loss", name, tensors, None, True, loss)
 
 
 def test_triton_takes_over_where_the_cuda_kernels_do_not_run(monkeypatch, triton_obstacle):
@@ -187,29 +191,33 @@ def test_triton_takes_over_where_the_cuda_kernels_do_not_run(monkeypatch, triton
     assert resolved("auto") == ("eager", "no Triton")
 
 
-def test_triton_comes_first_where_the_cuda_kernels_loop_over_classes(triton_obstacle):
-    assert [resolved(name, True).backend for name in ("auto", "cpp")] == ["triton", "cpp"]
-    triton_obstacle.append("no Triton")
-    assert [resolved(name, True).backend for name in ("auto", "triton")] == ["cpp", "eager"]
-
-
 @pytest.mark.parametrize(
-    ("classes", "loss", "expected"),
+    ("classes", "loss", "loops"),
     [(19, "mse", False), (21, "kl", False), (21, "bce", True), (20, "mse", True)],
 )
-def test_a_loss_says_whether_the_cuda_kernels_would_loop(monkeypatch, classes, loss, expected):
+def test_triton_comes_first_where_the_cuda_kernels_loop_over_classes(
+    triton_obstacle, classes, loss, loops
+):
+    assert resolved("auto", classes, loss).backend == ("triton" if loops else "cpp")
+    assert resolved("cpp", classes, loss).backend == "cpp"
+    triton_obstacle.append("no Triton")
+    assert resolved("auto", classes, loss).backend == "cpp"
+    assert resolved("triton", classes, loss) == ("eager", "no Triton")
+
+
+def test_a_choice_knows_the_loss(monkeypatch):
     said, choose = [], backends.choose
 
-    def listening(*arguments, cuda_loops=False, **options):
-        said.append(cuda_loops)
-        return choose(*arguments, cuda_loops=cuda_loops, **options)
+    def listening(*arguments, loss="", **options):
+        said.append(loss)
+        return choose(*arguments, loss=loss, **options)
 
     monkeypatch.setattr(backends, "choose", listening)
     backends._answers.clear()
-    logits, labels = torch.zeros(1, classes, 2, 2), torch.zeros(1, 4, 4, dtype=torch.int64)
-    fastmt.consistency_loss(logits, logits, loss=loss, size=(4, 4))
-    fastmt.cross_entropy(logits, labels)
-    assert said == [expected, classes == 20]
+    logits = torch.zeros(1, 21, 2, 2)
+    for loss in ("mse", "bce"):
+        fastmt.consistency_loss(logits, logits, loss=loss, size=(4, 4))
+    assert said == ["mse", "bce"]
 
 
 def test_no_table_is_written_without_kernels(monkeypatch, tmp_path, capsys):

@@ -96,7 +96,7 @@ FASTMT_INLINE void each_level(const Block& block, Corners&& corners, F walk) {
 #pragma unroll 1
   for (int level = 0; level <= place.bands; ++level) {
     if (level < place.bands) {
-      const int end = place.rows_before(block.cells.first.rows, level + 1);
+      const int end = place.rows_of(block.cells.first.rows, level + 1);
       if (level > 0) __syncthreads();
       if (begin < end) walk(place.band + level, begin, end);  // there may be more bands than rows
       begin = end;

@@ -72,7 +72,7 @@ struct Map {
 };
 
 // Where the parts of a block's shared memory begin, in floats: rows of values whose columns are
-// joined, `pitch` apart; tallies; a weight for each column; place and tables of the tile (cells.h).
+// joined, `pitch` apart; tallies; a number for each column; place and tables of the tile (cells.h).
 // They end at a multiple of 16 bytes, behind which stages may lie. Worked out once a call: offsets
 // in registers are too many, and made anew they are a third of what a walk starts with.
 struct Shared {
@@ -164,7 +164,7 @@ void launch_scale(const ScaleCall&, Stream);
 FASTMT_BOTH constexpr bool is_fixed(int classes) { return classes == 19 || classes == 21; }
 
 // Fills in how a call is shared out among blocks. Of any other class count a thread keeps `columns`
-// times the classes in shared memory.
+// times the classes in shared memory; 0 where no gradient is ever joined.
 void plan(Cells& cells, int columns);
 
 // The shared memory of a block that joins so many rows.

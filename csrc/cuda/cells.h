@@ -45,14 +45,14 @@ struct Place {
     image = int32_t(rest / uint32_t(cells.spans));
     bands = band + cells.span < cells.bands ? cells.span : cells.bands - band;
     first_row = cells.first.rows.first(band) + segment * MAX_ROWS;
-    rows = rows_before(cells.first.rows, bands);
+    rows = rows_of(cells.first.rows, bands);
     first_column = tile * cells.tile;
     const int32_t right = cells.first.columns.out - first_column;
     columns = right < cells.tile ? right : cells.tile;
   }
-  // Rows of the first `levels` bands.
-  FASTMT_INLINE int32_t rows_before(const Axis& axis, int32_t levels) const {
-    const int32_t left = axis.first(int64_t(band) + levels) - first_row;
+  // Rows of the first so many bands.
+  FASTMT_INLINE int32_t rows_of(const Axis& axis, int32_t first_bands) const {
+    const int32_t left = axis.first(int64_t(band) + first_bands) - first_row;
     return left < MAX_ROWS ? left : MAX_ROWS;
   }
   FASTMT_INLINE bool inside() const { return this_thread() < columns; }

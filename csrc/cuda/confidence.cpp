@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> softmax_confidence(const std::vector<Tensor>& logits,
   call.cells.first = grid_of(teacher, height, width, align_corners);
   call.kind = int32_t(kind);
   call.inverse_temperature = float(inverse_temperature);
-  share_out(call.cells, teacher, 1, 1);
+  share_out(call.cells, teacher, 1, 0);
 
   const std::vector<int64_t> out{teacher.size(0), height, width};
   const Tensor score = torch::stable::new_empty(teacher, out, ScalarType::Float);

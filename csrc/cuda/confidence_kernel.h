@@ -36,7 +36,8 @@ struct Lines {
   }
 };
 
-// The same where a corner is not finite: a logit of weight 0 does not count.
+// The same where a line would be wrong: beside a corner that is not finite, and at its lower end,
+// which it misses by a rounding of the upper one. A logit of weight 0 does not count.
 FASTMT_INLINE void put_logits(const Grid& grid, const Across& across, At row, float scale,
                               int classes, Column y) {
   interpolate(grid, across, row, classes, y);
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(FIXED_TILE)
   const float scale = call.inverse_temperature;
   const Block block(call.cells, shared);
   const Place& place = block.place;
-  block.put_tile();
+  block.tile.put(0, grid, place);
   __syncthreads();
   const Across across(grid, place.image, block.tile.column_at(0));
   each_level(block, NoCorners(), [&](int32_t band, int begin, int end) {
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(FIXED_TILE)
     const Column y{values, 1};
     for (int i = begin; i < end; ++i) {
       const At row = block.tile.row_at(0, i).at;
-      if (lines.finite)
+      if (lines.finite && row.t < 1)
         lines.put(row.t, y);
       else
         put_logits(grid, across, row, scale, C, y);

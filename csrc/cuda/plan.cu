@@ -10,11 +10,11 @@ namespace {
 constexpr int WARP = 32;
 
 // Threads of a block are output columns of a row.
-void set_tile(Cells& cells, int32_t tile) {
+void set_tile(Cells& cells, int32_t tile, bool joins) {
   const Axis& columns = cells.first.columns;
   cells.tile = tile;
   cells.tiles = (columns.out + tile - 1) / tile;
-  cells.reach = reach_of(columns, tile);
+  cells.reach = joins ? reach_of(columns, tile) : 0;
 }
 
 // Output rows of the first or the last band, which also have what lies beyond the border.
@@ -30,7 +30,7 @@ int32_t largest_band(const Axis& rows, int32_t bands) {
 // Bands that have at most MAX_ROWS rows together, wherever they are.
 int64_t bands_of_rows(const Axis& rows, int32_t bands) {
   if (rows.out <= MAX_ROWS) return bands;
-  const int32_t left = MAX_ROWS - outer_rows(rows, bands);
+  const int32_t left = MAX_ROWS - largest_band(rows, bands);
   if (bands == 1 || left < 0) return 1;
   return std::min<int64_t>(1 + left * rows.scale / rows.divisor, bands - 1);
 }
@@ -76,16 +76,17 @@ void plan(Cells& cells, int columns) {
   cells.segments = (largest_band(rows, cells.bands) + MAX_ROWS - 1) / MAX_ROWS;
   const int32_t width = (cells.first.columns.out + WARP - 1) / WARP * WARP;
   const bool fixed = is_fixed(cells.classes);
-  set_tile(cells, std::min(width, fixed ? FIXED_TILE : 8 * WARP));
+  const bool joins = columns > 0;
+  set_tile(cells, std::min(width, fixed ? FIXED_TILE : 8 * WARP), joins);
   const int32_t least = fixed ? WARP : 1;  // put_level has a thread for each class
-  const int values = (fixed ? 2 : columns) * cells.classes;
+  const int values = (joins && fixed ? 2 : columns) * cells.classes;
   const int64_t limit = shared_memory_of_block();
   while (shared_bytes(cells, values) > limit) {
     if (cells.tile == least)
       throw std::runtime_error(
           "fastmt: a row of the logits is too long for the CUDA C++ kernels; use "
           "fastmt.backend(\"triton\")");
-    set_tile(cells, cells.tile > WARP ? cells.tile - WARP : cells.tile / 2);
+    set_tile(cells, cells.tile > WARP ? cells.tile - WARP : cells.tile / 2, joins);
   }
   cells.span = span_of(cells);
   cells.spans = (cells.bands + cells.span - 1) / cells.span;

@@ -27,7 +27,7 @@ struct Stage {
     uint32_t above[EACH], below[EACH];
   };
 
-  // What bring() wants of a thread, asked for long before: it is on its way meanwhile.
+  // What bring() wants of a thread: all of it on its way at once.
   FASTMT_INLINE Asked ask(const Grid& grid, int32_t image, int32_t row) const {
     const Task own(threadIdx.x);
     Asked asked{};

@@ -10,7 +10,7 @@ from operands import random_logits
 from test_upsampling import assert_cross_entropy_is_the_reference
 
 import fastmt
-from benchmarks import cuda_resources
+from benchmarks.cuda_resources import REACH, shared_bytes
 from fastmt import reference
 
 
@@ -24,6 +24,7 @@ from fastmt import reference
         ((3, 5), (65, 40)),  # the last band has one row more than a block walks, the first has not
         ((3, 5), (34, 40)),  # two bands of 17 rows each, for the borders are theirs too
         ((22, 5), (64, 40)),
+        ((260, 3), (65, 9)),  # where several bands have no row, or one
     ],
 )
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -90,10 +91,9 @@ def test_the_table_of_resources_knows_the_shared_memory(operations, classes):
     if isinstance(operations, OnGpu):
         pytest.skip("the host's launches measure it")
     operations.most_shared_bytes()
-    reach = cuda_resources.TILE // 8 + 2
 
     def assert_shared(grids, staged, gradient):
-        expected = cuda_resources.shared_bytes(classes, grids, reach, staged, gradient)
+        expected = shared_bytes(classes, grids, REACH, staged, gradient)
         assert operations.most_shared_bytes() == expected
 
     for loss, staged in (("mse", True), ("kl", False)):

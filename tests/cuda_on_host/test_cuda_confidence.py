@@ -74,7 +74,7 @@ def test_confidence_is_that_of_interpolated_logits(
     assert_confidence(logits, size, align_corners, kind, temperature)
 
 
-@pytest.mark.parametrize(("low", "size"), RATIOS)
+@pytest.mark.parametrize(("low", "size"), [*RATIOS, ((260, 3), (65, 9))])
 @pytest.mark.parametrize("classes", FIXED)
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.usefixtures("busy_blocks")
@@ -136,8 +136,23 @@ def test_nothing_is_read_beyond_the_logits(operations, classes, at_end, rows, si
 
 
 @pytest.mark.parametrize("classes", FIXED)
-def test_a_tile_that_touches_many_logits(classes):
-    assert_confidence(random_logits((1, classes, 2, 60_000), 1, 4.0), (3, 130))
+@pytest.mark.parametrize("width", [60_000, 1_000_000])
+def test_a_tile_that_touches_many_logits(classes, width):
+    assert_confidence(random_logits((1, classes, 2, width), 1, 4.0), (3, 130))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("large", [1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_a_border_knows_nothing_of_large_logits_that_do_not_reach_it(kind, large, align_corners):
+    logits = random_logits((1, 19, 3, 5), 1)
+    options = {"kind": kind, "size": (24, 40), "align_corners": align_corners}
+    expected = fastmt.softmax_confidence(logits, **options).score
+    for row, pixels in ((1, (0, -1)), (0, (-1,)), (2, (0,))):
+        spoilt = logits.clone()
+        spoilt[:, :, row] = large
+        score = fastmt.softmax_confidence(spoilt, **options).score
+        torch.testing.assert_close(score[:, pixels], expected[:, pixels], rtol=0, atol=TOLERANCE)
 
 
 def test_what_has_no_kernel_is_an_error_of_the_operation(operations):
