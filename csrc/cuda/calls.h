@@ -73,8 +73,8 @@ struct Map {
 
 // Where the parts of a block's shared memory begin, in floats: rows of values whose columns are
 // joined, `pitch` apart; tallies; a number for each column; place and tables of the tile (cells.h).
-// They end at a multiple of 16 bytes, behind which stages may lie. Worked out once a call: offsets
-// in registers are too many, and made anew they are a third of what a walk starts with.
+// They end at a multiple of 16 bytes, behind which stages may lie. Worked out once a call: a thread
+// has no registers for them, and would make them anew wherever a walk starts.
 struct Shared {
   int64_t pitch, tallies, weights, place, t, index, row, start, end;
 };

@@ -17,14 +17,11 @@ void set_tile(Cells& cells, int32_t tile, bool joins) {
   cells.reach = joins ? reach_of(columns, tile) : 0;
 }
 
-// Output rows of the first or the last band, which also have what lies beyond the border.
-int32_t outer_rows(const Axis& rows, int32_t bands) {
-  return std::max(rows.first(1), rows.out - rows.first(bands - 1));
-}
-
+// Output rows of a band, at most; the first and the last also have what lies beyond the border.
 int32_t largest_band(const Axis& rows, int32_t bands) {
   const int64_t inner = rows.scale > 0 ? (rows.divisor + rows.scale - 1) / rows.scale : 0;
-  return int32_t(std::max<int64_t>(inner, outer_rows(rows, bands)));
+  const int32_t outer = std::max(rows.first(1), rows.out - rows.first(bands - 1));
+  return int32_t(std::max<int64_t>(inner, outer));
 }
 
 // Bands that have at most MAX_ROWS rows together, wherever they are.
