@@ -82,6 +82,14 @@ struct Block {
   }
 };
 
+// Launches a kernel on the cells of a call, with memory for so many rows and for what is staged.
+template <class Call>
+void launch_cells(void (*kernel)(Call), Call call, int rows, int64_t staged, Stream stream) {
+  call.cells.shared = shared_of(call.cells, rows);
+  const int64_t bytes = call.cells.shared.end * int64_t(sizeof(float)) + staged;
+  launch(kernel, call.cells.blocks(), call.cells.tile, bytes, stream, call);
+}
+
 // What an operation without a gradient leaves.
 struct NoCorners {};
 FASTMT_INLINE void put_level(const Block&, int, const NoCorners&) {}

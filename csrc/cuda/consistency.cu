@@ -16,21 +16,14 @@ Kernel powers_of(const ConsistencyCells& call) {
   return nullptr;
 }
 
-// With memory for so many rows and for what is staged.
-void start(Kernel kernel, ConsistencyCells call, int rows, int64_t staged, Stream stream) {
-  call.cells.shared = shared_of(call.cells, rows);
-  const int64_t bytes = call.cells.shared.end * int64_t(sizeof(float)) + staged;
-  launch(kernel, call.cells.blocks(), call.cells.tile, bytes, stream, call);
-}
-
 template <int C>
 void start_fixed(const ConsistencyCells& call, Stream stream) {
   const int64_t staged = Stage<C>::bytes(call.cells.reach + call.teacher_reach);
   const Kernel powers = powers_of<C>(call);
   if (powers && shared_bytes(call.cells, C) + staged <= shared_memory_of_block())
-    start(powers, call, C, staged, stream);
+    launch_cells(powers, call, C, staged, stream);
   else
-    start(cells_consistency_logits_kernel<C>, call, 2 * C, 0, stream);
+    launch_cells(cells_consistency_logits_kernel<C>, call, 2 * C, 0, stream);
 }
 
 }  // namespace
@@ -45,7 +38,7 @@ void launch_consistency(const ConsistencyCells& call, const Grid& gradient, cons
     else if (fixed == 21)
       start_fixed<21>(call, stream);
     else
-      start(cells_consistency_loop_kernel, call, 2 * cells.classes, 0, stream);
+      launch_cells(cells_consistency_loop_kernel, call, 2 * cells.classes, 0, stream);
   }
   launch_join<FinishConsistency>({cells, gradient, finish}, stream);
 }

@@ -5,22 +5,13 @@ namespace fastmt::cuda {
 
 namespace {
 
-using Kernel = void (*)(CrossEntropyCells);
-
-// With memory for so many rows and for what is staged.
-void start(Kernel kernel, CrossEntropyCells call, int rows, int64_t staged, Stream stream) {
-  call.cells.shared = shared_of(call.cells, rows);
-  const int64_t bytes = call.cells.shared.end * int64_t(sizeof(float)) + staged;
-  launch(kernel, call.cells.blocks(), call.cells.tile, bytes, stream, call);
-}
-
 template <int C>
 void start_fixed(const CrossEntropyCells& call, Stream stream) {
   const int64_t staged = Stage<C>::bytes(call.cells.reach);
   if (is_plain(call) && shared_bytes(call.cells, C) + staged <= shared_memory_of_block())
-    start(cells_cross_entropy_powers_kernel<C>, call, C, staged, stream);
+    launch_cells(cells_cross_entropy_powers_kernel<C>, call, C, staged, stream);
   else
-    start(cells_cross_entropy_logits_kernel<C>, call, 2 * C, 0, stream);
+    launch_cells(cells_cross_entropy_logits_kernel<C>, call, 2 * C, 0, stream);
 }
 
 }  // namespace
@@ -34,7 +25,7 @@ void launch_cross_entropy(const CrossEntropyCells& call, const Grid& gradient, c
     else if (cells.classes == 21)
       start_fixed<21>(call, stream);
     else
-      start(cells_cross_entropy_loop_kernel, call, cells.classes, 0, stream);
+      launch_cells(cells_cross_entropy_loop_kernel, call, cells.classes, 0, stream);
   }
   launch_join<FinishCrossEntropy>({cells, gradient, finish}, stream);
 }
