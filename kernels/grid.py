@@ -71,8 +71,8 @@ def row_of(
         if i < APART:
             tl.debug_barrier()
         at = data + classes[i] * strides[1]
-        left = at + (before * strides[3])[None, :]
-        right = at + (after * strides[3])[None, :]
+        left = along_columns(at, before * strides[3])
+        right = along_columns(at, after * strides[3])
         if i == len(classes) - 1:
             exists = (classes[i] < CLASSES) & (before >= 0)[None, :]
             left = tl.load(left, mask=exists, other=0).to(tl.float32)
@@ -82,6 +82,17 @@ def row_of(
             right = tl.load(right).to(tl.float32)
         column = column + ((1.0 - t)[None, :] * left + t[None, :] * right,)
     return column
+
+
+@triton.jit
+def along_columns(rows, offsets):
+    """Addresses (rows, BLOCK) whose loads give neighbouring threads neighbouring columns.
+
+    Triton 3.6 would give them the rows, as it knows of no two addresses that lie together, and then
+    move what is loaded between threads anew for each row of pixels. So it is told of two, which
+    need not be, and that nothing is known of where they begin: no access becomes wider by it.
+    """
+    return tl.max_contiguous(tl.multiple_of(rows + offsets[None, :], (1, 1)), (1, 2))
 
 
 @triton.jit
