@@ -179,8 +179,8 @@ def _resolve(
     if on_cuda:
         cpp = cpp or cpp_backend.cuda_obstacle(operation, tensors, upsampled)
         cpp = cpp or cpp_backend.cuda_launch_obstacle(tensors[0].get_device())
-    loops = on_cuda and upsampled and cpp_backend.cuda_loops(tensors[0].shape[1], loss)
-    if name == "triton" or (name == "auto" and on_cuda and (cpp or loops)):
+    slower = on_cuda and upsampled and cpp_backend.triton_is_faster(tensors[0].shape[1], loss)
+    if name == "triton" or (name == "auto" and on_cuda and (cpp or slower)):
         reason = obstacle or triton_backend.obstacle(operation, tensors)
         if not reason:
             return Choice("triton", "Triton kernels serve this call")

@@ -48,12 +48,13 @@ def _load() -> str | None:
     return None
 
 
-def cuda_loops(classes: int, loss: str = "") -> bool:
-    """Whether the CUDA C++ kernels would keep a pixel's classes in shared memory.
+def triton_is_faster(classes: int, loss: str = "") -> bool:
+    """Whether up-sampling Triton kernels take less time than those of CUDA C++ (gpu_choice).
 
-    Triton's keep them in registers, spread over threads, and need fewer instructions.
+    Those keep the classes of a pixel in shared memory where their number is not compiled in, and
+    of a loss that has no short cut by powers they hold more than registers serve well.
     """
-    return classes not in FIXED_CLASSES or loss == "bce"
+    return classes not in FIXED_CLASSES or loss in ("kl", "soft_ce", "bce", "js")
 
 
 def cuda_obstacle(operation: str, tensors: Sequence[Tensor], upsampled: bool) -> str | None:
@@ -65,7 +66,7 @@ def cuda_obstacle(operation: str, tensors: Sequence[Tensor], upsampled: bool) ->
     if not upsampled:
         return "the CUDA C++ kernels serve logits that they up-sample"
     if operation == "softmax_confidence":
-        if len(tensors) == 1 and not cuda_loops(tensors[0].shape[1]):
+        if len(tensors) == 1 and tensors[0].shape[1] in FIXED_CLASSES:
             return None
         return "the CUDA C++ kernels score one teacher of 19 or 21 classes"
     if len(tensors) > MAX_TEACHERS + 1:

@@ -179,7 +179,7 @@ def _cross_entropy(
 ) -> Run:
     pixels, (ignore_index, normalize) = labels.numel(), options
     scale = GradientScale(logits, pixels, normalize == 0)
-    total = {"NORMALIZE": ("all", "valid", "weight")[normalize], "COMPLETE": scale.complete}
+    total = {"NORMALIZE": ("all", "valid", "weight")[normalize]}
     operands = (labels, pixel_weight, plain, ignore_index)
     call = CrossEntropyCall(*operands, float(pixels), scale, total)
     if labels.shape[1:] == logits.shape[2:]:

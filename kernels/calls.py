@@ -67,7 +67,6 @@ class ConsistencyCall:
             {
                 "NORMALIZE": NORMALIZATIONS[normalize],
                 "RATIO": WEIGHTS[weight] == "ratio",
-                "COMPLETE": scale.complete,
             },
         )
 

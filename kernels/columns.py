@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from fastmt.kernels.halves import widened
+from fastmt.kernels.halves import COMPILED, widened
+from fastmt.kernels.launch import target_is
 from fastmt.kernels.views import pixels_at
 
 MAX_FLOATS = 176  # that a thread holds of all its columns; 255 registers is the most it has
 MAX_WARPS = 8
+LINE = tl.constexpr(128)  # bytes that a prefetch brings to the second-level cache
 
 
 class Blocks(NamedTuple):
@@ -56,6 +58,18 @@ def blocks_for(classes: int, itemsize: int, columns: float, apart: bool = False)
     rows_at_once = max(threads_of(warps) * vector // pixels, 1)
     tiles = even_tiles_of if apart else tiles_of
     return Blocks(pixels, warps, tiles(classes, rows_at_once), vector)
+
+
+def fetches(blocks: Blocks, itemsize: int) -> bool:
+    """Whether logits that a kernel loads late are fetched before.
+
+    On an H200 "mse" of 19 classes in bfloat16 takes 249 us instead of 268, 92 % of a copy's rate,
+    cross-entropy 193 instead of 209: a block waits for memory twice, and there are too few of them
+    to fill that time. In float32 there is more to move than to wait for; rows of less than a line
+    are fetched twice (150 classes: 814 us instead of 729).
+    """
+    whole_lines = blocks.pixels * itemsize % LINE.value == 0
+    return target_is("cuda") and itemsize == 2 and blocks.vector > 1 and whole_lines
 
 
 def threads_of(warps: int) -> int:
@@ -123,6 +137,39 @@ def load_column(data, strides, place, lanes, classes, inside, CLASSES: tl.conste
         at = pointers[None, :] + classes[i] * strides[0]
         column = column + (widened(tl.load(at, mask=mask, other=float("-inf"))),)
     return column
+
+
+@triton.jit
+def fetch_column(
+    data,
+    strides,
+    place,
+    sizes,
+    classes,
+    FETCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Ask the second-level cache for a block of logits that is loaded when more is known of it."""
+    if FETCH and COMPILED:
+        step: tl.constexpr = LINE * 8 // data.dtype.element_ty.primitive_bitwidth
+        pixels = tl.minimum(place[3] + tl.arange(0, BLOCK // step) * step, sizes[3] - 1)
+        row = data + place[0] * strides[1] + place[1] * strides[2] + place[2] * strides[3]
+        for i in tl.static_range(len(classes)):
+            at = row + tl.minimum(classes[i], CLASSES - 1) * strides[0]
+            fetch(at + (pixels * strides[4])[None, :])
+
+
+@triton.jit
+def fetch(addresses):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [addresses.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

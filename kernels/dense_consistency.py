@@ -8,7 +8,15 @@ from torch import Tensor
 
 from fastmt.kernels import pixel
 from fastmt.kernels.calls import ConsistencyCall, Run
-from fastmt.kernels.columns import blocks_for, classes_of, lanes_of, load_column, store_column
+from fastmt.kernels.columns import (
+    blocks_for,
+    classes_of,
+    fetch_column,
+    fetches,
+    lanes_of,
+    load_column,
+    store_column,
+)
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import consistency_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.teachers import dense_teacher
@@ -43,11 +51,13 @@ def consistency_kernel(
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLE: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     lanes = lanes_of(BLOCK, VECTOR, WIDE)
     classes = classes_of(TILES, WIDE)
     place = place_of(tl.program_id(0), sizes, BLOCK)
     inside = inside_of(place, lanes, sizes, WHOLE)
+    fetch_column(student, strides[0], place, sizes, classes, FETCH, BLOCK, CLASSES)
     score, label, q = dense_teacher(
         teachers,
         strides,
@@ -93,7 +103,8 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
     classes = student.shape[1]
     itemsize = min(t.itemsize for t in (student, *call.teacher))
     columns = [student, student if gradient is None else gradient, *call.teacher]
-    block, warps, tiles, vector = blocks_for(classes, itemsize, call.columns, lie_apart(columns))
+    blocks = blocks_for(classes, itemsize, call.columns, lie_apart(columns))
+    block, warps, tiles, vector = blocks
     pixels = describe(columns, [call.pixel_weight, call.valid], block)
     launch = Launch(
         consistency_kernel,
@@ -111,6 +122,7 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
         VECTOR=vector,
         WIDE=pixels.wide,
         WHOLE=pixels.whole,
+        FETCH=fetches(blocks, student.itemsize),
         num_warps=warps,
         num_stages=1,
     )

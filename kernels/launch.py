@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 T = TypeVar("T")
 MOST = 4096  # launches that are remembered, and calls that are prepared
@@ -36,10 +37,12 @@ class Launch:
         *arguments: Any,
         num_warps: int = 4,
         num_stages: int = 3,
+        registers: int | None = None,
         **constants: Any,
     ) -> None:
         self._kernel, self._programs = kernel, programs
-        self._constants = {"num_warps": num_warps, "num_stages": num_stages, **constants}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "registers": registers}
+        self._constants = {**options, **constants}
         self._count, every = len(arguments), (*arguments, *constants.values())
         self._known = tuple([argument for argument in every if argument is not GIVEN])
         given, known = itertools.count(), itertools.count(len(every) - len(self._known))
@@ -78,16 +81,19 @@ def launch(
     *arguments: Any,
     num_warps: int = 4,
     num_stages: int = 3,
+    registers: int | None = None,
     **constants: Any,
 ) -> Callable[..., bool] | None:
     """kernel[(programs,)](*arguments, **constants), the constants in the kernel's own order.
 
+    registers: that a thread may have at most, where the GPU is one of NVIDIA's; None leaves that to
+    the compiler, which counts on no more blocks at once than it sees fit.
     From the second time on it does not ask Triton's dispatcher, which looks at each argument anew
     and takes longer than the launch itself. Returns what `_direct` made of the kernel, if anything.
     """
     values = tuple(constants.values())
     traits, passed = _read(arguments)
-    key = (kernel.fn, num_warps, num_stages, values, *traits)
+    key = (kernel.fn, num_warps, num_stages, registers, values, *traits)
     known = _compiled.get(key)
     if known is not None:
         made, direct = known
@@ -98,10 +104,20 @@ def launch(
         raise TypeError(f"{kernel.fn.__name__}: got constants {list(constants)}, expected {names}")
     # Fused a * b + c, which is Triton's default up to 3.9, and not from 3.10 on.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if registers is not None and target_is("cuda"):
+        options["maxnreg"] = registers
     made = kernel[(programs,)](*arguments, **constants, **options)
     if isinstance(made, triton.compiler.CompiledKernel) and not torch.version.hip:
         _keep(_compiled, key, (made, _direct(made)))
     return None
+
+
+def target_is(backend: str) -> bool:
+    """Whether Triton compiles for GPUs of this backend, "cuda" or "hip"; not when it interprets."""
+    try:
+        return driver.active.get_current_target().backend == backend
+    except RuntimeError:
+        return False
 
 
 def prepared(key: Hashable, prepare: Callable[..., T], *arguments: Any) -> T:

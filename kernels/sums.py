@@ -187,14 +187,18 @@ def partial_sums(results: Sequence[Tensor], count: int, programs: int) -> Tensor
     return results[0].new_empty((count, programs))
 
 
-def prepare_total(kernel: Any, count: int, programs: int, call: Any) -> Callable[..., None]:
+def prepare_total(
+    kernel: Any, count: int, programs: int, call: Any, complete: bool = False
+) -> Callable[..., None]:
     """What adds up `count` sums of programs: it is given these and the results.
 
     kernel: consistency_total_kernel or cross_entropy_total_kernel.
+    complete: the gradient has its denominator already, whatever the call's own scale says.
     """
     fold = Fold.of(count, programs)
     operands = (GIVEN, fold.programs, GIVEN, call.pixels, call.scale.inside)
-    launch = Launch(kernel, 1, *operands, **call.total, BLOCK=BLOCK, num_warps=8)
+    constants = {**call.total, "COMPLETE": complete or call.scale.complete}
+    launch = Launch(kernel, 1, *operands, **constants, BLOCK=BLOCK, num_warps=8)
 
     def total(partials: Tensor, results: tuple[Tensor, ...]) -> None:
         launch(fold(partials), results)

@@ -11,9 +11,11 @@ from operands import DTYPES, LAYOUTS, laid_out, random_logits
 from test_cross_entropy import random_labels
 
 import fastmt
-from fastmt import kernels
+from fastmt import kernels, reference
+from fastmt.cross_entropy import NORMALIZATIONS
 from fastmt.kernels import (
     columns,
+    denominator,
     dense_confidence,
     dense_consistency,
     dense_cross_entropy,
@@ -90,6 +92,55 @@ def test_sums_of_many_programs_are_taken_in_two_steps(monkeypatch):
     labels[0, 2], labels[0, 1000] = 9, 7
     with pytest.raises(ValueError, match="^labels: got label 9"):
         fastmt.cross_entropy(student, labels)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("by_class", [False, True], ids="class weights {}".format)
+@pytest.mark.parametrize("normalize", ["all", "valid", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_large_gradient_is_written_with_its_denominator(
+    monkeypatch, smoothing, by_class, normalize, dtype
+):
+    monkeypatch.setattr(denominator, "LAUNCHES", -(2**40))  # any gradient is large
+    monkeypatch.setattr(denominator, "PIXELS", 32)
+    monkeypatch.setattr(sums, "FEW", 2)
+    monkeypatch.setattr(sums, "BLOCK", 2)
+    launch.forget()
+    shape = (2, 5, 9, 7)
+    logits, labels = random_logits(shape, 0, dtype=dtype), random_labels(shape, 1)
+    labels[0, :4] = 255
+    weight = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0))
+    weight = weight.where(weight > 0.2, 0)
+    class_weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0]) if by_class else None
+    options = [255, NORMALIZATIONS.index(normalize)]
+    _, scale, gradient, _ = kernels.cross_entropy(
+        logits, labels, weight, class_weight, options, smoothing, False, True
+    )
+    assert (scale == 1) == (dtype == torch.float32)
+    truth = logits.double().requires_grad_()
+    reference.cross_entropy(
+        truth,
+        labels,
+        ignore_index=255,
+        pixel_weight=weight.double(),
+        class_weight=class_weight if class_weight is None else class_weight.double(),
+        label_smoothing=smoothing,
+        normalize=normalize,
+    ).backward()
+    relative = 2e-3 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(
+        scale.double() * gradient.double(), truth.grad, rtol=relative, atol=1e-7
+    )
+
+
+def test_nothing_valid_has_no_gradient_also_where_the_denominator_comes_first(monkeypatch):
+    monkeypatch.setattr(denominator, "LAUNCHES", -(2**40))
+    launch.forget()
+    logits = random_logits((1, 3, 5), 0).requires_grad_()
+    loss = fastmt.cross_entropy(logits, torch.full((1, 5), 255))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
 
 
 def test_a_wrong_label_is_read_as_no_class_and_poisons_loss_and_gradient():

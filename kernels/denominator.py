@@ -1,0 +1,116 @@
+"""The denominator of a cross-entropy from its labels alone, before the logits are read.
+
+The gradient is then written as it is handed out. Found together with the loss, the denominator
+comes too late for that, and the backward pass has to read and write all of the gradient again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmt.kernels.calls import CrossEntropyCall
+from fastmt.kernels.columns import classes_of, lanes_of
+from fastmt.kernels.labels import class_weights, label_weight
+from fastmt.kernels.launch import GIVEN, Launch
+from fastmt.kernels.sums import BLOCK, Fold, add_up, partial_sums, pick, ratio
+from fastmt.kernels.views import describe, inside_of, map_at, place_of
+from fastmt.kernels.weights import put_sum
+
+PIXELS, WARPS = 4096, 8  # of a block
+LAUNCHES = 2**24  # bytes that a GPU moves in the time of two small launches
+
+
+def denominator_pays(call: CrossEntropyCall, gradient: Tensor) -> bool:
+    """Whether a gradient is better off without a pass of its own.
+
+    float16 is scaled in the end, or it would drown in the subnormals (sums.GradientScale).
+    """
+    if call.total["NORMALIZE"] == "all" or gradient.dtype == torch.float16:
+        return False
+    maps = [m.nbytes for m in (call.labels, call.pixel_weight) if m is not None]
+    return 2 * gradient.nbytes >= sum(maps) + LAUNCHES
+
+
+@triton.jit
+def cross_entropy_weight_kernel(
+    labels,
+    pixel_weight,
+    class_weight,
+    partials,
+    sizes,
+    strides,
+    ignore_index,
+    smoothing,
+    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """This program's part of the sum of weights and of the number of valid pixels."""
+    lanes = lanes_of(BLOCK, 16, WIDE)
+    _, _, spread = class_weights(class_weight, classes_of(TILES, False), smoothing, CLASSES)
+    place = place_of(tl.program_id(0), sizes, BLOCK)
+    inside = inside_of(place, lanes, sizes, WHOLE)
+    given = map_at(labels, strides[0], place, lanes, inside).to(tl.int64)
+    factor = map_at(pixel_weight, strides[1], place, lanes, inside)
+    _, keep, _, weight, own_weight = label_weight(
+        given, inside, factor, ignore_index, class_weight, spread, CLASSES
+    )
+    put_sum(partials, 0, tl.where(weight != 0.0, weight * own_weight, 0.0))
+    put_sum(partials, 1, keep.to(tl.float32))
+
+
+@triton.jit
+def cross_entropy_denominator_kernel(
+    partials, programs, inside, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """1 / denominator, from (weight, valid) of each program."""
+    totals = add_up(partials, 0, programs, programs, 2, BLOCK)
+    denominator = pick(totals, 1 if NORMALIZE == "valid" else 0)
+    tl.store(inside, ratio(1.0, denominator).to(tl.float32))
+
+
+def prepare_denominator(call: CrossEntropyCall, logits: Tensor) -> Callable[..., Tensor]:
+    """What gives 1 / denominator, a float32 on the device, for labels, weights and results."""
+    classes = logits.shape[1]
+    pixels = describe([logits], [call.labels, call.pixel_weight], PIXELS)
+    weigh = Launch(
+        cross_entropy_weight_kernel,
+        pixels.blocks,
+        *[GIVEN] * 4,
+        pixels.sizes,
+        pixels.strides[1:],
+        call.ignore_index,
+        GIVEN,
+        CLASSES=classes,
+        TILES=(triton.next_power_of_2(classes),),
+        BLOCK=PIXELS,
+        WIDE=pixels.wide,
+        WHOLE=pixels.whole,
+        num_warps=WARPS,
+    )
+    fold = Fold.of(2, pixels.blocks)
+    divide = Launch(
+        cross_entropy_denominator_kernel,
+        1,
+        GIVEN,
+        fold.programs,
+        GIVEN,
+        NORMALIZE=call.total["NORMALIZE"],
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+
+    def denominator(labels, pixel_weight, class_weight, smoothing, results) -> Tensor:
+        partials, inside = partial_sums(results, 2, pixels.blocks), torch.empty_like(results[0])
+        weigh(labels, pixel_weight, class_weight, partials, smoothing)
+        divide(fold(partials), inside)
+        return inside
+
+    return denominator
