@@ -97,6 +97,10 @@ def cases(classes: int, dtype: torch.dtype, every: bool) -> Iterator[tuple[str, 
             options = [LOSSES.index(loss), 0, 0, 0, 0, 0]
             call = (z, [z], meta(1), None, None, options, 1.0, size, False, True)
             yield f"{name} consistency {loss}", lambda call=call: kernels.consistency_loss(*call)
+        if every:
+            call = (z, [z], 0.9, None, None, [0, 0, 0, 0, 0, 0], 1.0, size, False, True)
+            label = f"{name} consistency mse, threshold a number"
+            yield label, lambda call=call: kernels.consistency_loss(*call)
         for kind in KINDS if every else KINDS[:1]:
             call = ([z], KINDS.index(kind), 1.0, size, False)
             yield f"{name} confidence {kind}", lambda call=call: kernels.softmax_confidence(*call)

@@ -28,6 +28,26 @@ def labels_of(size):
     return torch.randint(19, size, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
+@pytest.mark.parametrize("normalize", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_dense_cross_entropy_leaves_its_backward_pass_nothing_to_divide_by(dtype, normalize):
+    logits, labels = random_logits(SHAPE, 0, dtype=dtype), labels_of((2, *SHAPE[2:]))
+    _, scale, *_ = torch.ops.fastmt.cross_entropy(
+        logits, labels, None, None, [255, normalize], 0.0, False, True
+    )
+    assert (scale == 1) == (dtype != torch.float16)  # which is divided when it is scaled
+
+
+def test_where_the_sum_of_weights_is_infinite_no_gradient_is_finite():
+    logits, labels = random_logits(SHAPE, 0).requires_grad_(), labels_of((2, *SHAPE[2:]))
+    weight = torch.ones(labels.shape)
+    weight[0, 0, 0], weight[1] = torch.inf, 0
+    loss = fastmt.cross_entropy(logits, labels, pixel_weight=weight, normalize="weight")
+    loss.backward()
+    assert loss.isnan()
+    assert logits.grad.isnan().all()
+
+
 def everything(loss="mse", dtype="float32", layout="contiguous", size=None):
     """Loss, statistics and gradient of each operation on fixed inputs, as one list of tensors."""
     dtype = getattr(torch, dtype)

@@ -160,6 +160,7 @@ struct Kernels {
   void (*confidence)(const ConfidenceCall&, int64_t begin_tile, int64_t end_tile);
   void (*consistency)(const ConsistencyCall&, int64_t begin_tile, int64_t end_tile);
   void (*cross_entropy)(const CrossEntropyCall&, int64_t begin_tile, int64_t end_tile);
+  void (*label_sums)(const CrossEntropyCall&, int64_t begin_tile, int64_t end_tile);
   void (*cells_confidence)(const ConfidenceCall&, const Cells&, Queue& groups);
   void (*cells_consistency)(const ConsistencyCall&, const Cells&, Queue& groups);
   void (*cells_cross_entropy)(const CrossEntropyCall&, const Cells&, Queue& groups);

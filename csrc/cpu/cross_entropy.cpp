@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "cpu/cells_host.h"
@@ -21,22 +22,44 @@ CrossEntropySums add(const std::vector<CrossEntropySums>& parts) {
   return total;
 }
 
+double denominator_of(Normalize normalize, int64_t pixels, const CrossEntropySums& total) {
+  if (normalize == Normalize::all) return double(pixels);
+  return normalize == Normalize::valid ? double(total.valid) : total.weight;
+}
+
+using Kernel = void (*)(const CrossEntropyCall&, int64_t begin_tile, int64_t end_tile);
+
+CrossEntropySums add_tiles(Kernel kernel, CrossEntropyCall& call) {
+  const int64_t tiles = (call.pixels.count + call.tile - 1) / call.tile;
+  std::vector<CrossEntropySums> sums(tiles);
+  call.sums = sums.data();
+  for_each_stretch(tiles, 16, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  return add(sums);
+}
+
+// A denominator that takes the labels alone is found before the logits are read, so that the
+// gradient is written as it is handed out: the backward pass would read and write it again. Not one
+// that is not finite, which has to reach also the pixels without a weight.
+GradientScale scale_by_labels(CrossEntropyCall& call, Normalize normalize, GradientScale otherwise) {
+  const CrossEntropySums total = add_tiles(kernels().label_sums, call);
+  const double inside = ratio(1, denominator_of(normalize, call.pixels.count, total));
+  return std::isfinite(inside) ? GradientScale{float(inside), true} : otherwise;
+}
+
 CrossEntropySums run_dense(CrossEntropyCall call, const Tensor& logits, const Tensor& labels,
                            const std::optional<Tensor>& pixel_weight,
-                           const std::optional<Tensor>& gradient) {
+                           const std::optional<Tensor>& gradient, Normalize normalize,
+                           GradientScale& scale) {
   std::vector<Operand> operands{{&call.logits, &logits, true}, {&call.labels, &labels, false}};
   if (gradient) operands.push_back({&call.gradient, &*gradient, true});
   if (pixel_weight) operands.push_back({&call.pixel_weight, &*pixel_weight, false});
   call.pixels = describe(operands);
   call.gradient.streams = gradient && outgrows_caches(*gradient);
   call.tile = tile_size(call.classes);
-  const int64_t tiles = (call.pixels.count + call.tile - 1) / call.tile;
-  std::vector<CrossEntropySums> sums(tiles);
-  call.sums = sums.data();
-  for_each_stretch(tiles, 16, [&](int64_t begin, int64_t end) {
-    kernels().cross_entropy(call, begin, end);
-  });
-  return add(sums);
+  if (gradient && !scale.complete && type_of(logits) != Type::float16)
+    scale = scale_by_labels(call, normalize, scale);
+  call.gradient_scale = scale.inside;
+  return add_tiles(kernels().cross_entropy, call);
 }
 
 CrossEntropySums run_cells(CrossEntropyCall call, const Tensor& logits, const Tensor& labels,
@@ -94,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
   call.label_smoothing = spreads ? float(label_smoothing) : 0.0f;
 
   const int64_t pixels = labels.numel();
-  const GradientScale scale = gradient_scale(logits, pixels, normalize == Normalize::all);
+  GradientScale scale = gradient_scale(logits, pixels, normalize == Normalize::all);
   call.gradient_scale = scale.inside;
 
   std::optional<Tensor> gradient;
@@ -102,12 +125,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
   CrossEntropySums total{};
   if (pixels > 0)
     total = same_size(logits, labels)
-                ? run_dense(call, logits, labels, pixel_weight, gradient)
+                ? run_dense(call, logits, labels, pixel_weight, gradient, normalize, scale)
                 : run_cells(call, logits, labels, pixel_weight, gradient, align_corners);
 
-  const double denominator = normalize == Normalize::all     ? double(pixels)
-                             : normalize == Normalize::valid ? double(total.valid)
-                                                             : total.weight;
+  const double denominator = denominator_of(normalize, pixels, total);
   return {scalar_tensor(ratio(total.loss, denominator)),
           scalar_tensor(scale.outside(ratio(1, denominator))),
           gradient ? *gradient : torch::stable::new_empty(logits, {0}),

@@ -112,6 +112,16 @@ inline double label_loss_tile(const CrossEntropyCall& call, int64_t first, int c
   return sum_lanes(sum);
 }
 
+// All sums of cross_entropy but the loss.
+inline void label_sums(const CrossEntropyCall& call, int64_t begin_tile, int64_t end_tile) {
+  CrossEntropyTile tile(call);
+  for (int64_t t = begin_tile; t < end_tile; ++t) {
+    const int64_t first = t * call.tile;
+    const int count = int(std::min<int64_t>(call.tile, call.pixels.count - first));
+    label_tile(call, first, count, tile, call.sums[t] = {});
+  }
+}
+
 inline void cross_entropy(const CrossEntropyCall& call, int64_t begin_tile, int64_t end_tile) {
   CrossEntropyTile tile(call);
   const int64_t elements = call.classes * row(call.tile);

@@ -16,9 +16,10 @@ namespace FASTMT_ISA {
 extern const fastmt::Kernels table{
     FASTMT_NAME(FASTMT_ISA), W,
     confidence,              consistency,
-    cross_entropy,           cells_confidence,
-    cells_consistency,       cells_cross_entropy,
-    cells_join,              gaussian_noise,
-    ema,                     scale};
+    cross_entropy,           label_sums,
+    cells_confidence,        cells_consistency,
+    cells_cross_entropy,     cells_join,
+    gaussian_noise,          ema,
+    scale};
 
 }  // namespace FASTMT_ISA
