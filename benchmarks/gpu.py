@@ -141,7 +141,7 @@ def run(
     for case in cases:
         attempt(result, case, device, clock, save, with_compile=False)
     write(result)
-    _check(result, device, clock, save, spare=clock.left() / 2 if with_compile else 0)
+    _check(result, device, clock, save, spare=_spared(clock.left()) if with_compile else 0)
     # Then anew with torch.compile, as many as there is time for, what fastmt is for first: a case
     # without it says more than none.
     headline = sorted(cases, key=lambda case: case.group != "up-sampled")
@@ -155,6 +155,12 @@ def run(
                 needed = max(_LEAST_SECONDS_TO_COMPILE, 1.25 * longest)
     write(result)
     return result
+
+
+def _spared(left: float) -> float:
+    """Seconds that checks leave torch.compile: half, but enough for its first case; or none."""
+    needed = 1.1 * _SECONDS_TO_COMPILE  # a check that begins in time takes some of it
+    return max(left / 2, needed) if left >= 1.5 * needed else 0
 
 
 def _check(

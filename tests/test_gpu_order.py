@@ -39,11 +39,15 @@ def test_cases_for_which_no_time_is_left_are_named(no_gpu_needed, monkeypatch):
     assert gpu.exit_status(result) == 0
 
 
-@pytest.mark.parametrize(("with_compile", "begun"), [(True, 3), (False, 6)])
-def test_checks_come_after_the_times_and_leave_torch_compile_half_of_what_is_left(
-    with_compile, begun, no_gpu_needed, monkeypatch
+@pytest.mark.parametrize(
+    ("with_compile", "seconds", "begun"),
+    [(True, 220, 8), (True, 180, 6), (True, 120, 6), (False, 120, 6)],
+    ids=["half", "enough for one case", "none, as that is not left", "none"],
+)
+def test_checks_come_after_the_times_and_leave_torch_compile_time_for_a_case(
+    with_compile, seconds, begun, no_gpu_needed, monkeypatch
 ):
-    clock, left, order = gpu.Clock(2), [120.0], []
+    clock, left, order = gpu.Clock(seconds / 60), [float(seconds)], []
     monkeypatch.setattr(clock, "left", lambda: left[0])
 
     def takes(name, seconds):
