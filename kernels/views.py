@@ -26,7 +26,7 @@ class Pixels(NamedTuple):
     them as one keeps the offsets of every class in registers from the first tensor to the last.
     """
 
-    sizes: tuple[int, ...]  # OUTER sizes and the inner one
+    sizes: tuple[int, ...]  # OUTER sizes, with ones at their end, and the inner one
     strides: tuple[tuple[int, ...], ...]  # of a tensor: its class stride, one for each size
     blocks: int
     reach: int  # the largest offset within a block
@@ -63,11 +63,15 @@ def _pixels(
     if lead < 0:
         raise ValueError(f"more than {OUTER + 1} dimensions of pixels that cannot be merged")
     class_strides = [stride for _, stride, *_ in columns] + [0] * len(maps)
-    strides = tuple((c, *(0,) * lead, *row) for c, row in zip(class_strides, merged, strict=True))
+    # Sizes of 1 come before the inner one, where place_of divides by them in vain and for nothing.
+    ones, none = (1,) * lead, (0,) * lead
+    strides = tuple(
+        (c, *row[:-1], *none, row[-1]) for c, row in zip(class_strides, merged, strict=True)
+    )
     blocks = math.prod(sizes[:-1]) * triton.cdiv(sizes[-1], block)
     reach = [(shape[1] - 1) * abs(c) + block * abs(inner) for c, *_, inner in strides]
     whole = sizes[-1] % block == 0
-    return Pixels((1,) * lead + tuple(sizes), strides, blocks, max(reach), whole)
+    return Pixels((*sizes[:-1], *ones, sizes[-1]), strides, blocks, max(reach), whole)
 
 
 def lie_apart(columns: Sequence[Tensor]) -> bool:

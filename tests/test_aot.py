@@ -88,6 +88,38 @@ def test_classes_side_by_side_in_memory_are_not_taken_for_aligned(operation, sha
     assert not re.search(r"ld\.global[\w.:]*?\.v[248]\.", ptx)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_threads_that_up_sample_take_columns_and_exchange_no_logits(layout):
+    logits = aot.meta(2, 16, 16, 16).to(memory_format=layout)
+    with aot.compiling("sm_90") as launches:
+        kernels.softmax_confidence([logits], 0, 1.0, [64, 64], False)
+    ptx = launches[0].compiled.asm["ptx"]
+    assert "ld.global" in ptx
+    assert not re.search(r"ld\.global[\w.:]*?\.v[248]\.", ptx)
+    assert "shfl" not in ptx
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "fetched"),
+    [
+        (19, torch.bfloat16, True),
+        (81, torch.float16, True),
+        (150, torch.bfloat16, False),
+        (19, torch.float32, False),
+    ],
+)
+def test_logits_of_half_precision_are_fetched_before_they_are_loaded(classes, dtype, fetched):
+    logits, labels = aot.meta(2, classes, 64, 64, dtype=dtype), aot.meta(2, 64, 64).byte()
+    with aot.compiling("sm_90") as launches:
+        kernels.consistency_loss(
+            logits, [logits], 0.9, None, None, [0] * 6, 1.0, None, False, True
+        )
+        kernels.cross_entropy(logits, labels, None, None, [255, 0], 0.0, False, True)
+    found = {made.kernel: made.compiled.asm["ptx"] for made in launches}
+    for kernel in ("consistency_kernel", "cross_entropy_kernel"):
+        assert ("prefetch.global.L2" in found[kernel]) == fetched
+
+
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("apart", [False, True])
 def test_no_tile_of_a_column_is_lower_than_the_threads_that_share_a_pixel(target, apart):
