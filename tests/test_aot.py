@@ -111,9 +111,7 @@ def test_threads_that_up_sample_take_columns_and_exchange_no_logits(layout):
 def test_logits_of_half_precision_are_fetched_before_they_are_loaded(classes, dtype, fetched):
     logits, labels = aot.meta(2, classes, 64, 64, dtype=dtype), aot.meta(2, 64, 64).byte()
     with aot.compiling("sm_90") as launches:
-        kernels.consistency_loss(
-            logits, [logits], 0.9, None, None, [0] * 6, 1.0, None, False, True
-        )
+        kernels.consistency_loss(logits, [logits], 0.9, None, None, [0] * 6, 1.0, None, False, True)
         kernels.cross_entropy(logits, labels, None, None, [255, 0], 0.0, False, True)
     found = {made.kernel: made.compiled.asm["ptx"] for made in launches}
     for kernel in ("consistency_kernel", "cross_entropy_kernel"):
