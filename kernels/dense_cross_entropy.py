@@ -14,6 +14,7 @@ from fastmt.kernels.columns import (
     fetches,
     lanes_of,
     load_column,
+    registers_for,
     store_column,
 )
 from fastmt.kernels.denominator import denominator_pays, prepare_denominator
@@ -93,8 +94,6 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
     blocks = blocks_for(classes, logits.itemsize, 2, lie_apart(columns))
     block, warps, tiles, vector = blocks
     pixels = describe(columns, [call.labels, call.pixel_weight], block)
-    # Left to itself the compiler takes 222 at 21 classes, for 9 warps of a multiprocessor, not 12.
-    registers = 168 if logits.itemsize == 2 and vector * classes <= 96 else None
     launch = Launch(
         cross_entropy_kernel,
         pixels.blocks,
@@ -116,7 +115,7 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
         FETCH=fetches(blocks, logits.itemsize),
         num_warps=warps,
         num_stages=1,
-        registers=registers,
+        registers=registers_for(blocks, classes, logits.itemsize) if call.plain else None,
     )
 
     total = prepare_total(

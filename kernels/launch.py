@@ -112,12 +112,13 @@ def launch(
     return None
 
 
-def target_is(backend: str) -> bool:
-    """Whether Triton compiles for GPUs of this backend, "cuda" or "hip"; not when it interprets."""
+def target_is(backend: str, capability: int | None = None) -> bool:
+    """Whether Triton compiles for such a GPU: "cuda" or "hip", 90 for 9.0; not if it interprets."""
     try:
-        return driver.active.get_current_target().backend == backend
+        target = driver.active.get_current_target()
     except RuntimeError:
         return False
+    return target.backend == backend and capability in (None, target.arch)
 
 
 def prepared(key: Hashable, prepare: Callable[..., T], *arguments: Any) -> T:
