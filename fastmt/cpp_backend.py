@@ -49,10 +49,10 @@ def _load() -> str | None:
 
 
 def triton_is_faster(classes: int, loss: str = "") -> bool:
-    """Whether up-sampling Triton kernels take less time than those of CUDA C++ (gpu_choice).
+    """Whether up-sampling Triton kernels take less time than CUDA's (benchmarks/gpu_choice).
 
-    Those keep the classes of a pixel in shared memory where their number is not compiled in, and
-    of a loss that has no short cut by powers they hold more than registers serve well.
+    CUDA's keep the classes of a pixel in shared memory where their number is not compiled in, and
+    have a short cut by powers for "mse", "ce" and the cross-entropy alone.
     """
     return classes not in FIXED_CLASSES or loss in ("kl", "soft_ce", "bce", "js")
 

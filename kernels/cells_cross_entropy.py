@@ -120,9 +120,9 @@ def cells_cross_entropy_kernel(
                 PRECISION,
             )
     put_sum(partials, 0, loss_sum)
-    put_sum(partials, 1, weight_sum)
-    put_sum(partials, 2, valid_sum)
-    put_sum(partials, 3, wrong_sum)
+    put_sum(partials, 1, wrong_sum)
+    put_sum(partials, 2, weight_sum)
+    put_sum(partials, 3, valid_sum)
 
 
 def prepare(

@@ -17,7 +17,7 @@ from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.columns import classes_of, lanes_of
 from fastmt.kernels.labels import class_weights, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
-from fastmt.kernels.sums import BLOCK, Fold, add_up, partial_sums, pick, ratio
+from fastmt.kernels.sums import BLOCK, Fold, add_up, pick, ratio
 from fastmt.kernels.views import describe, inside_of, map_at, place_of
 from fastmt.kernels.weights import put_sum
 
@@ -62,8 +62,8 @@ def cross_entropy_weight_kernel(
     _, keep, _, weight, own_weight = label_weight(
         given, inside, factor, ignore_index, class_weight, spread, CLASSES
     )
-    put_sum(partials, 0, tl.where(weight != 0.0, weight * own_weight, 0.0))
-    put_sum(partials, 1, keep.to(tl.float32))
+    put_sum(partials, 0, tl.where(weight != 0.0, weight * own_weight, 0.0).to(tl.float64))
+    put_sum(partials, 1, keep.to(tl.int32))
 
 
 @triton.jit
@@ -73,19 +73,20 @@ def cross_entropy_denominator_kernel(
     """1 / denominator, from (weight, valid) of each program."""
     totals = add_up(partials, 0, programs, programs, 2, BLOCK)
     denominator = pick(totals, 1 if NORMALIZE == "valid" else 0)
-    tl.store(inside, ratio(1.0, denominator).to(tl.float32))
+    tl.store(inside, ratio(1.0, denominator))
 
 
 def prepare_denominator(call: CrossEntropyCall, logits: Tensor) -> Callable[..., Tensor]:
-    """What gives 1 / denominator, a float32 on the device, for labels, weights and results."""
+    """What gives 1 / denominator, a float64 on the device, for labels, weights and results."""
     classes = logits.shape[1]
-    pixels = describe([logits], [call.labels, call.pixel_weight], PIXELS)
+    maps = [m.unsqueeze(1) for m in (call.labels, call.pixel_weight) if m is not None]
+    pixels = describe(maps, (), PIXELS)
     weigh = Launch(
         cross_entropy_weight_kernel,
         pixels.blocks,
         *[GIVEN] * 4,
         pixels.sizes,
-        pixels.strides[1:],
+        (pixels.strides[0], pixels.strides[-1]),
         call.ignore_index,
         GIVEN,
         CLASSES=classes,
@@ -108,7 +109,8 @@ def prepare_denominator(call: CrossEntropyCall, logits: Tensor) -> Callable[...,
     )
 
     def denominator(labels, pixel_weight, class_weight, smoothing, results) -> Tensor:
-        partials, inside = partial_sums(results, 2, pixels.blocks), torch.empty_like(results[0])
+        partials = results[0].new_empty((2, pixels.blocks), dtype=torch.float64)
+        inside = torch.empty_like(results[0], dtype=torch.float64)
         weigh(labels, pixel_weight, class_weight, partials, smoothing)
         divide(fold(partials), inside)
         return inside

@@ -109,8 +109,9 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
     blocks = blocks_for(classes, itemsize, call.columns, lie_apart(columns))
     block, warps, tiles, vector = blocks
     pixels = describe(columns, [call.pixel_weight, call.valid], block)
-    # A threshold of each label has more to hold, other losses less.
+    # What else there is to hold would be spilled; other losses need less.
     fits = call.constants["LOSS"] == "mse" and call.constants["LIMIT"] != "by label"
+    fits = fits and pixels.whole and call.pixel_weight is None and call.valid is None
     launch = Launch(
         consistency_kernel,
         pixels.blocks,

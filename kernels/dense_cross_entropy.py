@@ -61,11 +61,12 @@ def cross_entropy_kernel(
         given, inside, factor, ignore_index, class_weight, spread, CLASSES
     )
     if COUNTED:  # by denominator.py, which has left it there
-        gradient_scale = tl.load(gradient_scale)
+        gradient_scale = tl.load(gradient_scale).to(tl.float32)
     active = weight != 0.0
-    put_sum(partials, 1, tl.where(active, weight * own_weight, 0.0))
-    put_sum(partials, 2, keep.to(tl.int32))
-    put_sum(partials, 3, wrong.to(tl.int32))
+    put_sum(partials, 1, wrong.to(tl.int32))
+    if not COUNTED:
+        put_sum(partials, 2, tl.where(active, weight * own_weight, 0.0))
+        put_sum(partials, 3, keep.to(tl.int32))
 
     loss = tl.zeros_like(weight)
     if any_of(active):
@@ -94,6 +95,7 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
     blocks = blocks_for(classes, logits.itemsize, 2, lie_apart(columns))
     block, warps, tiles, vector = blocks
     pixels = describe(columns, [call.labels, call.pixel_weight], block)
+    fits = call.plain and pixels.whole and call.pixel_weight is None  # in so few registers
     launch = Launch(
         cross_entropy_kernel,
         pixels.blocks,
@@ -115,21 +117,20 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
         FETCH=fetches(blocks, logits.itemsize),
         num_warps=warps,
         num_stages=1,
-        registers=registers_for(blocks, classes, logits.itemsize) if call.plain else None,
+        registers=registers_for(blocks, classes, logits.itemsize) if fits else None,
     )
 
-    total = prepare_total(
-        cross_entropy_total_kernel, 4, pixels.blocks, call, complete=denominator is not None
-    )
-
+    counted = denominator is not None
+    count = 2 if counted else 4
+    total = prepare_total(cross_entropy_total_kernel, count, pixels.blocks, call, counted)
     known = call.scale.inside
 
     def run(logits, gradient, labels, pixel_weight, class_weight, smoothing, results):
         maps = (labels, pixel_weight, class_weight)
-        inside = denominator(*maps, smoothing, results) if denominator else known
-        partials = partial_sums(results, 4, pixels.blocks)
+        inside = denominator(*maps, smoothing, results) if counted else known
+        partials = partial_sums(results, count, pixels.blocks)
         written = logits if gradient is None else gradient
         launch(logits, written, *maps, partials, smoothing, inside)
-        total(partials, results)
+        total(partials, results, *([inside] if counted else []))
 
     return run

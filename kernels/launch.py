@@ -113,7 +113,7 @@ def launch(
 
 
 def target_is(backend: str, capability: int | None = None) -> bool:
-    """Whether Triton compiles for such a GPU: "cuda" or "hip", 90 for 9.0; not if it interprets."""
+    """Whether Triton's device is such a GPU: "cuda" or "hip", 90 for compute capability 9.0."""
     try:
         target = driver.active.get_current_target()
     except RuntimeError:

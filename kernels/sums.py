@@ -93,6 +93,7 @@ def consistency_total_kernel(
     results,
     pixels,
     inside,
+    COUNT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RATIO: tl.constexpr,
     COMPLETE: tl.constexpr,
@@ -102,7 +103,7 @@ def consistency_total_kernel(
 
     These are loss, selected, mean_score, scale.
     """
-    totals = add_up(partials, 0, programs, programs, 5, BLOCK)
+    totals = add_up(partials, 0, programs, programs, COUNT, BLOCK)
     passing = pick(totals, 3)
     valid = pick(totals, 4)
     fraction = ratio(passing, valid)
@@ -131,26 +132,33 @@ def cross_entropy_total_kernel(
     results,
     pixels,
     inside,
+    COUNT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     COMPLETE: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """From (loss, weight, valid, wrong) of each program, the results of the call.
+    """From (loss, wrong, weight, valid) of each program, the results of the call.
 
     These are loss, scale, labels out of range. Such a label makes loss and gradient NaN.
+    COUNTED: from (loss, wrong), and what denominator.py has left at `inside`.
     """
-    totals = add_up(partials, 0, programs, programs, 4, BLOCK)
-    valid = pick(totals, 2)
-    wrong = pick(totals, 3)
-    if NORMALIZE == "all":
-        denominator = valid * 0 + pixels
-    elif NORMALIZE == "valid":
-        denominator = valid
-    else:
-        denominator = pick(totals, 1)
+    totals = add_up(partials, 0, programs, programs, COUNT, BLOCK)
+    wrong = pick(totals, 1)
     poison = tl.where(wrong > 0, float("nan"), 1.0)
-    value = ratio(pick(totals, 0), denominator) * poison
-    outside = ratio(1.0, denominator) / inside
+    if COUNTED:
+        outside = tl.load(inside)
+        value = pick(totals, 0) * outside * poison
+    else:
+        valid = pick(totals, 3)
+        if NORMALIZE == "all":
+            denominator = valid * 0 + pixels
+        elif NORMALIZE == "valid":
+            denominator = valid
+        else:
+            denominator = pick(totals, 2)
+        value = ratio(pick(totals, 0), denominator) * poison
+        outside = ratio(1.0, denominator) / inside
     if COMPLETE:
         outside = outside * 0 + 1
     tl.store(results[0], value.to(tl.float32))
@@ -188,19 +196,22 @@ def partial_sums(results: Sequence[Tensor], count: int, programs: int) -> Tensor
 
 
 def prepare_total(
-    kernel: Any, count: int, programs: int, call: Any, complete: bool = False
+    kernel: Any, count: int, programs: int, call: Any, counted: bool = False
 ) -> Callable[..., None]:
     """What adds up `count` sums of programs: it is given these and the results.
 
     kernel: consistency_total_kernel or cross_entropy_total_kernel.
-    complete: the gradient has its denominator already, whatever the call's own scale says.
+    counted: and it is given the denominator that the gradient has already.
     """
     fold = Fold.of(count, programs)
-    operands = (GIVEN, fold.programs, GIVEN, call.pixels, call.scale.inside)
-    constants = {**call.total, "COMPLETE": complete or call.scale.complete}
+    inside = GIVEN if counted else call.scale.inside
+    operands = (GIVEN, fold.programs, GIVEN, call.pixels, inside)
+    constants = {"COUNT": count, **call.total, "COMPLETE": counted or call.scale.complete}
+    if kernel is cross_entropy_total_kernel:
+        constants["COUNTED"] = counted
     launch = Launch(kernel, 1, *operands, **constants, BLOCK=BLOCK, num_warps=8)
 
-    def total(partials: Tensor, results: tuple[Tensor, ...]) -> None:
-        launch(fold(partials), results)
+    def total(partials: Tensor, results: tuple[Tensor, ...], *denominator: Tensor) -> None:
+        launch(fold(partials), results, *denominator)
 
     return total

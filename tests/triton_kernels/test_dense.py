@@ -113,12 +113,12 @@ def test_a_large_gradient_is_written_with_its_denominator(
     weight = weight.where(weight > 0.2, 0)
     class_weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 3.0]) if by_class else None
     options = [255, NORMALIZATIONS.index(normalize)]
-    _, scale, gradient, _ = kernels.cross_entropy(
+    loss, scale, gradient, _ = kernels.cross_entropy(
         logits, labels, weight, class_weight, options, smoothing, False, True
     )
     assert (scale == 1) == (dtype == torch.float32)
     truth = logits.double().requires_grad_()
-    reference.cross_entropy(
+    expected = reference.cross_entropy(
         truth,
         labels,
         ignore_index=255,
@@ -126,11 +126,27 @@ def test_a_large_gradient_is_written_with_its_denominator(
         class_weight=class_weight if class_weight is None else class_weight.double(),
         label_smoothing=smoothing,
         normalize=normalize,
-    ).backward()
+    )
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
     relative = 2e-3 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(
         scale.double() * gradient.double(), truth.grad, rtol=relative, atol=1e-7
     )
+
+
+def test_huge_weights_of_a_large_gradient_divide_the_loss_and_it_alike(monkeypatch):
+    monkeypatch.setattr(denominator, "LAUNCHES", -(2**40))
+    launch.forget()
+    logits, labels = random_logits((2, 3, 80, 80), 0), random_labels((2, 3, 80, 80), 1)
+    weight = torch.full(labels.shape, 1e34)
+    options = {"normalize": "weight"}
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    huge = fastmt.cross_entropy(leaves[0], labels, pixel_weight=weight, **options)
+    plain = fastmt.cross_entropy(leaves[1], labels, **options)
+    (huge + plain).backward()
+    torch.testing.assert_close(huge, plain, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*[leaf.grad for leaf in leaves], rtol=1e-5, atol=1e-9)
 
 
 def test_nothing_valid_has_no_gradient_also_where_the_denominator_comes_first(monkeypatch):
