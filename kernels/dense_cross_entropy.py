@@ -60,8 +60,6 @@ def cross_entropy_kernel(
     label, keep, wrong, weight, own_weight = label_weight(
         given, inside, factor, ignore_index, class_weight, spread, CLASSES
     )
-    if COUNTED:  # by denominator.py, which has left it there
-        gradient_scale = tl.load(gradient_scale).to(tl.float32)
     active = weight != 0.0
     put_sum(partials, 1, wrong.to(tl.int32))
     if not COUNTED:
@@ -70,10 +68,11 @@ def cross_entropy_kernel(
 
     loss = tl.zeros_like(weight)
     if any_of(active):
+        coefficient = weight * scale_of(gradient_scale, COUNTED)
         weights = w, own_weight, mean_weight
         z = load_column(logits, strides[0], place, lanes, classes, inside, CLASSES)
         value, slope = label_loss(
-            z, label, weight * gradient_scale, classes, weights, smoothing, PLAIN, CLASSES
+            z, label, coefficient, classes, weights, smoothing, PLAIN, CLASSES
         )
         loss = tl.where(active, weight * value, 0.0)
         if GRADIENT:
@@ -83,6 +82,15 @@ def cross_entropy_kernel(
         nothing = zeros(classes, lanes)
         store_column(gradient, strides[1], place, lanes, classes, nothing, inside, CLASSES)
     put_sum(partials, 0, loss)
+
+
+@triton.jit
+def scale_of(gradient_scale, COUNTED: tl.constexpr):
+    """COUNTED: it lies where denominator.py has left it."""
+    if COUNTED:
+        return tl.load(gradient_scale).to(tl.float32)
+    else:
+        return gradient_scale
 
 
 def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> Run:
