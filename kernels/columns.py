@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
 from fastmt.kernels.halves import COMPILED, widened
-from fastmt.kernels.launch import target_is
+from fastmt.kernels.launch import target
 from fastmt.kernels.views import pixels_at
 
 MAX_FLOATS = 176  # that a thread holds of all its columns; 255 registers is the most it has
@@ -69,7 +68,8 @@ def fetches(blocks: Blocks, itemsize: int) -> bool:
     quarter not (150 classes, 814 instead of 729). In float32 all wait for the bytes themselves.
     """
     rows_are_long = 2 * blocks.pixels * itemsize >= LINE.value
-    return target_is("cuda") and itemsize == 2 and blocks.vector > 1 and rows_are_long
+    on_cuda = (gpu := target()) is not None and gpu.backend == "cuda"
+    return on_cuda and itemsize == 2 and blocks.vector > 1 and rows_are_long
 
 
 def registers_for(blocks: Blocks, classes: int, itemsize: int) -> int | None:
@@ -77,19 +77,16 @@ def registers_for(blocks: Blocks, classes: int, itemsize: int) -> int | None:
 
     Of columns in half precision that fit into so many on the GPUs where that was measured. By the
     compiler's own choice, which changes with its version and with arguments that have little to do
-    with it, some kernels get more: "mse" of 19 classes takes 291 us on an H200 with 216 registers,
-    and 257 with 168.
+    with it, some kernels get more: "mse" of 19 classes took 291 us on an H200, and 257 with 168.
     """
-    fits = itemsize == 2 and blocks.vector * classes <= 96
-    return 168 if fits and target_is("cuda", 90) else None
+    on_hopper = (gpu := target()) is not None and (gpu.backend, gpu.arch) == ("cuda", 90)
+    return 168 if on_hopper and itemsize == 2 and blocks.vector * classes <= 96 else None
 
 
 def threads_of(warps: int) -> int:
     """In so many warps of the GPU at hand: 32 in each, on AMD's for data centres 64."""
-    try:
-        return driver.active.get_current_target().warp_size * warps
-    except RuntimeError:  # there is none, but the interpreter
-        return 32 * warps
+    gpu = target()
+    return warps * (32 if gpu is None else gpu.warp_size)
 
 
 def even_tiles_of(classes: int, rows_at_once: int) -> tuple[int, ...]:

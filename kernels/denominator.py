@@ -22,7 +22,7 @@ from fastmt.kernels.views import describe, inside_of, map_at, place_of
 from fastmt.kernels.weights import put_sum
 
 PIXELS, WARPS = 4096, 8  # of a block
-LAUNCHES = 2**24  # bytes that a GPU moves in the time of two small launches
+LAUNCHES = 2**24  # bytes: about what two small launches may cost, by count and not by time
 
 
 def denominator_pays(call: CrossEntropyCall, gradient: Tensor) -> bool:
@@ -76,9 +76,8 @@ def cross_entropy_denominator_kernel(
     tl.store(inside, ratio(1.0, denominator))
 
 
-def prepare_denominator(call: CrossEntropyCall, logits: Tensor) -> Callable[..., Tensor]:
+def prepare_denominator(call: CrossEntropyCall, classes: int) -> Callable[..., Tensor]:
     """What gives 1 / denominator, a float64 on the device, for labels, weights and results."""
-    classes = logits.shape[1]
     maps = [m.unsqueeze(1) for m in (call.labels, call.pixel_weight) if m is not None]
     pixels = describe(maps, (), PIXELS)
     weigh = Launch(

@@ -98,7 +98,8 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
     classes = logits.shape[1]
     denominator = None
     if gradient is not None and denominator_pays(call, gradient):
-        denominator = prepare_denominator(call, logits)
+        denominator = prepare_denominator(call, classes)
+    counted = denominator is not None
     columns = [logits, logits if gradient is None else gradient]
     blocks = blocks_for(classes, logits.itemsize, 2, lie_apart(columns))
     block, warps, tiles, vector = blocks
@@ -113,7 +114,7 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
         call.ignore_index,
         GIVEN,
         GIVEN,
-        COUNTED=denominator is not None,
+        COUNTED=counted,
         PLAIN=call.plain,
         GRADIENT=gradient is not None,
         CLASSES=classes,
@@ -128,7 +129,6 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
         registers=registers_for(blocks, classes, logits.itemsize) if fits else None,
     )
 
-    counted = denominator is not None
     count = 2 if counted else 4
     total = prepare_total(cross_entropy_total_kernel, count, pixels.blocks, call, counted)
     known = call.scale.inside

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 T = TypeVar("T")
@@ -86,8 +87,7 @@ def launch(
 ) -> Callable[..., bool] | None:
     """kernel[(programs,)](*arguments, **constants), the constants in the kernel's own order.
 
-    registers: that a thread may have at most, where the GPU is one of NVIDIA's; None leaves that to
-    the compiler, which counts on no more blocks at once than it sees fit.
+    registers: that a thread may have at most, on NVIDIA's GPUs; None leaves that to the compiler.
     From the second time on it does not ask Triton's dispatcher, which looks at each argument anew
     and takes longer than the launch itself. Returns what `_direct` made of the kernel, if anything.
     """
@@ -104,7 +104,7 @@ def launch(
         raise TypeError(f"{kernel.fn.__name__}: got constants {list(constants)}, expected {names}")
     # Fused a * b + c, which is Triton's default up to 3.9, and not from 3.10 on.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if registers is not None and target_is("cuda"):
+    if registers is not None:
         options["maxnreg"] = registers
     made = kernel[(programs,)](*arguments, **constants, **options)
     if isinstance(made, triton.compiler.CompiledKernel) and not torch.version.hip:
@@ -112,13 +112,12 @@ def launch(
     return None
 
 
-def target_is(backend: str, capability: int | None = None) -> bool:
-    """Whether Triton's device is such a GPU: "cuda" or "hip", 90 for compute capability 9.0."""
+def target() -> GPUTarget | None:
+    """The kind of GPU that Triton compiles for; None where there is none, but the interpreter."""
     try:
-        target = driver.active.get_current_target()
+        return driver.active.get_current_target()
     except RuntimeError:
-        return False
-    return target.backend == backend and capability in (None, target.arch)
+        return None
 
 
 def prepared(key: Hashable, prepare: Callable[..., T], *arguments: Any) -> T:

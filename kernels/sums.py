@@ -135,18 +135,17 @@ def cross_entropy_total_kernel(
     COUNT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     COMPLETE: tl.constexpr,
-    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """From (loss, wrong, weight, valid) of each program, the results of the call.
 
     These are loss, scale, labels out of range. Such a label makes loss and gradient NaN.
-    COUNTED: from (loss, wrong), and what denominator.py has left at `inside`.
+    With two sums, (loss, wrong), the denominator is at `inside`, where denominator.py has left it.
     """
     totals = add_up(partials, 0, programs, programs, COUNT, BLOCK)
     wrong = pick(totals, 1)
     poison = tl.where(wrong > 0, float("nan"), 1.0)
-    if COUNTED:
+    if COUNT == 2:
         outside = tl.load(inside)
         value = pick(totals, 0) * outside * poison
     else:
@@ -207,8 +206,6 @@ def prepare_total(
     inside = GIVEN if counted else call.scale.inside
     operands = (GIVEN, fold.programs, GIVEN, call.pixels, inside)
     constants = {"COUNT": count, **call.total, "COMPLETE": counted or call.scale.complete}
-    if kernel is cross_entropy_total_kernel:
-        constants["COUNTED"] = counted
     launch = Launch(kernel, 1, *operands, **constants, BLOCK=BLOCK, num_warps=8)
 
     def total(partials: Tensor, results: tuple[Tensor, ...], *denominator: Tensor) -> None:

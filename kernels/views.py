@@ -63,7 +63,7 @@ def _pixels(
     if lead < 0:
         raise ValueError(f"more than {OUTER + 1} dimensions of pixels that cannot be merged")
     class_strides = [stride for _, stride, *_ in columns] + [0] * len(maps)
-    # Sizes of 1 come before the inner one, where place_of divides by them in vain and for nothing.
+    # Sizes of 1 come before the inner one: Triton knows them, so place_of divides by none of them.
     ones, none = (1,) * lead, (0,) * lead
     strides = tuple(
         (c, *row[:-1], *none, row[-1]) for c, row in zip(class_strides, merged, strict=True)

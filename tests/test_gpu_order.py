@@ -41,7 +41,7 @@ def test_cases_for_which_no_time_is_left_are_named(no_gpu_needed, monkeypatch):
 
 @pytest.mark.parametrize(
     ("with_compile", "seconds", "begun"),
-    [(True, 220, 8), (True, 180, 6), (True, 120, 6), (False, 120, 6)],
+    [(True, 220, 8), (True, 165, 4), (True, 120, 6), (False, 120, 6)],
     ids=["half", "enough for one case", "none, as that is not left", "none"],
 )
 def test_checks_come_after_the_times_and_leave_torch_compile_time_for_a_case(
