@@ -53,7 +53,7 @@ class _Held:
 
 
 def _layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
-    """A function that tells whether other tensors have the dtypes, sizes and strides of these."""
+    """A function that tells whether other tensors are read from memory as these are."""
     expected = list(map(_layout, tensors))
 
     def holds(*others: Tensor) -> bool:
@@ -67,5 +67,5 @@ def _layout_check(tensors: list[Tensor]) -> Callable[..., bool]:
     return lambda *others: same(*others) or holds(*others)
 
 
-def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
-    return tensor.dtype, tensor.shape, tensor.stride()
+def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...], bool]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()

@@ -71,9 +71,10 @@ class Lists:
             return self._holds(teacher, student)
         if not self._layout.is_that_of([*teacher, *student]):
             return False
-        last, self._last = self._last, _first_of(teacher, student)
-        if last == self._last:
+        first = _first_of(teacher, student)
+        if _are_same(first, self._last):
             self._hold(teacher, student)
+        self._last = first
         return True
 
     def _holds(self, teacher: list[Tensor], student: list[Tensor]) -> bool:
@@ -101,5 +102,10 @@ def _pairs(teacher: list[Tensor], student: list[Tensor], positions: Sequence[int
 
 
 def _first_of(*lists: list[Tensor]) -> list[weakref.ref[Tensor]]:
-    """Equal only where their objects live and are the same."""
     return [weakref.ref(tensors[0]) for tensors in lists if tensors]
+
+
+def _are_same(*firsts: list[weakref.ref[Tensor]]) -> bool:
+    """Whether objects live and are the same: references themselves compare tensors by value."""
+    pairs = zip(*firsts, strict=True)
+    return all((first := one()) is not None and first is other() for one, other in pairs)

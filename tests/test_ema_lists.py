@@ -80,6 +80,30 @@ def test_tensors_made_anew_of_the_same_memory_are_not_held(pairs):
     assert all((average == 1 - 0.5**4).all() for average in teacher)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_objects_that_live_beside_others_of_the_same_memory_are_told_apart(
+    pairs, first, monkeypatch
+):
+    """By what they are: the values of tensors, of one element too, are on the device."""
+    lists = [tensors[first:] for tensors in pairs]
+    anew = [[tensor.data for tensor in tensors] for tensors in lists]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__eq__", lambda *_: pytest.fail("values were compared"))
+        for teacher, student in (lists, anew, lists, anew):
+            fastmt.ema_update_(teacher, student, 0.5)
+    (table,) = ema_lists._tables.values()
+    assert table._objects is None
+    assert all((average == 1 - 0.5**4).all() for average in lists[0])
+
+
+def test_a_view_that_negates_is_another_tensor():
+    teacher, student = [torch.zeros(4)], torch.full((4,), 3.0)
+    for sign in (1, 1, -1, -1, 1):
+        given = torch._neg_view(student) if sign < 0 else student.view(4)
+        fastmt.ema_update_(teacher, [given], 0.0)
+        assert (teacher[0] == sign * 3.0).all()
+
+
 @pytest.mark.parametrize("whose", [0, 1])
 @pytest.mark.parametrize("position", range(4))
 def test_memory_that_is_exchanged_is_noticed(known, whose, position):
