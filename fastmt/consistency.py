@@ -103,17 +103,15 @@ def consistency_loss(
     student, *members = logits
     pixel_weight, valid = (planes.map_of_planes(pixels, student) for pixels in maps)
     wants_gradient = torch.is_grad_enabled() and student.requires_grad
-    weights = None if pixel_weight is None else pixel_weight.float()
-    unit = gradients.unit_of(weights, student, wants_gradient)
-    maps = [weights if unit is None else weights / unit, valid]
+    weights, unit = gradients.in_units(pixel_weight, student, wants_gradient)
     limits = _limits(threshold, student.device, choice.backend)
     sampling = (1 / float(temperature), choice.inside)
-    call = (members, limits, *maps, choice.options, *sampling, align_corners)
+    call = (members, limits, weights, valid, choice.options, *sampling, align_corners)
     kernels = backends.operations(choice.backend)
     results = _ConsistencyLoss.record(student, kernels, call, wants_gradient, return_stats)
     value = results[0] if return_stats else results
-    if unit is not None and normalize != "weight":
-        value = value * unit
+    if normalize != "weight":
+        value = gradients.times(value, unit)
     return (value, ConsistencyStats(*results[1:])) if return_stats else value
 
 

@@ -73,18 +73,15 @@ def cross_entropy(
         )
         labels, pixel_weight = (planes.map_of_planes(p, logits) for p in (labels, pixel_weight))
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    pixels = None if pixel_weight is None else pixel_weight.float()
-    unit = gradients.unit_of(pixels, logits, wants_gradient)
-    weights = [
-        pixels if unit is None else pixels / unit,
-        None if class_weight is None else class_weight.float().contiguous(),
-    ]
+    pixels, pixel_unit = gradients.in_units(pixel_weight, logits, wants_gradient)
+    classes, class_unit = gradients.in_units(class_weight, logits, wants_gradient)
+    weights = [pixels, None if classes is None else classes.contiguous()]
     # Python's own numbers: Triton compiles for none of NumPy's.
     options = [int(ignore_index), NORMALIZATIONS.index(normalize)]
     call = (labels, *weights, options, float(label_smoothing), align_corners)
     kernels = backends.operations(choice.backend)
     value = _CrossEntropy.record(logits, kernels, call, wants_gradient)
-    return value if unit is None or normalize == "weight" else value * unit
+    return value if normalize == "weight" else gradients.times(value, pixel_unit, class_unit)
 
 
 def _choose(

@@ -23,17 +23,30 @@ class KnownGradient(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*arguments)
 
 
-def unit_of(weights: Tensor | None, logits: Tensor, wants_gradient: bool) -> Tensor | None:
-    """What pixel weights are best divided by: a power of two near the largest, 0-dim.
+def in_units(
+    weights: Tensor | None, logits: Tensor, wants_gradient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weights in float32, and what they have been divided by, a power of two near the largest.
 
     The gradient of float16 logits is stored before what it is divided by and multiplied with is
-    known: of weights near 1 it keeps within the range of float16. None for all others.
+    known: of weights near 1 it keeps within the range of float16. For all others that is None.
     """
-    if not wants_gradient or weights is None or logits.dtype != torch.float16:
-        return None
-    low, high = weights.aminmax() if weights.numel() else weights.new_ones(2)
+    if weights is None:
+        return None, None
+    weights = weights.float()
+    if not wants_gradient or logits.dtype != torch.float16:
+        return weights, None
+    low, high = weights.detach().aminmax() if weights.numel() else weights.new_ones(2)
     unit = torch.maximum(high, -low).log2().floor().exp2()
-    return torch.where((unit > 0) & (unit < torch.inf), unit, 1)
+    unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
+    return weights / unit, unit
+
+
+def times(value: Tensor, *units: Tensor | None) -> Tensor:
+    """The value of weights as they were given, from that of weights in units."""
+    for unit in units:
+        value = value if unit is None else value * unit
+    return value
 
 
 def keep(

@@ -147,7 +147,7 @@ def cross_entropy_total_kernel(
     poison = tl.where(wrong > 0, float("nan"), 1.0)
     if COUNT == 2:
         outside = tl.load(inside)
-        value = pick(totals, 0) * outside * poison
+        value = tl.where(outside == 0, 0.0, pick(totals, 0) * outside) * poison
     else:
         valid = pick(totals, 3)
         if NORMALIZE == "all":
@@ -158,8 +158,8 @@ def cross_entropy_total_kernel(
             denominator = pick(totals, 2)
         value = ratio(pick(totals, 0), denominator) * poison
         outside = ratio(1.0, denominator) / inside
-    if COMPLETE:
-        outside = outside * 0 + 1
+    if COMPLETE:  # but where there is nothing to divide by, and what is not finite has to go
+        outside = tl.where(outside == 0, 0.0, outside * 0 + 1)
     tl.store(results[0], value.to(tl.float32))
     tl.store(results[1], (outside * poison).to(tl.float32))
     tl.store(results[2], wrong.to(tl.float32))

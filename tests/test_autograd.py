@@ -164,6 +164,27 @@ def test_the_unit_of_pixel_weights_keeps_float16_gradients_as_they_are(
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("normalize", ["all", "valid", "weight"])
+@pytest.mark.parametrize("size", [(9, 11), (18, 22)])
+@pytest.mark.parametrize("unit", [2.0**-30, 2.0**30])
+@pytest.mark.parametrize("with_pixels", [False, True])
+def test_the_unit_of_class_weights_keeps_float16_gradients_as_they_are(
+    normalize, size, unit, with_pixels
+):
+    labels, gradients = torch.arange(2 * size[0] * size[1]).view(2, *size) % 5, []
+    weights = torch.tensor([1.0, 0.3, 0.0, 0.8, 0.05])
+    options = {"normalize": normalize, "label_smoothing": 0.1}
+    if with_pixels:
+        options["pixel_weight"] = torch.rand(2, *size, generator=torch.Generator().manual_seed(3))
+    for factor in (1.0, unit):
+        z = logits(torch.float16)
+        value = fastmt.cross_entropy(z, labels, class_weight=weights * factor, **options)
+        scale = 1 if normalize == "weight" else 1 / factor
+        gradients.append(torch.autograd.grad(value * scale, z)[0])
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+
+
 def test_a_zero_grad_output_gives_zero_gradient():
     z = logits()
     value, _ = fastmt.consistency_loss(z, random_logits(SHAPE, 2), return_stats=True)

@@ -85,7 +85,19 @@ def test_a_nan_or_infinite_logit_propagates_to_the_cross_entropy(poison):
     assert gradient[1, :, 2, 3].isnan().any()
 
 
-@pytest.mark.parametrize("loss", ["mse", "kl", "soft_ce", "ce", "bce", "js"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [(9, 11), (18, 22)])
+def test_weights_that_cancel_out_teach_nothing_whatever_the_logits(poison, size):
+    logits, labels = student_logits(), torch.zeros(2, *size, dtype=torch.int64)
+    with torch.no_grad():
+        logits[0, 0, 0, 0] = poison
+    weight = torch.zeros(2, *size)
+    weight[:, 0, 0] = torch.tensor([1.0, -1.0])
+    value = fastmt.cross_entropy(logits, labels, pixel_weight=weight, normalize="weight")
+    assert_nothing_is_taught(value, logits)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_class_the_student_excludes_has_probability_zero(loss):
     student = student_logits()
     with torch.no_grad():

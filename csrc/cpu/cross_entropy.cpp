@@ -39,11 +39,12 @@ CrossEntropySums add_tiles(Kernel kernel, CrossEntropyCall& call) {
 
 // A denominator that takes the labels alone is found before the logits are read, so that the
 // gradient is written as it is handed out: the backward pass would read and write it again. Not one
-// that is not finite, which has to reach also the pixels without a weight.
+// that is not finite, or 0: that has to reach also the pixels without a weight, or whose logits are
+// not finite.
 GradientScale scale_by_labels(CrossEntropyCall& call, Normalize normalize, GradientScale otherwise) {
   const CrossEntropySums total = add_tiles(kernels().label_sums, call);
   const double inside = ratio(1, denominator_of(normalize, call.pixels.count, total));
-  return std::isfinite(inside) ? GradientScale{float(inside), true} : otherwise;
+  return std::isfinite(inside) && inside != 0 ? GradientScale{float(inside), true} : otherwise;
 }
 
 CrossEntropySums run_dense(CrossEntropyCall call, const Tensor& logits, const Tensor& labels,

@@ -159,6 +159,21 @@ def test_nothing_valid_has_no_gradient_also_where_the_denominator_comes_first(mo
     assert not logits.grad.any()
 
 
+def test_weights_that_cancel_out_have_no_gradient_also_where_the_denominator_comes_first(
+    monkeypatch,
+):
+    monkeypatch.setattr(denominator, "LAUNCHES", -(2**40))
+    launch.forget()
+    logits = random_logits((1, 3, 5), 0)
+    logits[0, 0, 0] = torch.nan
+    weight = torch.tensor([[1.0, -1.0, 0.0, 0.0, 0.0]])
+    options = {"pixel_weight": weight, "normalize": "weight"}
+    loss = fastmt.cross_entropy(logits.requires_grad_(), torch.zeros(1, 5).long(), **options)
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
 def test_a_wrong_label_is_read_as_no_class_and_poisons_loss_and_gradient():
     labels = torch.tensor([[0, 20_000_000_000, -1, 2, 255]])
     logits = random_logits((1, 3, 5), 0)
