@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _NUMBERS = frozenset((bool, int, float))
+_SEQUENCES = frozenset((list, tuple, torch.Size))
 
 
 def kinds_of(arguments: Iterable[object]) -> tuple[Hashable, ...] | None:
@@ -27,7 +28,7 @@ def kinds_of(arguments: Iterable[object]) -> tuple[Hashable, ...] | None:
             kinds.append(argument)
         elif kind in _NUMBERS:
             kinds += kind, argument  # 1 == 1.0 == True
-        elif kind is list or kind is tuple:
+        elif kind in _SEQUENCES:
             inner = kinds_of(argument)
             if inner is None:
                 return None

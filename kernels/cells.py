@@ -178,6 +178,8 @@ def join_kernel(
 ):
     """The gradient of each low-resolution pixel: the parts of the strips and bands around it."""
     width = columns[0]
+    if WIDE:  # one row may have that many values
+        width = width * tl.full((), 1, tl.int64)
     in_row = tl.cdiv(CLASSES * width, BLOCK)
     row = tl.program_id(0) // in_row
     index = (tl.program_id(0) % in_row) * BLOCK + tl.arange(0, BLOCK)
@@ -186,8 +188,6 @@ def join_kernel(
     inside = index < CLASSES * width
     c = index // width
     x = index % width
-    if WIDE:
-        x = x.to(tl.int64)
     begin = first_beyond(x - 1, columns, out_width)
     end = first_beyond(x + 1, columns, out_width)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -86,4 +86,5 @@ def test_what_may_be_anything_is_of_no_kind():
         assert kinds_of([argument]) is None
     assert kinds_of([1]) != kinds_of([True]) != kinds_of([1.0])
     assert kinds_of([LOGITS, None]) == kinds_of([LOGITS * 2, None])
+    assert kinds_of([LOGITS.shape]) == kinds_of([tuple(LOGITS.shape)]) is not None
     assert kinds_of([torch.nn.Parameter(LOGITS)]) != kinds_of([LOGITS])

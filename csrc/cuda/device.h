@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #else
@@ -114,11 +115,20 @@ inline void check(cudaError_t status) {
     throw std::runtime_error(std::string("fastmt: CUDA says ") + cudaGetErrorString(status));
 }
 
+// The limit belongs to the kernel, not to a launch: between the two no other thread sets it.
+inline std::mutex& limits() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 template <class Argument>
 void launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t bytes, Stream stream,
             const Argument& argument) {
-  if (bytes > 48 * 1024)
+  std::unique_lock<std::mutex> lock(limits(), std::defer_lock);
+  if (bytes > 48 * 1024) {
+    lock.lock();
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  }
   kernel<<<dim3(unsigned(blocks)), threads, bytes, static_cast<cudaStream_t>(stream)>>>(argument);
   check(cudaGetLastError());
 }
