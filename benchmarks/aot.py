@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from triton.runtime import driver
 
 from benchmarks.code_figures import figures
 from fastmt import kernels
+from fastmt.kernels import launch as launching
 from fastmt.kernels.calls import KINDS, LOSSES
 from fastmt.kernels.ema import COLUMNS as TABLE_COLUMNS
 from fastmt.kernels.launch import forget
@@ -65,23 +67,31 @@ class _AbsentDevice:
         return 0
 
 
+def registers_of(made: Any) -> tuple[int, int]:
+    """As launch() asks of a driver: how many a thread takes, and whether some are in memory."""
+    return itemgetter("registers", "stack")(figures(made))
+
+
 @contextlib.contextmanager
 def compiling(target: str) -> Iterator[list[Launch]]:
     """Every launch in this context is compiled for `target` and appended to the list."""
     launches: list[Launch] = []
-    run, active = triton.JITFunction.run, driver._active
+    run, active, asked = triton.JITFunction.run, driver._active, launching.registers_of
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         made = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if warmup:
+            return made
         launches.append(Launch(self.__name__, made))
 
     forget()  # calls on meta tensors are prepared for whatever device is there
     driver.set_active(_AbsentDevice(TARGETS[target], list(TARGETS).index(target)))
     triton.JITFunction.run = compile_only
+    launching.registers_of = registers_of
     try:
         yield launches
     finally:
-        triton.JITFunction.run, driver._active = run, active
+        triton.JITFunction.run, driver._active, launching.registers_of = run, active, asked
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,6 +117,10 @@ def cases(classes: int, dtype: torch.dtype, every: bool) -> Iterator[tuple[str, 
         for smoothing in (0.0, 0.1) if every else (0.0,):
             call = (z, labels, None, None, [255, 1], smoothing, False, True)
             label = f"{name} cross_entropy" + (" smoothed" if smoothing else "")
+            yield label, lambda call=call: kernels.cross_entropy(*call)
+        if every:
+            call = (z, labels.long(), None, None, [255, 1], 0.0, False, True)
+            label = f"{name} cross_entropy, int64 labels"
             yield label, lambda call=call: kernels.cross_entropy(*call)
     if every:
         z = meta(BATCH, classes, HIGH, HIGH, dtype=dtype).to(memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmt import library
+from fastmt.arguments import first_line
 
 _MOST_DIMENSIONS = 5  # (N, C, *spatial) that the kernels walk
 
@@ -79,7 +80,9 @@ def _nodes() -> torch.library.Library:
 
 @library.constant_while_tracing
 def launch_obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot launch on a device, if it cannot."""
+    """Why Triton cannot launch on a device, if it cannot: a kernel is launched to see."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # nothing of this may become part of a graph
     return _launch_obstacle(device)
 
 
@@ -91,6 +94,23 @@ def _launch_obstacle(device: torch.device) -> str | None:
         return "on CPU tensors Triton kernels run only with TRITON_INTERPRET=1 set from the start"
     if not torch.version.hip and (found := torch.cuda.get_device_capability(device)) < (7, 0):
         return f"compute capability {found[0]}.{found[1]} is below the 7.0 that Triton serves"
-    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
-        return "Triton needs a C compiler to launch kernels: gcc or clang on PATH, or CC"
+    return _compiler_obstacle() or _failure(device)
+
+
+def _compiler_obstacle() -> str | None:
+    """Triton asks for these by name."""
+    given = os.environ.get("CC")
+    if any(map(shutil.which, ("gcc", "clang") if given is None else (given,))):
+        return None
+    got = "neither" if given is None else f"CC={given!r}, which is not there"
+    return f"Triton needs a C compiler to launch kernels, gcc or clang on PATH or in CC: got {got}"
+
+
+def _failure(device: torch.device) -> str | None:
+    """What Triton says of a launch, if it fails: headers of Python, a driver, a GPU too new."""
+    try:
+        number = torch.ones((), device=device)
+        kernels().scale_(number.clone(), number, number)
+    except Exception as error:
+        return f"Triton kernels do not run on {device}: {first_line(error)}"
     return None

@@ -75,9 +75,10 @@ def fetches(blocks: Blocks, itemsize: int) -> bool:
 def registers_for(blocks: Blocks, classes: int, itemsize: int) -> int | None:
     """The most registers that a thread may take of a multiprocessor on which 12 warps are to run.
 
-    Of columns in half precision that fit into so many on the GPUs where that was measured. By the
-    compiler's own choice, which changes with its version and with arguments that have little to do
-    with it, some kernels get more: "mse" of 19 classes took 291 us on an H200, and 257 with 168.
+    Of columns in half precision that fit into so many on the GPUs where that was measured; launch()
+    holds a kernel to them that spills none. By the compiler's own choice, which changes with its
+    version and with arguments that have little to do with it, some kernels get more: "mse" of 19
+    classes took 291 us on an H200, and 257 with 168.
     """
     on_hopper = (gpu := target()) is not None and (gpu.backend, gpu.arch) == ("cuda", 90)
     return 168 if on_hopper and itemsize == 2 and blocks.vector * classes <= 96 else None

@@ -109,9 +109,6 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
     blocks = blocks_for(classes, itemsize, call.columns, lie_apart(columns))
     block, warps, tiles, vector = blocks
     pixels = describe(columns, [call.pixel_weight, call.valid], block)
-    # What else there is to hold would be spilled; other losses need less.
-    fits = call.constants["LOSS"] == "mse" and call.constants["LIMIT"] != "by label"
-    fits = fits and pixels.whole and call.pixel_weight is None and call.valid is None
     launch = Launch(
         consistency_kernel,
         pixels.blocks,
@@ -131,7 +128,7 @@ def prepare(call: ConsistencyCall, student: Tensor, gradient: Tensor | None) -> 
         FETCH=fetches(blocks, student.itemsize),
         num_warps=warps,
         num_stages=1,
-        registers=registers_for(blocks, classes, itemsize) if fits else None,
+        registers=registers_for(blocks, classes, itemsize),
     )
 
     total = prepare_total(consistency_total_kernel, 5, pixels.blocks, call)

@@ -104,7 +104,6 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
     blocks = blocks_for(classes, logits.itemsize, 2, lie_apart(columns))
     block, warps, tiles, vector = blocks
     pixels = describe(columns, [call.labels, call.pixel_weight], block)
-    fits = call.plain and pixels.whole and call.pixel_weight is None  # in so few registers
     launch = Launch(
         cross_entropy_kernel,
         pixels.blocks,
@@ -126,7 +125,7 @@ def prepare(call: CrossEntropyCall, logits: Tensor, gradient: Tensor | None) -> 
         FETCH=fetches(blocks, logits.itemsize),
         num_warps=warps,
         num_stages=1,
-        registers=registers_for(blocks, classes, logits.itemsize) if fits else None,
+        registers=registers_for(blocks, classes, logits.itemsize),
     )
 
     count = 2 if counted else 4

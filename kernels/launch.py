@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -87,7 +88,8 @@ def launch(
 ) -> Callable[..., bool] | None:
     """kernel[(programs,)](*arguments, **constants), the constants in the kernel's own order.
 
-    registers: that a thread may have at most, on NVIDIA's GPUs; None leaves that to the compiler.
+    registers: that a thread may have at most, on NVIDIA's GPUs, where the compiler would take more
+        and can do with them, with nothing kept in memory; None leaves that to the compiler.
     From the second time on it does not ask Triton's dispatcher, which looks at each argument anew
     and takes longer than the launch itself. Returns what `_direct` made of the kernel, if anything.
     """
@@ -105,11 +107,23 @@ def launch(
     # Fused a * b + c, which is Triton's default up to 3.9, and not from 3.10 on.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if registers is not None:
-        options["maxnreg"] = registers
+        compiled = partial(kernel.warmup, *arguments, grid=(programs,), **constants, **options)
+        if registers_of(compiled())[0] > registers:
+            _, spilled = registers_of(compiled(maxnreg=registers))
+            options |= {} if spilled else {"maxnreg": registers}
     made = kernel[(programs,)](*arguments, **constants, **options)
     if isinstance(made, triton.compiler.CompiledKernel) and not torch.version.hip:
         _keep(_compiled, key, (made, _direct(made)))
     return None
+
+
+def registers_of(made: Any) -> tuple[int, int]:
+    """How many a thread of a compiled kernel takes, and how many it keeps in memory.
+
+    The driver says so of what is loaded, as it is when Triton is asked how it runs.
+    """
+    _ = made.run
+    return made.n_regs, made.n_spills
 
 
 def target() -> GPUTarget | None:

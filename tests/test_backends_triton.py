@@ -53,14 +53,38 @@ def test_an_old_gpu_is_named_with_what_is_expected(monkeypatch):
     assert reason == "compute capability 6.1 is below the 7.0 that Triton serves"
 
 
-def test_a_missing_compiler_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("found", "given", "told"),
+    [
+        ((), None, "got neither"),
+        (("cc",), None, "got neither"),
+        (("gcc",), "/nowhere/gcc", "got CC='/nowhere/gcc', which is not there"),
+        (("clang",), None, None),
+        (("cc",), "cc", None),
+    ],
+)
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path, found, given, told):
+    for name in found:
+        (tmp_path / name).touch(0o755)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(triton_backend, "_failure", lambda device: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    look = triton_backend._launch_obstacle.__wrapped__
-    assert "Triton needs a C compiler" in look(torch.device("cuda", 0))
-    monkeypatch.setenv("CC", "/usr/bin/cc")
-    assert look(torch.device("cuda", 0)) is None
+    if given is not None:
+        monkeypatch.setenv("CC", given)
+    reason = triton_backend._launch_obstacle.__wrapped__(torch.device("cuda", 0))
+    assert reason == told or reason.endswith(told)
+
+
+def test_what_triton_says_of_a_launch_that_fails_is_the_reason(monkeypatch):
+    pytest.importorskip("triton")
+
+    def scale_(*_):
+        raise RuntimeError("ptxas fatal: sm_999 is not supported\nmore")
+
+    monkeypatch.setattr(triton_backend.kernels(), "scale_", scale_)
+    reason = triton_backend._failure(torch.device("cpu"))
+    assert reason == "Triton kernels do not run on cpu: ptxas fatal: sm_999 is not supported"
 
 
 def test_float64_subclasses_devices_and_ranks_are_stated_reasons():

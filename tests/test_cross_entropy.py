@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,3 +183,21 @@ def test_a_label_in_range_can_be_the_ignored_one(either):
     labels = torch.tensor([0, 2, 0])
     value = fastmt.cross_entropy(logits, labels, ignore_index=0)
     torch.testing.assert_close(value, F.cross_entropy(logits[1:2], labels[1:2]))
+
+
+def test_labels_on_a_gpu_are_read_where_it_is_asked_for(monkeypatch):
+    module, there = importlib.import_module("fastmt.cross_entropy"), SimpleNamespace(is_cpu=False)
+    monkeypatch.delenv("FASTMT_CHECK", raising=False)
+    assert not module._checks_labels(there)
+    for value, checks in (("0", False), ("1", True)):
+        monkeypatch.setenv("FASTMT_CHECK", value)
+        assert module._checks_labels(there) == checks
+
+
+def test_labels_that_a_kernel_has_counted_are_named(monkeypatch):
+    """As those of a GPU: what the kernel returns says that there are some, no more."""
+    module, labels = importlib.import_module("fastmt.cross_entropy"), torch.tensor([[3, 9, 255]])
+    monkeypatch.setattr(module, "_checks_labels", lambda of_the_call: True)
+    module._refuse(torch.tensor(0.0), labels, 5, 255)
+    with pytest.raises(ValueError, match=r"^labels: got label 9, expected 0\.\.4 or"):
+        module._refuse(torch.tensor(1.0), labels, 5, 255)

@@ -101,6 +101,28 @@ def test_what_triton_may_specialise_on_asks_the_dispatcher(other):
     assert not kernel.ran
 
 
+@pytest.mark.parametrize(
+    ("taken", "spilled", "held"), [(168, 0, None), (169, 0, 168), (255, 4, None)]
+)
+def test_a_kernel_that_takes_more_registers_is_held_to_them_if_it_keeps_none_in_memory(
+    taken, spilled, held, monkeypatch
+):
+    kernel, asked = _Kernel(), []
+
+    def warmup(*arguments, grid, maxnreg=None, **options):
+        asked.append(maxnreg)
+        if maxnreg is None:
+            return SimpleNamespace(run=launch, n_regs=taken, n_spills=0)
+        return SimpleNamespace(run=launch, n_regs=maxnreg, n_spills=spilled)
+
+    monkeypatch.setattr(kernel, "warmup", warmup, raising=False)
+    for _ in range(2):
+        launch(kernel, 3, 0.5, torch.zeros(16), BLOCK=64, registers=168)
+    ((_, _, options),) = kernel.asked
+    assert asked == ([None, 168] if taken > 168 else [None])
+    assert options.get("maxnreg") == held
+
+
 def test_constants_in_another_order_than_the_kernel_takes_them_are_refused():
     with pytest.raises(TypeError, match=r"got constants \['WIDTH'\], expected \['BLOCK'\]"):
         launch(_Kernel(), 1, 0.5, torch.zeros(16), WIDTH=64)

@@ -85,6 +85,31 @@ def test_any_ratio_of_sizes_serves_all_three_operations(low, size, align_corners
     assert_all_three_operations_are_the_reference(low, size, align_corners)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_reduction": "mean"},
+        {"temperature": 0.5},
+        {"loss": "bce", "class_reduction": "mean", "temperature": 2.0, "normalize": "weight"},
+        {"loss": "soft_ce", "temperature": 0.5, "normalize": "selected"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("classes", [5, 19])
+def test_what_scales_logits_and_losses_does_so_where_they_are_upsampled(classes, options):
+    student, teacher = (random_logits((2, classes, 3, 4), seed, 3.0) for seed in (1, 2))
+    size, temperature = (7, 19), options.get("temperature", 1.0)
+    assert_consistency_is_the_reference(
+        student, [teacher], size, False, weight="confidence", threshold=0.0, **options
+    )
+    for kind in ("max_prob", "entropy", "margin"):
+        confidence = fastmt.softmax_confidence(
+            teacher, kind=kind, temperature=temperature, size=size
+        )
+        score, _ = decided([teacher / temperature], size, False, kind)
+        torch.testing.assert_close(confidence.score.double(), score, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("classes", [19, 21, 81, 150, 256])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_the_common_numbers_of_classes(classes, dtype):

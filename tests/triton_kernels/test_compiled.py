@@ -30,6 +30,36 @@ def as_on_a_gpu(kernels, monkeypatch):
     torch.compiler.reset()
 
 
+def nodes():
+    """Arguments for each node of a graph, dense and up-sampled."""
+    half, many = torch.full(LABELS.shape, 0.5), torch.linspace(0.2, 0.6, 5)
+    low, options, size = STUDENT[:, :, :3, :4], [1, 1, 1, 2, 1, 2], list(LABELS.shape[1:])
+    dense = ([TEACHER], torch.tensor([0.4]), None, None, [0] * 6, 1.0, None, False, True)
+    cells = ([TEACHER, low], many, half, LABELS != 1, options, 0.5, size, True, True)
+    yield "consistency_loss", (STUDENT, *dense)
+    yield "consistency_loss", (low, *cells)
+    yield "cross_entropy", (STUDENT, LABELS, None, None, [255, 1], 0.0, False, True)
+    yield "cross_entropy", (low, LABELS.to(torch.uint8), half, many, [1, 2], 0.1, True, True)
+    yield "softmax_confidence", ([STUDENT, TEACHER], 0, 1.0, None, False)
+    yield "softmax_confidence", ([low], 1, 0.5, size, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [pytest.param(*each, id=f"{each[0]}-{i}") for i, each in enumerate(nodes())],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_library_checks_every_node(name, arguments, dtype):
+    def cast(argument):
+        if isinstance(argument, list) and isinstance(argument[0], torch.Tensor):
+            return [logits.to(dtype) for logits in argument]
+        return argument
+
+    first, *others = map(cast, arguments)
+    first = first if isinstance(first, list) else first.to(dtype)
+    torch.library.opcheck(getattr(triton_backend.nodes(), name).default, (first, *others))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
 def test_a_compiled_operation_is_the_launched_one_in_one_graph(operation):
     z = STUDENT.clone().requires_grad_()

@@ -25,6 +25,7 @@ from fastmt.kernels import (
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
+interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="tensors are moved to a GPU first")
 
 
 def everything(student, teacher, labels):
@@ -133,6 +134,18 @@ def test_a_large_gradient_is_written_with_its_denominator(
     torch.testing.assert_close(
         scale.double() * gradient.double(), truth.grad, rtol=relative, atol=1e-7
     )
+
+
+@interpreted
+def test_a_denominator_is_of_labels_that_lie_beyond_32_bits(monkeypatch):
+    monkeypatch.setattr(denominator, "LAUNCHES", -(2**40))
+    launch.forget()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # the fixture puts it back
+    logits, labels = random_logits((1, 4, 3), 0), torch.tensor([[2, 255, 1]], dtype=torch.uint8)
+    memory = torch.empty(2 * 3 * 2**29 + 1, dtype=torch.uint8)
+    far = memory.as_strided(labels.shape, (1, 3 * 2**29)).copy_(labels)
+    values = [fastmt.cross_entropy(logits.requires_grad_(), each) for each in (labels, far)]
+    assert torch.equal(*values)
 
 
 def test_huge_weights_of_a_large_gradient_divide_the_loss_and_it_alike(monkeypatch):
