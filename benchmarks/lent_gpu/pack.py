@@ -4,8 +4,8 @@
 
 With a PyTorch that is built for CUDA 13, of the versions of torch and Triton that the GPU's machine
 has, and fastmt installed with its CUDA kernels (`TORCH_CUDA_ARCH_LIST=9.0 pip install -e .`). What
-is compiled is kept in runs/lent_gpu, so a second time takes less; the first takes a quarter of an
-hour on two cores. There, in a checkout of the same commit: benchmarks/lent_gpu/run.sh.
+is compiled is kept in runs/lent_gpu, so a second time takes less. There, in a checkout of the same
+commit: benchmarks/lent_gpu/run.sh.
 
 Triton's launchers, which depend on Python's version, are compiled there.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path("runs/lent_gpu")  # relative: Triton writes its paths into the cache
-# The GPU takes none of these; without the text of what was compiled a cache is a tenth.
+# The GPU takes none of these, and most of a cache is text.
 FOR_READERS = (".ttir", ".ttgir", ".llir", ".ptx", ".source")
 
 
