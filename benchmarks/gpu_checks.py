@@ -199,6 +199,19 @@ def kernels_are_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(before)
 
 
+def sums_of_many_programs_are_the_same_whichever_is_the_last(device: torch.device) -> None:
+    shape = Shape(2, _CLASSES, (1024, 1024))
+    student, teacher = (inputs.logits(shape, device=device, seed=seed) for seed in (0, 1))
+    labels = inputs.labels(shape, device=device, seed=2)
+    consistency = partial(fastmt.consistency_loss, threshold=0.5)
+    for function, target in ((consistency, teacher), (fastmt.cross_entropy, labels)):
+        wanted = target.double() if target.is_floating_point() else target
+        values = [function(student, target) for _ in range(50)]
+        exact = function(student.double(), wanted)
+        torch.testing.assert_close(values[0].double(), exact, rtol=1e-5, atol=0)
+        assert all(torch.equal(value, values[0]) for value in values)
+
+
 def an_average_of_many_tensors_is_one_launch(device: torch.device) -> None:
     teacher = [torch.zeros(n, device=device) for n in range(1, 200)]
     student = [torch.ones(n, device=device) for n in range(1, 200)]
@@ -228,6 +241,7 @@ BEHAVIOUR: tuple[Check, ...] = (
     a_captured_loss_follows_threshold_weight_and_decay,
     labels_out_of_range_are_named_when_checked_and_harmless_otherwise,
     kernels_are_deterministic,
+    sums_of_many_programs_are_the_same_whichever_is_the_last,
     an_average_of_many_tensors_is_one_launch,
     teachers_of_a_student_take_one_launch_and_some_for_their_decays,
 )

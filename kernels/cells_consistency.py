@@ -31,7 +31,7 @@ from fastmt.kernels.grid import (
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import consistency_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.teachers import cells_teacher
-from fastmt.kernels.weights import any_of, consistency_weight, masked, put_sum, zeros
+from fastmt.kernels.weights import any_of, consistency_weight, masked, put_count, put_sum, zeros
 
 
 @triton.jit
@@ -158,6 +158,7 @@ def cells_consistency_kernel(
     put_sum(partials, 2, score_sum)
     put_sum(partials, 3, selected)
     put_sum(partials, 4, valid_sum)
+    put_count(partials, 5)
 
 
 def prepare(

@@ -29,7 +29,7 @@ from fastmt.kernels.grid import (
 from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import cross_entropy_total_kernel, partial_sums, prepare_total
-from fastmt.kernels.weights import any_of, masked, put_sum, zeros
+from fastmt.kernels.weights import any_of, masked, put_count, put_sum, zeros
 
 ROWS = 4  # columns of a band: two of the logits, two of the gradient
 
@@ -123,6 +123,7 @@ def cells_cross_entropy_kernel(
     put_sum(partials, 1, wrong_sum)
     put_sum(partials, 2, weight_sum)
     put_sum(partials, 3, valid_sum)
+    put_count(partials, 4)
 
 
 def prepare(

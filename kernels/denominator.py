@@ -17,9 +17,9 @@ from fastmt.kernels.calls import CrossEntropyCall
 from fastmt.kernels.columns import classes_of, lanes_of
 from fastmt.kernels.labels import class_weights, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
-from fastmt.kernels.sums import BLOCK, Fold, add_up, pick, ratio
+from fastmt.kernels.sums import Total, partial_sums, pick, ratio, sums_of_all
 from fastmt.kernels.views import describe, inside_of, map_at, place_of
-from fastmt.kernels.weights import put_sum
+from fastmt.kernels.weights import put_count, put_sum
 
 PIXELS, WARPS = 4096, 8  # of a block
 LAUNCHES = 2**24  # bytes: about what two small launches may cost, by count and not by time
@@ -64,16 +64,24 @@ def cross_entropy_weight_kernel(
     )
     put_sum(partials, 0, tl.where(weight != 0.0, weight * own_weight, 0.0).to(tl.float64))
     put_sum(partials, 1, keep.to(tl.int32))
+    put_count(partials, 2)
 
 
 @triton.jit
 def cross_entropy_denominator_kernel(
-    partials, programs, inside, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
+    partials,
+    programs,
+    shares,
+    inside,
+    COUNT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """1 / denominator, from (weight, valid) of each program."""
-    totals = add_up(partials, 0, programs, programs, 2, BLOCK)
-    denominator = pick(totals, 1 if NORMALIZE == "valid" else 0)
-    tl.store(inside, ratio(1.0, denominator))
+    totals, has_all = sums_of_all(partials, programs, shares, COUNT, BLOCK)
+    if has_all:
+        denominator = pick(totals, 1 if NORMALIZE == "valid" else 0)
+        tl.store(inside, ratio(1.0, denominator))
 
 
 def prepare_denominator(call: CrossEntropyCall, classes: int) -> Callable[..., Tensor]:
@@ -95,23 +103,14 @@ def prepare_denominator(call: CrossEntropyCall, classes: int) -> Callable[..., T
         WHOLE=pixels.whole,
         num_warps=WARPS,
     )
-    fold = Fold.of(2, pixels.blocks)
-    divide = Launch(
-        cross_entropy_denominator_kernel,
-        1,
-        GIVEN,
-        fold.programs,
-        GIVEN,
-        NORMALIZE=call.total["NORMALIZE"],
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    kernel, normalize = cross_entropy_denominator_kernel, call.total["NORMALIZE"]
+    divide = Total(kernel, 2, pixels.blocks, GIVEN, NORMALIZE=normalize)
 
     def denominator(labels, pixel_weight, class_weight, smoothing, results) -> Tensor:
-        partials = results[0].new_empty((2, pixels.blocks), dtype=torch.float64)
+        partials = partial_sums(results, 2, pixels.blocks, dtype=torch.float64)
         inside = torch.empty_like(results[0], dtype=torch.float64)
         weigh(labels, pixel_weight, class_weight, partials, smoothing)
-        divide(fold(partials), inside)
+        divide(partials, inside)
         return inside
 
     return denominator

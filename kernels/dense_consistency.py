@@ -22,7 +22,7 @@ from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import consistency_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.teachers import dense_teacher
 from fastmt.kernels.views import describe, inside_of, lie_apart, map_at, place_of
-from fastmt.kernels.weights import any_of, consistency_weight, masked, put_sum, zeros
+from fastmt.kernels.weights import any_of, consistency_weight, masked, put_count, put_sum, zeros
 
 
 @triton.jit
@@ -82,6 +82,7 @@ def consistency_kernel(
     counted = tl.int32 if LIMIT == "number" else tl.float32
     put_sum(partials, 3, passing.to(counted))
     put_sum(partials, 4, keep.to(counted))
+    put_count(partials, 5)
 
     active = weight != 0.0
     loss = tl.zeros_like(weight)

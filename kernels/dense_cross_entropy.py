@@ -22,7 +22,7 @@ from fastmt.kernels.labels import class_weights, label_loss, label_weight
 from fastmt.kernels.launch import GIVEN, Launch
 from fastmt.kernels.sums import cross_entropy_total_kernel, partial_sums, prepare_total
 from fastmt.kernels.views import describe, inside_of, lie_apart, map_at, place_of
-from fastmt.kernels.weights import any_of, masked, put_sum, zeros
+from fastmt.kernels.weights import any_of, masked, put_count, put_sum, zeros
 
 
 @triton.jit
@@ -62,6 +62,7 @@ def cross_entropy_kernel(
     )
     active = weight != 0.0
     put_sum(partials, 1, wrong.to(tl.int32))
+    put_count(partials, 2 if COUNTED else 4)
     if not COUNTED:
         put_sum(partials, 2, tl.where(active, weight * own_weight, 0.0))
         put_sum(partials, 3, keep.to(tl.int32))

@@ -4,13 +4,18 @@ A column holds the C values of a block of pixels as a tuple of float32 tiles (ro
 `classes` which class each row is, (rows, 1). Rows beyond the last class are padding: their logits
 are -inf, their probabilities 0. Tiles of unlike height leave little padding: 19 = 16 + 2 + 1.
 What needs logits comes before their exponentials, which then take their place in the registers.
+
+Exponentials are relative to the largest logit of a pixel, which csrc/pixel.h may not count on: so
+where it divides each of them by their sum, here the sum goes into factors of the whole pixel.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
+from fastmt.kernels.halves import COMPILED
 from fastmt.kernels.over_classes import added, first_of, largest, largest_but, value_at
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
@@ -47,6 +52,21 @@ def exp(x, scale=1.0):
 
 
 @triton.jit
+def inverse_of(total):
+    """1 / total of exponentials that are relative to the largest, so that total is at least 1.
+
+    On NVIDIA by the unit for it, an ulp off and exact for 1: a division serves numbers beyond
+    2^126 and below 2^-126 too, and takes six instructions more.
+    """
+    if COMPILED and is_cuda():
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / total
+
+
+@triton.jit
 def label_of(label, total):
     """Where the sum of the exponentials is NaN all probabilities are, and the first is the top."""
     return tl.where(total == total, label, 0)
@@ -73,14 +93,14 @@ def scaled(column, factor):
 
 @triton.jit
 def teacher_pixel(y, classes, inverse_temperature, KIND: tl.constexpr, CLASSES: tl.constexpr):
-    """Score and label of q = softmax(y / T), and q."""
+    """Score and label of q = softmax(y / T), and q: a column and what it is to be multiplied by."""
     top = largest(y)
     label = first_of(y, classes, top)
     of_top = 1.0
     if KIND == "margin" and CLASSES > 1:
         of_top -= exp(largest_but(y, classes, label) - top, inverse_temperature)
     powers, total = exponentials(y, top, inverse_temperature)
-    inverse = 1.0 / total
+    inverse = inverse_of(total)
     score = of_top * inverse
     if KIND == "entropy" and CLASSES > 1:
         moment = None
@@ -88,7 +108,7 @@ def teacher_pixel(y, classes, inverse_temperature, KIND: tl.constexpr, CLASSES: 
             x = (y[i] - top[None, :]) * inverse_temperature
             moment = added(moment, powers[i] * tl.maximum(x, LOG_TINY), y)
         score = entropy_score(tl.log(total) - tl.sum(moment, 0) * inverse, CLASSES)
-    return score, label_of(label, total), scaled(powers, inverse)
+    return score, label_of(label, total), (powers, inverse)
 
 
 @triton.jit
@@ -101,7 +121,7 @@ def entropy_score(entropy, CLASSES: tl.constexpr):
 def add_member(q, y, inverse_temperature):
     """q + softmax(y / T) of one member of an ensemble; q is () before the first."""
     powers, total = exponentials(y, largest(y), inverse_temperature)
-    member = scaled(powers, 1.0 / total)
+    member = scaled(powers, inverse_of(total))
     tiles = ()
     for i in tl.static_range(len(y)):
         tiles = tiles + (member[i] if len(q) == 0 else q[i] + member[i],)
@@ -110,7 +130,7 @@ def add_member(q, y, inverse_temperature):
 
 @triton.jit
 def ensemble_pixel(q, classes, MEMBERS: tl.constexpr, KIND: tl.constexpr, CLASSES: tl.constexpr):
-    """Score and label of what the members of an ensemble have summed up in q, and its mean."""
+    """Score and label of what the members of an ensemble have summed up in q, and q as above."""
     top = largest(q)
     label = first_of(q, classes, top)
     total = None
@@ -121,68 +141,78 @@ def ensemble_pixel(q, classes, MEMBERS: tl.constexpr, KIND: tl.constexpr, CLASSE
         score -= largest_but(q, classes, label)
     # Divided, as IEEE has it, so that certain members score exactly 1.
     score = tl.div_rn(score, tl.full(score.shape, MEMBERS, tl.float32))
-    q = scaled(q, tl.full(top.shape, 1.0 / MEMBERS, tl.float32))
+    inverse = tl.full(top.shape, 1.0 / MEMBERS, tl.float32)
     if KIND == "entropy" and CLASSES > 1:
-        score = entropy_score(-negative_entropy(q), CLASSES)
-    return score, label_of(label, tl.sum(total, 0)), q
+        score = entropy_score(-negative_entropy(q, inverse), CLASSES)
+    return score, label_of(label, tl.sum(total, 0)), (q, inverse)
 
 
 @triton.jit
-def negative_entropy(q):
+def negative_entropy(y, inverse):
     total = None
-    for i in tl.static_range(len(q)):
-        total = added(total, q[i] * log_positive(q[i]), q)
+    for i in tl.static_range(len(y)):
+        q = y[i] * inverse[None, :]
+        total = added(total, q * log_positive(q), y)
     return tl.sum(total, 0)
 
 
 @triton.jit
 def consistency_pixel(z, q, label, coefficient, classes, LOSS: tl.constexpr, CLASSES: tl.constexpr):
     """Loss between p = softmax(z) and q at each pixel, and coefficient times its gradient."""
+    y, inverse = q
     if LOSS == "mse":
-        return mse_pixel(z, q, coefficient)
+        return mse_pixel(z, y, inverse, coefficient)
     elif LOSS == "ce":
         return ce_pixel(z, label, coefficient, classes)
     elif LOSS == "bce":
-        return bce_pixel(z, q, coefficient, classes, CLASSES)
+        return bce_pixel(z, scaled(y, inverse), coefficient, classes, CLASSES)
     elif LOSS == "js":
-        return js_pixel(z, q, coefficient)
+        return js_pixel(z, scaled(y, inverse), coefficient)
     else:
-        return soft_ce_pixel(z, q, coefficient, LOSS)
+        return soft_ce_pixel(z, y, inverse, coefficient, LOSS)
 
 
 @triton.jit
-def mse_pixel(z, q, coefficient):
-    """sum (p - q)^2; its gradient 2 p ((p - q) - sum p (p - q))."""
-    powers, total = exponentials(z, largest(z))
-    p = scaled(powers, 1.0 / total)
+def mse_pixel(z, y, inverse, coefficient):
+    """sum (p - q)^2; its gradient 2 p ((p - q) - sum p (p - q)).
+
+    All of it in units of 1 / total, which lies between 1 / C and 1: p is its exponential then.
+    """
+    p, total = exponentials(z, largest(z))
+    q_scale, unit = inverse * total, inverse_of(total)
+    square = unit * unit
+    factor = 2.0 * coefficient * square
     value, mean = None, None
+    differences = ()
     for i in tl.static_range(len(z)):
-        difference = p[i] - q[i]
+        difference = tl.fma(y[i], -q_scale[None, :], p[i])
         value = added(value, difference * difference, z)
         mean = added(mean, p[i] * difference, z)
-    value, mean = tl.sum(value, 0), tl.sum(mean, 0)
-    factor = 2.0 * coefficient
+        differences = differences + (difference,)
+    value, mean = tl.sum(value, 0) * square, tl.sum(mean, 0)
+    shift = factor * unit * mean
     gradient = ()
     for i in tl.static_range(len(z)):
-        share = p[i] * factor[None, :]
-        gradient = gradient + (share * (p[i] - q[i]) - share * mean[None, :],)
+        slope = differences[i] * factor[None, :] - shift[None, :]
+        gradient = gradient + (p[i] * slope,)
     return value, gradient
 
 
 @triton.jit
-def soft_ce_pixel(z, q, coefficient, LOSS: tl.constexpr):
+def soft_ce_pixel(z, y, inverse, coefficient, LOSS: tl.constexpr):
     """-sum q log p, plus sum q log q for "kl"; the gradient of both is p - q."""
-    of_teacher = negative_entropy(q) if LOSS == "kl" else 0.0
+    of_teacher = negative_entropy(y, inverse) if LOSS == "kl" else 0.0
     top = largest(z)
     expected = None
     for i in tl.static_range(len(z)):
-        expected = added(expected, times(q[i], z[i] - top[None, :]), z)
-    expected = tl.sum(expected, 0)
+        expected = added(expected, times(y[i], z[i] - top[None, :]), z)
+    expected = tl.sum(expected, 0) * inverse
     powers, total = exponentials(z, top)
-    p = scaled(powers, 1.0 / total)
+    p = scaled(powers, coefficient * inverse_of(total))
+    q = scaled(y, inverse * coefficient)
     gradient = ()
     for i in tl.static_range(len(z)):
-        gradient = gradient + ((p[i] - q[i]) * coefficient[None, :],)
+        gradient = gradient + (p[i] - q[i],)
     return tl.log(total) - expected + of_teacher, gradient
 
 
@@ -192,11 +222,12 @@ def ce_pixel(z, label, coefficient, classes):
     top = largest(z)
     chosen = value_at(z, classes, label) - top
     powers, total = exponentials(z, top)
-    p = scaled(powers, coefficient / total)
+    p_scale = coefficient * inverse_of(total)
+    own_slope = exp(chosen) * p_scale - coefficient
     gradient = ()
     for i in tl.static_range(len(z)):
         own = classes[i] == label[None, :]
-        gradient = gradient + (tl.where(own, p[i] - coefficient[None, :], p[i]),)
+        gradient = gradient + (tl.where(own, own_slope[None, :], powers[i] * p_scale[None, :]),)
     return tl.log(total) - chosen, gradient
 
 
@@ -217,12 +248,15 @@ def weighted_ce_pixel(z, label, coefficient, classes, weights, smoothing, CLASSE
     powers, total = exponentials(z, top)
     share = own_weight * (1.0 - smoothing)
     mass = share + mean_weight * smoothing
-    p = scaled(powers, mass / total)
+    p_scale = mass * inverse_of(total)
+    own_slope = exp(chosen) * p_scale - (share + own_weight * (smoothing / CLASSES))
+    own_slope *= coefficient
+    p_scale, target = p_scale * coefficient, coefficient * (smoothing / CLASSES)
     gradient = ()
     for i in tl.static_range(len(z)):
-        own = tl.where(classes[i] == label[None, :], share[None, :], 0.0)
-        target = own + class_weight[i] * (smoothing / CLASSES)
-        gradient = gradient + ((p[i] - target) * coefficient[None, :],)
+        own = classes[i] == label[None, :]
+        slope = powers[i] * p_scale[None, :] - class_weight[i] * target[None, :]
+        gradient = gradient + (tl.where(own, own_slope[None, :], slope),)
     loss = mass * tl.log(total) - times(share, chosen) - times(smoothing / CLASSES, spread)
     return loss, gradient
 
@@ -288,7 +322,7 @@ def bce_pixel(z, q, coefficient, classes, CLASSES: tl.constexpr):
 def js_pixel(z, q, coefficient):
     """KL(p||m)/2 + KL(q||m)/2 with m = (p+q)/2; its gradient p (g - sum p g), g = log(p/m) / 2."""
     powers, total = exponentials(z, largest(z))
-    p = scaled(powers, 1.0 / total)
+    p = scaled(powers, inverse_of(total))
     value, mean = None, None
     halves = ()
     for i in tl.static_range(len(z)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +14,9 @@ from fastmt.kernels.launch import GIVEN, Launch
 
 ROWS = tl.constexpr(8)  # of partial sums that are added up at once
 NORMALIZATIONS = ("all", "valid", "selected", "weight")
-BLOCK = 1024
-FEW = 4096  # partial sums that one program adds up
+BLOCK, WARPS = 1024, 8  # what one program adds up at once
+FEW = 4096  # partial sums of each kind that one program adds up
+SHARE = 256  # of more than these, what each of several programs adds up
 
 
 class GradientScale:
@@ -55,20 +56,29 @@ def add_up(partials, begin, end, programs, COUNT, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fold_kernel(
-    partials,
-    programs,
-    folded,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Partial sums of BLOCK programs each, in float64."""
-    begin = tl.program_id(0) * BLOCK
-    end = tl.minimum(begin + BLOCK, programs)
-    totals = add_up(partials, begin, end, programs, COUNT, BLOCK)
-    rows = tl.arange(0, ROWS)
-    at = folded + rows * tl.num_programs(0) + tl.program_id(0)
-    tl.store(at, totals, mask=rows < COUNT)
+def sums_of_all(partials, programs, shares, COUNT, BLOCK: tl.constexpr):
+    """Float64 sums (ROWS,) over all programs of partials, and whether this program has them.
+
+    With room for `shares`, (COUNT, programs of this kernel), each of these adds up BLOCK partial
+    sums, and whichever is the last of them to be done what the others have left: in the order of
+    their numbers, so that the sums do not depend on which it is. They count themselves behind the
+    partial sums (put_count).
+    """
+    if shares is None:
+        return add_up(partials, 0, programs, programs, COUNT, BLOCK), True
+    else:
+        own, every = tl.program_id(0), tl.num_programs(0)
+        begin = own * BLOCK
+        end = tl.minimum(begin + BLOCK, programs)
+        totals = add_up(partials, begin, end, programs, COUNT, BLOCK)
+        rows = tl.arange(0, ROWS)
+        tl.store(shares + rows * every + own, totals, mask=rows < COUNT)
+        count = (partials + COUNT * programs).to(tl.pointer_type(tl.int32))
+        tl.debug_barrier()  # what all threads have stored is there for whom the count tells
+        is_last = tl.atomic_add(count, 1, sem="acq_rel") == every - 1
+        if is_last:
+            totals = add_up(shares, 0, every, every, COUNT, BLOCK)
+        return totals, is_last
 
 
 @triton.jit
@@ -90,6 +100,7 @@ def ratio(numerator, denominator):
 def consistency_total_kernel(
     partials,
     programs,
+    shares,
     results,
     pixels,
     inside,
@@ -103,32 +114,34 @@ def consistency_total_kernel(
 
     These are loss, selected, mean_score, scale.
     """
-    totals = add_up(partials, 0, programs, programs, COUNT, BLOCK)
-    passing = pick(totals, 3)
-    valid = pick(totals, 4)
-    fraction = ratio(passing, valid)
-    factor = fraction if RATIO else fraction * 0 + 1
-    if NORMALIZE == "all":
-        denominator = valid * 0 + pixels
-    elif NORMALIZE == "valid":
-        denominator = valid
-    elif NORMALIZE == "selected":
-        denominator = passing
-    else:
-        denominator = factor * pick(totals, 1)
-    denominator = tl.where(factor == 0, 0.0, denominator)
-    value = ratio(factor * pick(totals, 0), denominator)
-    outside = ratio(factor, denominator) / inside
-    tl.store(results[0], value.to(tl.float32))
-    tl.store(results[1], fraction.to(tl.float32))
-    tl.store(results[2], ratio(pick(totals, 2), valid).to(tl.float32))
-    tl.store(results[3], 1.0 if COMPLETE else outside.to(tl.float32))
+    totals, has_all = sums_of_all(partials, programs, shares, COUNT, BLOCK)
+    if has_all:
+        passing = pick(totals, 3)
+        valid = pick(totals, 4)
+        fraction = ratio(passing, valid)
+        factor = fraction if RATIO else fraction * 0 + 1
+        if NORMALIZE == "all":
+            denominator = valid * 0 + pixels
+        elif NORMALIZE == "valid":
+            denominator = valid
+        elif NORMALIZE == "selected":
+            denominator = passing
+        else:
+            denominator = factor * pick(totals, 1)
+        denominator = tl.where(factor == 0, 0.0, denominator)
+        value = ratio(factor * pick(totals, 0), denominator)
+        outside = ratio(factor, denominator) / inside
+        tl.store(results[0], value.to(tl.float32))
+        tl.store(results[1], fraction.to(tl.float32))
+        tl.store(results[2], ratio(pick(totals, 2), valid).to(tl.float32))
+        tl.store(results[3], 1.0 if COMPLETE else outside.to(tl.float32))
 
 
 @triton.jit
 def cross_entropy_total_kernel(
     partials,
     programs,
+    shares,
     results,
     pixels,
     inside,
@@ -142,56 +155,65 @@ def cross_entropy_total_kernel(
     These are loss, scale, labels out of range. Such a label makes loss and gradient NaN.
     With two sums, (loss, wrong), the denominator is at `inside`, where denominator.py has left it.
     """
-    totals = add_up(partials, 0, programs, programs, COUNT, BLOCK)
-    wrong = pick(totals, 1)
-    poison = tl.where(wrong > 0, float("nan"), 1.0)
-    if COUNT == 2:
-        outside = tl.load(inside)
-        value = tl.where(outside == 0, 0.0, pick(totals, 0) * outside) * poison
-    else:
-        valid = pick(totals, 3)
-        if NORMALIZE == "all":
-            denominator = valid * 0 + pixels
-        elif NORMALIZE == "valid":
-            denominator = valid
+    totals, has_all = sums_of_all(partials, programs, shares, COUNT, BLOCK)
+    if has_all:
+        wrong = pick(totals, 1)
+        poison = tl.where(wrong > 0, float("nan"), 1.0)
+        if COUNT == 2:
+            outside = tl.load(inside)
+            value = tl.where(outside == 0, 0.0, pick(totals, 0) * outside) * poison
         else:
-            denominator = pick(totals, 2)
-        value = ratio(pick(totals, 0), denominator) * poison
-        outside = ratio(1.0, denominator) / inside
-    if COMPLETE:  # but where there is nothing to divide by, and what is not finite has to go
-        outside = tl.where(outside == 0, 0.0, outside * 0 + 1)
-    tl.store(results[0], value.to(tl.float32))
-    tl.store(results[1], (outside * poison).to(tl.float32))
-    tl.store(results[2], wrong.to(tl.float32))
+            valid = pick(totals, 3)
+            if NORMALIZE == "all":
+                denominator = valid * 0 + pixels
+            elif NORMALIZE == "valid":
+                denominator = valid
+            else:
+                denominator = pick(totals, 2)
+            value = ratio(pick(totals, 0), denominator) * poison
+            outside = ratio(1.0, denominator) / inside
+        if COMPLETE:  # but where there is nothing to divide by, and what is not finite has to go
+            outside = tl.where(outside == 0, 0.0, outside * 0 + 1)
+        tl.store(results[0], value.to(tl.float32))
+        tl.store(results[1], (outside * poison).to(tl.float32))
+        tl.store(results[2], wrong.to(tl.float32))
 
 
-class Fold(NamedTuple):
-    """How partial sums of many programs become few enough for one of them."""
-
-    count: int
-    programs: int  # that are left
-    launch: Launch | None  # None where there are few already
-
-    @classmethod
-    def of(cls, count: int, programs: int) -> Fold:
-        if programs <= FEW:
-            return cls(count, programs, None)
-        fewer = triton.cdiv(programs, BLOCK)
-        constants = {"COUNT": count, "BLOCK": BLOCK}
-        operands = (GIVEN, programs, GIVEN)
-        return cls(count, fewer, Launch(fold_kernel, fewer, *operands, **constants, num_warps=8))
-
-    def __call__(self, partials: Tensor) -> Tensor:
-        if self.launch is None:
-            return partials
-        sums = partials.new_empty((self.count, self.programs), dtype=torch.float64)
-        self.launch(partials, sums)
-        return sums
+def partial_sums(results: Sequence[Tensor], count: int, programs: int, **options: Any) -> Tensor:
+    """Room for `count` sums of each program of a call with these results, and for put_count."""
+    return results[0].new_empty(count * programs + 1, **options)
 
 
-def partial_sums(results: Sequence[Tensor], count: int, programs: int) -> Tensor:
-    """Room for `count` sums of each program of a call with these results."""
-    return results[0].new_empty((count, programs))
+class Total:
+    """The launch of a kernel that takes `count` sums of programs from sums_of_all.
+
+    It is given the partial sums and what of the kernel's other operands is GIVEN.
+    """
+
+    def __init__(
+        self, kernel: Any, count: int, programs: int, *operands: Any, **constants: Any
+    ) -> None:
+        several = programs > FEW
+        adding = triton.cdiv(programs, SHARE) if several else 1
+        self._shares = (count, adding) if several else None
+        self._launch = Launch(
+            kernel,
+            adding,
+            GIVEN,
+            programs,
+            GIVEN if several else None,
+            *operands,
+            COUNT=count,
+            **constants,
+            BLOCK=SHARE if several else BLOCK,
+            # Of several one: what its threads store is stored when it counts itself.
+            num_warps=1 if several else WARPS,
+        )
+
+    def __call__(self, partials: Tensor, *given: Any) -> None:
+        if self._shares is not None:
+            given = partials.new_empty(self._shares, dtype=torch.float64), *given
+        self._launch(partials, *given)
 
 
 def prepare_total(
@@ -202,13 +224,7 @@ def prepare_total(
     kernel: consistency_total_kernel or cross_entropy_total_kernel.
     counted: and it is given the denominator that the gradient has already.
     """
-    fold = Fold.of(count, programs)
     inside = GIVEN if counted else call.scale.inside
-    operands = (GIVEN, fold.programs, GIVEN, call.pixels, inside)
-    constants = {"COUNT": count, **call.total, "COMPLETE": counted or call.scale.complete}
-    launch = Launch(kernel, 1, *operands, **constants, BLOCK=BLOCK, num_warps=8)
-
-    def total(partials: Tensor, results: tuple[Tensor, ...], *denominator: Tensor) -> None:
-        launch(fold(partials), results, *denominator)
-
-    return total
+    complete = counted or call.scale.complete
+    operands = (GIVEN, call.pixels, inside)
+    return Total(kernel, count, programs, *operands, **call.total, COMPLETE=complete)

@@ -23,7 +23,7 @@ def dense_teacher(
     KIND: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    """(score, label, q) from logits at output resolution, one pointer a member of the ensemble."""
+    """(score, label, q) as teacher_pixel gives them, from one pointer a member of the ensemble."""
     q = ()
     for m in tl.static_range(len(teachers)):
         own = strides[FIRST + m]

@@ -42,6 +42,12 @@ def put_sum(partials, row: tl.constexpr, values):
 
 
 @triton.jit
+def put_count(partials, rows):
+    """No program has added up these partial sums yet: behind them, 0 (sums.sums_of_all)."""
+    tl.store(partials + rows * tl.num_programs(0), 0.0, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
 def any_of(mask):
     return tl.max(mask.to(tl.int32), 0) > 0
 

@@ -10,6 +10,7 @@ from test_captured import Replayed
 
 import fastmt
 from benchmarks import gpu_checks
+from benchmarks.shapes import Shape
 from fastmt import cpp_backend, selftest
 
 CPU = torch.device("cpu")
@@ -101,3 +102,18 @@ def test_the_check_of_replays_notices_a_schedule_that_stands_still(monkeypatch):
     monkeypatch.setattr(fastmt, "CapturedStep", Frozen)
     with pytest.raises(AssertionError):
         gpu_checks.a_replayed_step_is_the_step(CPU)
+
+
+def test_sums_that_differ_from_call_to_call_are_noticed(monkeypatch):
+    check = gpu_checks.sums_of_many_programs_are_the_same_whichever_is_the_last
+    monkeypatch.setattr(gpu_checks, "Shape", lambda n, c, size: Shape(n, c, (16, 16)))
+    check(CPU)
+    values = iter(range(1000))
+    exact = fastmt.consistency_loss
+
+    def drifts(student, teacher, **options):
+        return exact(student, teacher, **options) + 1e-8 * (next(values) % 7)
+
+    monkeypatch.setattr(fastmt, "consistency_loss", drifts)
+    with pytest.raises(AssertionError):
+        check(CPU)

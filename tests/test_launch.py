@@ -307,7 +307,7 @@ def test_launches_of_equal_traits_are_of_the_same_code_to_triton():
 @compiles
 def test_numbers_that_are_not_whole_change_no_code():
     sums, results = torch.zeros(5, 32), [torch.zeros(()) for _ in range(4)]
-    calls = [(sums, 32, tuple(results), pixels, 1.0) for pixels in (1.0, 16.0, 0.5, 1e30)]
+    calls = [(sums, 32, None, tuple(results), pixels, 1.0) for pixels in (1.0, 16.0, 0.5, 1e30)]
     constants = {"COUNT": 5, "NORMALIZE": "all", "RATIO": False, "COMPLETE": True, "BLOCK": 1024}
     assert _check(consistency_total_kernel, calls, constants) == 1
 

@@ -23,7 +23,7 @@ KERNELS = {
     *("consistency_kernel", "consistency_total_kernel", "cells_consistency_kernel"),
     *("cross_entropy_kernel", "cross_entropy_total_kernel", "cells_cross_entropy_kernel"),
     *("cross_entropy_weight_kernel", "cross_entropy_denominator_kernel"),
-    *("confidence_kernel", "cells_confidence_kernel", "join_kernel", "fold_kernel"),
+    *("confidence_kernel", "cells_confidence_kernel", "join_kernel"),
     *("slices_fwd_kernel", "slices_bwd_kernel", "scale_kernel", "ema_kernel"),
 }
 

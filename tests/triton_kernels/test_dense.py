@@ -87,7 +87,7 @@ def test_sums_of_many_programs_are_taken_in_two_steps(monkeypatch):
     labels = random_labels(shape, 0)
     expected = everything(student, teacher, labels)
     monkeypatch.setattr(sums, "FEW", 2)
-    monkeypatch.setattr(sums, "BLOCK", 2)  # programs that one adds up in the first step
+    monkeypatch.setattr(sums, "SHARE", 2)  # programs that each of several adds up
     launch.forget()
     assert_same(expected, everything(student, teacher, labels))
     labels[0, 2], labels[0, 1000] = 9, 7
@@ -105,7 +105,7 @@ def test_a_large_gradient_is_written_with_its_denominator(
     monkeypatch.setattr(denominator, "LAUNCHES", -(2**40))  # any gradient is large
     monkeypatch.setattr(denominator, "PIXELS", 32)
     monkeypatch.setattr(sums, "FEW", 2)
-    monkeypatch.setattr(sums, "BLOCK", 2)
+    monkeypatch.setattr(sums, "SHARE", 2)  # programs that each of several adds up
     launch.forget()
     shape = (2, 5, 9, 7)
     logits, labels = random_logits(shape, 0, dtype=dtype), random_labels(shape, 1)
