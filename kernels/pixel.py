@@ -143,16 +143,15 @@ def ensemble_pixel(q, classes, MEMBERS: tl.constexpr, KIND: tl.constexpr, CLASSE
     score = tl.div_rn(score, tl.full(score.shape, MEMBERS, tl.float32))
     inverse = tl.full(top.shape, 1.0 / MEMBERS, tl.float32)
     if KIND == "entropy" and CLASSES > 1:
-        score = entropy_score(-negative_entropy(q, inverse), CLASSES)
+        score = entropy_score(-negative_entropy(scaled(q, inverse)), CLASSES)
     return score, label_of(label, tl.sum(total, 0)), (q, inverse)
 
 
 @triton.jit
-def negative_entropy(y, inverse):
+def negative_entropy(q):
     total = None
-    for i in tl.static_range(len(y)):
-        q = y[i] * inverse[None, :]
-        total = added(total, q * log_positive(q), y)
+    for i in tl.static_range(len(q)):
+        total = added(total, q[i] * log_positive(q[i]), q)
     return tl.sum(total, 0)
 
 
@@ -169,7 +168,7 @@ def consistency_pixel(z, q, label, coefficient, classes, LOSS: tl.constexpr, CLA
     elif LOSS == "js":
         return js_pixel(z, scaled(y, inverse), coefficient)
     else:
-        return soft_ce_pixel(z, y, inverse, coefficient, LOSS)
+        return soft_ce_pixel(z, scaled(y, inverse), coefficient, LOSS)
 
 
 @triton.jit
@@ -199,20 +198,19 @@ def mse_pixel(z, y, inverse, coefficient):
 
 
 @triton.jit
-def soft_ce_pixel(z, y, inverse, coefficient, LOSS: tl.constexpr):
+def soft_ce_pixel(z, q, coefficient, LOSS: tl.constexpr):
     """-sum q log p, plus sum q log q for "kl"; the gradient of both is p - q."""
-    of_teacher = negative_entropy(y, inverse) if LOSS == "kl" else 0.0
+    of_teacher = negative_entropy(q) if LOSS == "kl" else 0.0
     top = largest(z)
     expected = None
     for i in tl.static_range(len(z)):
-        expected = added(expected, times(y[i], z[i] - top[None, :]), z)
-    expected = tl.sum(expected, 0) * inverse
+        expected = added(expected, times(q[i], z[i] - top[None, :]), z)
+    expected = tl.sum(expected, 0)
     powers, total = exponentials(z, top)
-    p = scaled(powers, coefficient * inverse_of(total))
-    q = scaled(y, inverse * coefficient)
+    p = scaled(powers, inverse_of(total))
     gradient = ()
     for i in tl.static_range(len(z)):
-        gradient = gradient + (p[i] - q[i],)
+        gradient = gradient + ((p[i] - q[i]) * coefficient[None, :],)
     return tl.log(total) - expected + of_teacher, gradient
 
 
@@ -251,7 +249,8 @@ def weighted_ce_pixel(z, label, coefficient, classes, weights, smoothing, CLASSE
     p_scale = mass * inverse_of(total)
     own_slope = exp(chosen) * p_scale - (share + own_weight * (smoothing / CLASSES))
     own_slope *= coefficient
-    p_scale, target = p_scale * coefficient, coefficient * (smoothing / CLASSES)
+    p_scale *= coefficient
+    target = times(smoothing / CLASSES, coefficient)
     gradient = ()
     for i in tl.static_range(len(z)):
         own = classes[i] == label[None, :]

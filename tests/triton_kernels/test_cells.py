@@ -31,6 +31,8 @@ from fastmt.kernels import (
     cells_confidence,
     cells_consistency,
     cells_cross_entropy,
+    launch,
+    sums,
 )
 from fastmt.kernels.grid import first_beyond, neighbours
 
@@ -234,3 +236,24 @@ def test_the_scratch_of_the_gradient_stays_at_low_resolution():
     walk = cells.walk_of(logits, [logits], (1024, 1024), False, strip.pixels)
     full = 8 * 19 * 1024 * 1024
     assert walk.scratch(logits, strip).numel() < full / 16
+
+
+def test_sums_of_many_programs_are_those_of_one(monkeypatch):
+    student, teacher = (random_logits((2, 3, 5, 6), seed) for seed in (1, 2))
+    labels = torch.arange(2 * 17 * 70).view(2, 17, 70) % 3
+
+    def everything():
+        z = student.clone().requires_grad_()
+        loss, stats = fastmt.consistency_loss(
+            z, teacher, threshold=0.4, size=(17, 70), normalize="weight", return_stats=True
+        )
+        supervised = fastmt.cross_entropy(z, labels)
+        (gradient,) = torch.autograd.grad(loss + supervised, z)
+        return torch.stack([loss.detach(), *stats, supervised.detach()]), gradient
+
+    expected = everything()
+    monkeypatch.setattr(sums, "FEW", 2)
+    monkeypatch.setattr(sums, "SHARE", 2)
+    launch.forget()
+    for own, other in zip(everything(), expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-8)
