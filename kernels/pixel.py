@@ -56,7 +56,7 @@ def inverse_of(total):
     """1 / total of exponentials that are relative to the largest, so that total is at least 1.
 
     On NVIDIA by the unit for it, an ulp off and exact for 1: a division serves numbers beyond
-    2^126 and below 2^-126 too, and takes six instructions more.
+    2^126 and below 2^-126 too, and takes several instructions more.
     """
     if COMPILED and is_cuda():
         return tl.inline_asm_elementwise(
