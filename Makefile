@@ -14,8 +14,9 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 demo: $(VENV)/kernels.stamp
 	$(BIN)/python -m fastmt adapt --out runs/demo --overwrite
 
+# Python is let keep compiled modules: else each of the many processes compiles torch's anew.
 test: $(VENV)/kernels.stamp
-	$(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/kernels.stamp
 	$(BIN)/python -m pytest benchmarks --benchmark-enable

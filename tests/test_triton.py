@@ -22,6 +22,8 @@ def test_the_triton_kernels_pass_their_tests_under_the_interpreter():
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 needs NumPy before 2.4")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
+    if (processes := (os.cpu_count() or 1) // 2) > 1:  # the other half has the other tests
+        command += ["--numprocesses", str(processes), "--dist", "loadfile"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
@@ -29,7 +31,7 @@ def test_the_triton_kernels_pass_their_tests_under_the_interpreter():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}{done.stderr[-2000:]}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from on_gpu import NAMES, OnGpu
@@ -28,44 +27,9 @@ collect_ignore_glob = [] if SERVED else ["test_*.py"]
 
 
 if INTERPRETED:
-    import triton.language as tl
-    from triton.runtime import interpreter
+    import interpreter
 
-    patched: set[int] = set()
-
-    def call_device_function(self, *args, **kwargs):
-        # triton.language is patched once a module, not once a call: a third of the time.
-        if id(self.fn.__globals__) not in patched:
-            patched.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    def convert_float(values, source, target, rounding):
-        # To bfloat16 the interpreter truncates, from it subnormal numbers become 0; every GPU
-        # rounds to the nearest, and keeps these.
-        if source == tl.bfloat16 and target == tl.float32:
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        if source != tl.float32 or target != tl.bfloat16:
-            return truncating(values, source, target, rounding)
-        rounded = torch.from_numpy(np.array(values, np.float32)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16)
-
-    def of_numbers(function):
-        # NumPy's maximum is NaN beside a NaN; a GPU's is the other number.
-        return lambda self, a, b: self.binary_op(a, b, function)
-
-    def fused(self, x, y, z):
-        # The interpreter rounds a product before it adds to it; a GPU does not.
-        with np.errstate(all="ignore"):
-            exact = x.data.astype(np.float64) * y.data + z.data
-            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    truncating = interpreter._convert_float
-    interpreter._convert_float = convert_float
-    interpreter.InterpreterBuilder.create_fma = fused
-    interpreter.InterpreterBuilder.create_maxnumf = of_numbers(np.fmax)
-    interpreter.InterpreterBuilder.create_minnumf = of_numbers(np.fmin)
-    interpreter.InterpretedFunction.__call__ = call_device_function
+    interpreter.mend()
 
 
 def pytest_configure(config):
