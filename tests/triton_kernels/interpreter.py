@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to compute what a GPU computes, and in half the time.
+"""Triton's interpreter, made to compute what a GPU computes, and each description only once.
 
 It stands on what is within Triton; where that has changed, a test of the kernels fails.
 """
@@ -17,16 +17,17 @@ from triton.runtime import interpreter
 _truncating = interpreter._convert_float
 _numpy_type_of_numbers = functools.cache(interpreter._get_np_dtype)
 _patched: set[int] = set()
-_shapes: dict[tuple[int, ...], tuple[tl.tuple, tl.tuple, tl.constexpr]] = {}
+_shapes: dict[tuple[int, ...], tuple[tl.tuple, tl.tuple, int]] = {}
 _of_a_scalar = core.tuple([]), tl.constexpr(1)
 
 
 def mend() -> None:
-    """Rounding, maxima and fused products as on a GPU, and nothing done over and over again."""
+    """Rounding, maxima and fused products as on a GPU; types and shapes that are remembered."""
     interpreter._convert_float = _convert_float
     interpreter._get_np_dtype = _numpy_type
     builder = interpreter.InterpreterBuilder
     builder.create_fma = _fused
+    # NumPy's maximum is NaN beside a NaN; a GPU's is the other number.
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     interpreter.InterpretedFunction.__call__ = _call_device_function
@@ -72,8 +73,8 @@ def _described(shape):
     sizes = tuple([s if type(s) is int else core._unwrap_if_constexpr(s) for s in shape])
     if sizes not in _shapes:
         of_type = core.tuple(list(sizes))
-        numel = tl.constexpr(core.validate_block_shape(of_type))
-        _shapes[sizes] = of_type, core.tuple([tl.constexpr(size) for size in sizes]), numel
+        of_tensors = core.tuple([tl.constexpr(size) for size in sizes])
+        _shapes[sizes] = of_type, of_tensors, core.validate_block_shape(of_type)
     return _shapes[sizes]
 
 
@@ -81,8 +82,7 @@ def _make_block_type(self, element_ty, shape):
     if not len(shape):
         raise TypeError("0d block_type is forbidden")
     self.element_ty = element_ty
-    self.shape, self.shape_of_tensors, numel = _described(shape)
-    self.numel = numel.value
+    self.shape, self.shape_of_tensors, self.numel = _described(shape)
     self.name = f"<{[*self.shape.values]}, {element_ty}>"
 
 

@@ -1,4 +1,4 @@
-"""Operands small enough for the interpreter, which takes a tenth of a second a block of pixels."""
+"""Operands small enough for the interpreter, which takes its time for every block of pixels."""
 
 from __future__ import annotations
 

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from test_confidence import *  # noqa: F403
 
-# 130 thousand pixels: the interpreter takes a minute and a half. Every kernel reads logits alike.
+# 130 thousand pixels, too many for the interpreter. Every kernel reads logits alike.
 del test_every_bit_pattern_of_half_precision_is_read_exactly  # noqa: F821
